@@ -1,0 +1,36 @@
+"""Every test runs offline, in a Hugging Face cache of its own that is deleted with the session."""
+
+import os
+import tempfile
+from pathlib import Path
+
+import pytest
+
+
+# huggingface_hub, datasets and transformers read these once, when they are imported: so before any of them is. The
+# user's own HF_* settings (a token, another cache) must not decide whether a test passes.
+_HF_HOME = tempfile.TemporaryDirectory(prefix="deit-ti-tests-", ignore_cleanup_errors=True)
+for name in [name for name in os.environ if name.startswith("HF_") or name == "TRANSFORMERS_CACHE"]:
+    del os.environ[name]
+os.environ["HF_HOME"] = _HF_HOME.name
+os.environ["HF_DATASETS_CACHE"] = str(Path(_HF_HOME.name, "datasets"))
+os.environ["HF_HUB_OFFLINE"] = "1"
+os.environ["TOKENIZERS_PARALLELISM"] = "false"
+os.environ["MPLBACKEND"] = "Agg"
+
+import torch  # noqa: E402  (after the settings above)
+
+
+# The models under test are tiny: more threads cost more in hand-over than they win.
+torch.set_num_threads(min(4, os.cpu_count() or 1))
+
+REPOSITORY = Path(__file__).resolve().parents[1]
+
+
+@pytest.fixture(scope="session")
+def cifar10_dir() -> Path:
+    """The real CIFAR-10 as Parquet, in the layout of the Hub's `uoft-cs/cifar10`, where there is a copy."""
+    path = Path(os.environ.get("CIFAR10_DIR") or REPOSITORY.parent / "shared" / "data" / "cifar10")
+    if not path.is_dir():
+        pytest.skip(f"needs the real CIFAR-10: no folder {path} (set CIFAR10_DIR to one with its Parquet files)")
+    return path
