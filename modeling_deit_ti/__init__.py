@@ -1,0 +1,17 @@
+"""Distil a DeiT-Ti from any image classifier, inside the Hugging Face ecosystem."""
+
+from transformers import AutoConfig, AutoModel, AutoModelForImageClassification
+
+from .configuration_deit_ti import DeiTTiConfig
+from .modeling_deit_ti import DeiTTiForImageClassification, DeiTTiImageClassifierOutput, DeiTTiModel
+
+
+AutoConfig.register(DeiTTiConfig.model_type, DeiTTiConfig)
+AutoModel.register(DeiTTiConfig, DeiTTiModel)
+AutoModelForImageClassification.register(DeiTTiConfig, DeiTTiForImageClassification)
+# What is saved carries its own code (config.json's auto_map), so it loads without this package.
+DeiTTiConfig.register_for_auto_class()
+DeiTTiModel.register_for_auto_class("AutoModel")
+DeiTTiForImageClassification.register_for_auto_class("AutoModelForImageClassification")
+
+__all__ = ["DeiTTiConfig", "DeiTTiForImageClassification", "DeiTTiImageClassifierOutput", "DeiTTiModel"]

@@ -1,0 +1,215 @@
+"""What each distillation mode is, and its losses: pure functions of logits.
+
+B images, K labels. Equations and sections are those of "Training data-efficient image transformers & distillation
+through attention" (Touvron et al., 2021).
+"""
+
+from dataclasses import dataclass, replace
+from typing import NamedTuple
+
+import torch
+from torch.nn import functional as F
+
+
+@dataclass(frozen=True)
+class DistillMode:
+    """
+    One way of distilling.
+
+    Args:
+        name (`str`): what `--distill_mode` calls it.
+        tokens (`tuple[str, ...]`): the student's learned tokens, each with a head.
+        readout (`str`): the head the student predicts with, or `"both"` for the mean of their logits.
+        teacher_targets (`str`, *optional*): `"hard"` for the teacher's argmax (equation 3), `"soft"` for its
+            distribution (equation 2), `None` where the mode has no teacher.
+        alpha (`float`): weight of the teacher's term; the labels' has `1 - alpha`.
+        temperature (`float`): temperature T of the soft term.
+    """
+
+    name: str
+    tokens: tuple[str, ...]
+    readout: str
+    teacher_targets: str | None
+    alpha: float
+    temperature: float = 1.0
+
+    @property
+    def has_teacher(self) -> bool:
+        """Whether the loss asks the teacher anything."""
+        return self.teacher_targets is not None and self.alpha > 0
+
+    @property
+    def needs_labels(self) -> bool:
+        """Whether the loss asks for labels: without them the mode trains on unlabelled images."""
+        return not self.has_teacher or self.alpha < 1
+
+    @property
+    def network(self) -> dict:
+        """What the student's `DeiTTiConfig` says of the mode."""
+        return {"distill_mode": self.name, "tokens": list(self.tokens), "readout": self.readout}
+
+
+# Table 3 of the paper: `class`, `distill` and `both` are one trained network, read out in three ways.
+MODES = {
+    mode.name: mode
+    for mode in (
+        DistillMode("none", ("class",), "class", None, 0.0),
+        DistillMode("soft", ("class",), "class", "soft", 0.1, 3.0),
+        DistillMode("hard", ("class",), "class", "hard", 0.5),
+        DistillMode("class", ("class", "distillation"), "class", "hard", 0.5),
+        DistillMode("distill", ("class", "distillation"), "distillation", "hard", 0.5),
+        DistillMode("both", ("class", "distillation"), "both", "hard", 0.5),
+    )
+}
+
+
+def resolve_mode(
+    name: str,
+    *,
+    single_token: bool = False,
+    teacher_targets: str | None = None,
+    alpha: float | None = None,
+    temperature: float | None = None,
+) -> DistillMode:
+    """
+    The mode of that name with what the caller sets on top.
+
+    Args:
+        name (`str`): a key of `MODES`.
+        single_token (`bool`, *optional*, defaults to `False`): for `class` and `distill`: a network with that token
+            alone. `class` then learns from the labels only, `distill` from the teacher only.
+        teacher_targets (`str`, *optional*): `"hard"` or `"soft"`, for the token modes.
+        alpha (`float`, *optional*): weight of the teacher's term, 0 to 1.
+        temperature (`float`, *optional*): temperature of the soft term, above 0.
+
+    Raises:
+        ValueError: if the mode is unknown, or an option is out of range or has no meaning in it.
+    """
+    if name not in MODES:
+        raise ValueError(f"distill_mode {name!r} is unknown: it is one of {', '.join(MODES)}.")
+    mode = MODES[name]
+    if single_token:
+        if name not in ("class", "distill"):
+            raise ValueError(f"single_token is for the modes class and distill, not for {name}.")
+        mode = replace(mode, tokens=(mode.readout,), alpha=0.0 if name == "class" else 1.0)
+        if name == "class":
+            mode = replace(mode, teacher_targets=None)
+        if alpha is not None:
+            raise ValueError(
+                f"distillation_alpha has no meaning in mode {name} with single_token: "
+                f"its one head learns from the {'labels' if name == 'class' else 'teacher'} alone."
+            )
+    if mode.teacher_targets is None:
+        for option, value in (
+            ("teacher_targets", teacher_targets),
+            ("distillation_alpha", alpha),
+            ("distillation_temperature", temperature),
+        ):
+            if value is not None:
+                with_token = " with single_token" if single_token else ""
+                raise ValueError(f"{option} has no meaning in mode {name}{with_token}: it has no teacher.")
+    if teacher_targets not in (None, "hard", "soft"):
+        raise ValueError(f"teacher_targets is hard or soft, not {teacher_targets!r}.")
+    if teacher_targets is not None and teacher_targets != mode.teacher_targets:
+        if name in ("soft", "hard"):
+            raise ValueError(f"teacher_targets {teacher_targets} contradicts mode {name}: use mode {teacher_targets}.")
+        mode = replace(mode, teacher_targets=teacher_targets, temperature=MODES[teacher_targets].temperature)
+    if alpha is not None:
+        if not 0 <= alpha <= 1:
+            raise ValueError(f"distillation_alpha is between 0 and 1, not {alpha}.")
+        mode = replace(mode, alpha=alpha)
+    if temperature is not None:
+        if mode.teacher_targets != "soft":
+            raise ValueError("distillation_temperature has a meaning with soft teacher targets only.")
+        if not temperature > 0:
+            raise ValueError(f"distillation_temperature is above 0, not {temperature}.")
+        mode = replace(mode, temperature=temperature)
+    return mode
+
+
+class LossParts(NamedTuple):
+    """The loss of a batch and its two terms before weighting, each a scalar; a term that the mode lacks is `None`."""
+
+    loss: torch.Tensor
+    label_loss: torch.Tensor | None
+    distillation_loss: torch.Tensor | None
+
+
+def label_loss(logits: torch.Tensor, labels: torch.Tensor, label_smoothing: float = 0.0) -> torch.Tensor:
+    """
+    Cross-entropy with the true labels, averaged over the batch.
+
+    Args:
+        logits (`torch.Tensor` of shape `(B, K)`)
+        labels (`torch.Tensor` of shape `(B,)`, label ids, or `(B, K)`, distributions as mixup makes them)
+        label_smoothing (`float`): share of the mass that is spread evenly over all K labels.
+    """
+    return F.cross_entropy(logits.float(), labels, label_smoothing=label_smoothing)
+
+
+def hard_distillation_loss(logits: torch.Tensor, teacher_logits: torch.Tensor) -> torch.Tensor:
+    """
+    Cross-entropy with the teacher's decision, averaged over the batch; never smoothed (equation 3).
+
+    Args:
+        logits (`torch.Tensor` of shape `(B, K)`): the student's.
+        teacher_logits (`torch.Tensor` of shape `(B, K)`)
+    """
+    return F.cross_entropy(logits.float(), teacher_logits.argmax(dim=-1))
+
+
+def soft_distillation_loss(logits: torch.Tensor, teacher_logits: torch.Tensor, temperature: float) -> torch.Tensor:
+    """
+    T^2 KL(teacher || student), both softened by the temperature T; summed over the labels, averaged over the batch
+    (equation 2; the authors' code divides by the number of labels as well).
+
+    Args:
+        logits (`torch.Tensor` of shape `(B, K)`): the student's.
+        teacher_logits (`torch.Tensor` of shape `(B, K)`)
+        temperature (`float`): T.
+    """
+    return temperature**2 * F.kl_div(
+        F.log_softmax(logits.float() / temperature, dim=-1),
+        F.log_softmax(teacher_logits.float() / temperature, dim=-1),
+        reduction="batchmean",
+        log_target=True,
+    )
+
+
+def distillation_loss(
+    mode: DistillMode,
+    class_logits: torch.Tensor | None,
+    distillation_logits: torch.Tensor | None,
+    labels: torch.Tensor | None = None,
+    teacher_logits: torch.Tensor | None = None,
+    label_smoothing: float = 0.0,
+) -> LossParts:
+    """
+    The training loss of a mode. The labels teach the class head; the teacher teaches the distillation head, or the
+    class head where there is no other.
+
+    Args:
+        mode (`DistillMode`)
+        class_logits (`torch.Tensor` of shape `(B, K)`, *optional*): where the student has a class head.
+        distillation_logits (`torch.Tensor` of shape `(B, K)`, *optional*): where it has a distillation head.
+        labels (`torch.Tensor` of shape `(B,)` or `(B, K)`, *optional*): needed unless the teacher is alone.
+        teacher_logits (`torch.Tensor` of shape `(B, K)`, *optional*): needed where the mode has a teacher.
+        label_smoothing (`float`): smoothing of the true labels.
+
+    Returns:
+        [`LossParts`]
+    """
+    on_labels = on_teacher = None
+    if mode.needs_labels:
+        on_labels = label_loss(class_logits, labels, label_smoothing)
+    if mode.has_teacher:
+        student_logits = class_logits if distillation_logits is None else distillation_logits
+        if mode.teacher_targets == "hard":
+            on_teacher = hard_distillation_loss(student_logits, teacher_logits)
+        else:
+            on_teacher = soft_distillation_loss(student_logits, teacher_logits, mode.temperature)
+    if on_teacher is None:
+        return LossParts(on_labels, on_labels, None)
+    if on_labels is None:
+        return LossParts(on_teacher, None, on_teacher)
+    return LossParts((1 - mode.alpha) * on_labels + mode.alpha * on_teacher, on_labels, on_teacher)

@@ -1,0 +1,349 @@
+"""DeiT-Ti: a vision transformer with a class token, a distillation token, or both.
+
+Written in the order in which the data meets it: patches, tokens and positions, blocks, heads. Shapes: B images,
+C channels, N tokens (the learned ones first, then the patches), D the width, H attention heads.
+"""
+
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+from torch.nn import functional as F
+from transformers import PreTrainedModel
+from transformers import initialization as init
+from transformers.activations import ACT2FN
+from transformers.modeling_layers import GradientCheckpointingLayer
+from transformers.modeling_outputs import BaseModelOutput
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+from transformers.utils import ModelOutput
+
+from .configuration_deit_ti import CLASS_TOKEN, DISTILLATION_TOKEN, DeiTTiConfig
+
+
+@dataclass
+class DeiTTiImageClassifierOutput(ModelOutput):
+    """
+    Output of [`DeiTTiForImageClassification`].
+
+    Args:
+        loss (`torch.FloatTensor` of shape `(1,)`, *optional*, returned when `labels` is given):
+            Cross-entropy of `logits` and the labels.
+        logits (`torch.FloatTensor` of shape `(B, num_labels)`):
+            What the model predicts with: the head that `config.readout` names, or the mean of both.
+        class_logits (`torch.FloatTensor` of shape `(B, num_labels)`, *optional*, where there is a class token):
+            Logits of the class head.
+        distillation_logits (`torch.FloatTensor` of shape `(B, num_labels)`, *optional*, where there is a distillation
+            token):
+            Logits of the distillation head.
+        hidden_states (`tuple` of `num_hidden_layers + 1` tensors of shape `(B, N, D)`, *optional*, returned when
+            `output_hidden_states=True`):
+            The embeddings and the output of each block, before the last layer norm.
+        attentions (`tuple` of `num_hidden_layers` tensors of shape `(B, H, N, N)`, *optional*, returned when
+            `output_attentions=True`):
+            Attention probabilities.
+    """
+
+    loss: torch.FloatTensor | None = None
+    logits: torch.FloatTensor | None = None
+    class_logits: torch.FloatTensor | None = None
+    distillation_logits: torch.FloatTensor | None = None
+    hidden_states: tuple[torch.FloatTensor, ...] | None = None
+    attentions: tuple[torch.FloatTensor, ...] | None = None
+
+
+def interpolate_position_embeddings(
+    position_embeddings: torch.Tensor, num_tokens: int, size: tuple[int, int]
+) -> torch.Tensor:
+    """
+    Fits position embeddings to another number of patches: bicubic over the square grid of patches, as in
+    transformers' ViT and DeiT; those of the learned tokens stay as they are.
+
+    Args:
+        position_embeddings (`torch.Tensor` of shape `(1, num_tokens + rows * rows, D)`)
+        num_tokens (`int`): number of learned tokens in front.
+        size (`tuple[int, int]`): rows and columns of the new grid.
+
+    Returns:
+        `torch.Tensor` of shape `(1, num_tokens + size[0] * size[1], D)`
+    """
+    tokens, patches = position_embeddings[:, :num_tokens], position_embeddings[:, num_tokens:]
+    side = int(patches.shape[1] ** 0.5)
+    if (side, side) == tuple(size):
+        return position_embeddings
+    grid = patches.reshape(1, side, side, -1).permute(0, 3, 1, 2)
+    grid = F.interpolate(grid, size=size, mode="bicubic", align_corners=False)
+    return torch.cat((tokens, grid.permute(0, 2, 3, 1).flatten(1, 2)), dim=1)
+
+
+def drop_path(hidden_states: torch.Tensor, rate: float, training: bool) -> torch.Tensor:
+    """Stochastic depth (Huang et al., 2016): drops the whole branch for an image with probability `rate`, and scales
+    the others up so that the expectation stays."""
+    if rate == 0.0 or not training:
+        return hidden_states
+    keep = hidden_states.new_empty(hidden_states.shape[0], 1, 1).bernoulli_(1 - rate).div_(1 - rate)
+    return hidden_states * keep
+
+
+class DeiTTiEmbeddings(nn.Module):
+    """(B, C, height, width) pixels to (B, N, D): the learned tokens, then the patches, with their positions."""
+
+    def __init__(self, config: DeiTTiConfig):
+        super().__init__()
+        self.image_size = config.image_size
+        self.patch_size = config.patch_size
+        self.patch_projection = nn.Conv2d(
+            config.num_channels, config.hidden_size, kernel_size=config.patch_size, stride=config.patch_size
+        )
+        self.class_token = self.distillation_token = None
+        if CLASS_TOKEN in config.tokens:
+            self.class_token = nn.Parameter(torch.zeros(1, 1, config.hidden_size))
+        if DISTILLATION_TOKEN in config.tokens:
+            self.distillation_token = nn.Parameter(torch.zeros(1, 1, config.hidden_size))
+        self.num_tokens = len(config.tokens)
+        num_patches = (config.image_size // config.patch_size) ** 2
+        self.position_embeddings = nn.Parameter(torch.zeros(1, self.num_tokens + num_patches, config.hidden_size))
+        self.dropout = nn.Dropout(config.hidden_dropout_prob)
+
+    def forward(self, pixel_values: torch.Tensor, interpolate_pos_encoding: bool = False) -> torch.Tensor:
+        batch_size, _, height, width = pixel_values.shape
+        positions = self.position_embeddings
+        if (height, width) != (self.image_size, self.image_size):
+            if not interpolate_pos_encoding:
+                raise ValueError(
+                    f"The images have {height}x{width} pixels, the model takes {self.image_size}x{self.image_size}: "
+                    "resize them, or pass interpolate_pos_encoding=True."
+                )
+            grid = (height // self.patch_size, width // self.patch_size)
+            positions = interpolate_position_embeddings(positions, self.num_tokens, grid)
+        patches = self.patch_projection(pixel_values).flatten(2).transpose(1, 2)  # (B, patches, D)
+        tokens = [
+            token.expand(batch_size, -1, -1)
+            for token in (self.class_token, self.distillation_token)
+            if token is not None
+        ]
+        return self.dropout(torch.cat([*tokens, patches], dim=1) + positions)
+
+
+def eager_attention_forward(module, query, key, value, attention_mask, scaling, dropout=0.0, **kwargs):
+    """The attention written out; unlike the fused kernels it can return its probabilities."""
+    attention = torch.matmul(query, key.transpose(2, 3)) * scaling  # (B, H, N, N)
+    if attention_mask is not None:
+        attention = attention + attention_mask
+    attention = F.softmax(attention, dim=-1, dtype=torch.float32).to(query.dtype)
+    attention = F.dropout(attention, p=dropout, training=module.training)
+    return torch.matmul(attention, value).transpose(1, 2), attention
+
+
+class DeiTTiAttention(nn.Module):
+    def __init__(self, config: DeiTTiConfig):
+        super().__init__()
+        self.config = config
+        self.num_heads = config.num_attention_heads
+        self.head_dim = config.hidden_size // config.num_attention_heads
+        self.scaling = self.head_dim**-0.5
+        self.is_causal = False
+        # One matrix product for queries, keys and values: at this width three small ones cost more.
+        self.qkv = nn.Linear(config.hidden_size, 3 * config.hidden_size, bias=config.qkv_bias)
+        self.projection = nn.Linear(config.hidden_size, config.hidden_size)
+
+    def forward(self, hidden_states: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None]:
+        batch_size, length, width = hidden_states.shape
+        qkv = self.qkv(hidden_states).view(batch_size, length, 3, self.num_heads, self.head_dim)
+        query, key, value = qkv.permute(2, 0, 3, 1, 4).unbind(0)  # each (B, H, N, D / H)
+        attend = ALL_ATTENTION_FUNCTIONS.get_interface(self.config._attn_implementation, eager_attention_forward)
+        dropout = self.config.attention_probs_dropout_prob if self.training else 0.0
+        output, attention = attend(self, query, key, value, None, scaling=self.scaling, dropout=dropout)
+        return self.projection(output.reshape(batch_size, length, width)), attention
+
+
+class DeiTTiMLP(nn.Module):
+    def __init__(self, config: DeiTTiConfig):
+        super().__init__()
+        self.fc1 = nn.Linear(config.hidden_size, config.intermediate_size)
+        self.activation = ACT2FN[config.hidden_act]
+        self.fc2 = nn.Linear(config.intermediate_size, config.hidden_size)
+
+    def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        return self.fc2(self.activation(self.fc1(hidden_states)))
+
+
+class DeiTTiLayer(GradientCheckpointingLayer):
+    """A pre-norm block: x + attention(norm(x)), then x + MLP(norm(x)), each branch with stochastic depth."""
+
+    def __init__(self, config: DeiTTiConfig, drop_path_rate: float):
+        super().__init__()
+        self.attention_norm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
+        self.attention = DeiTTiAttention(config)
+        self.mlp_norm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
+        self.mlp = DeiTTiMLP(config)
+        self.dropout = nn.Dropout(config.hidden_dropout_prob)
+        self.drop_path_rate = drop_path_rate
+
+    def forward(self, hidden_states: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None]:
+        branch, attention = self.attention(self.attention_norm(hidden_states))
+        hidden_states = hidden_states + drop_path(self.dropout(branch), self.drop_path_rate, self.training)
+        branch = self.mlp(self.mlp_norm(hidden_states))
+        hidden_states = hidden_states + drop_path(self.dropout(branch), self.drop_path_rate, self.training)
+        return hidden_states, attention
+
+
+class DeiTTiPreTrainedModel(PreTrainedModel):
+    config_class = DeiTTiConfig
+    base_model_prefix = "deit_ti"
+    main_input_name = "pixel_values"
+    input_modalities = ("image",)
+    supports_gradient_checkpointing = True
+    # The loss is a mean over the batch, whatever the number of accumulation steps: the Trainer divides by it.
+    accepts_loss_kwargs = False
+    _no_split_modules = ["DeiTTiEmbeddings", "DeiTTiLayer"]
+    _supports_sdpa = True
+    _supports_flash_attn = True
+    _supports_attention_backend = True
+
+    @torch.no_grad()
+    def _init_weights(self, module: nn.Module):
+        std = self.config.initializer_range
+        if isinstance(module, nn.Linear | nn.Conv2d):
+            init.trunc_normal_(module.weight, std=std)
+            if module.bias is not None:
+                init.zeros_(module.bias)
+        elif isinstance(module, nn.LayerNorm):
+            init.ones_(module.weight)
+            init.zeros_(module.bias)
+        elif isinstance(module, DeiTTiEmbeddings):
+            for parameter in (module.class_token, module.distillation_token, module.position_embeddings):
+                if parameter is not None:
+                    init.trunc_normal_(parameter, std=std)
+
+
+class DeiTTiModel(DeiTTiPreTrainedModel):
+    """The network without its heads."""
+
+    def __init__(self, config: DeiTTiConfig):
+        super().__init__(config)
+        self.embeddings = DeiTTiEmbeddings(config)
+        rates = torch.linspace(0, config.drop_path_rate, config.num_hidden_layers, device="cpu").tolist()
+        self.layers = nn.ModuleList(DeiTTiLayer(config, rate) for rate in rates)
+        self.norm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
+        self.post_init()
+
+    def get_input_embeddings(self) -> nn.Module:
+        return self.embeddings.patch_projection
+
+    def forward(
+        self,
+        pixel_values: torch.Tensor,
+        interpolate_pos_encoding: bool = False,
+        output_hidden_states: bool | None = None,
+        output_attentions: bool | None = None,
+        return_dict: bool | None = None,
+        **kwargs,
+    ) -> BaseModelOutput | tuple:
+        """
+        Args:
+            pixel_values (`torch.Tensor` of shape `(B, C, image_size, image_size)`):
+                Normalised images, as the image processor makes them.
+            interpolate_pos_encoding (`bool`, *optional*, defaults to `False`):
+                Whether to take images of another size, with interpolated position embeddings.
+            output_hidden_states (`bool`, *optional*): Whether to return the hidden states.
+            output_attentions (`bool`, *optional*): Whether to return the attention probabilities.
+            return_dict (`bool`, *optional*): Whether to return a `ModelOutput` rather than a tuple.
+
+        Returns:
+            `BaseModelOutput` with `last_hidden_state` of shape `(B, N, D)`: class token, distillation token (those
+            that the model has), patches.
+
+        Raises:
+            ValueError: if the images have another size and `interpolate_pos_encoding` is not set, or if attention
+                probabilities are asked of an implementation that has none.
+        """
+        if output_hidden_states is None:
+            output_hidden_states = self.config.output_hidden_states
+        if output_attentions is None:
+            output_attentions = self.config.output_attentions
+        if output_attentions and self.config._attn_implementation != "eager":
+            raise ValueError(
+                f"attn_implementation={self.config._attn_implementation!r} cannot return attention probabilities: "
+                'load the model with attn_implementation="eager".'
+            )
+        hidden_states = self.embeddings(pixel_values, interpolate_pos_encoding)
+        all_hidden_states, all_attentions = (hidden_states,), ()
+        for layer in self.layers:
+            hidden_states, attention = layer(hidden_states)
+            all_hidden_states += (hidden_states,)
+            all_attentions += (attention,)
+        output = BaseModelOutput(
+            last_hidden_state=self.norm(hidden_states),
+            hidden_states=all_hidden_states if output_hidden_states else None,
+            attentions=all_attentions if output_attentions else None,
+        )
+        return output if return_dict in (None, True) else output.to_tuple()
+
+
+class DeiTTiForImageClassification(DeiTTiPreTrainedModel):
+    """DeiT-Ti with one linear head for each of its learned tokens."""
+
+    def __init__(self, config: DeiTTiConfig):
+        super().__init__(config)
+        self.deit_ti = DeiTTiModel(config)
+        self.class_head = self.distillation_head = None
+        if CLASS_TOKEN in config.tokens:
+            self.class_head = nn.Linear(config.hidden_size, config.num_labels)
+        if DISTILLATION_TOKEN in config.tokens:
+            self.distillation_head = nn.Linear(config.hidden_size, config.num_labels)
+        self.post_init()
+
+    def forward(
+        self,
+        pixel_values: torch.Tensor,
+        labels: torch.Tensor | None = None,
+        interpolate_pos_encoding: bool = False,
+        output_hidden_states: bool | None = None,
+        output_attentions: bool | None = None,
+        return_dict: bool | None = None,
+        **kwargs,
+    ) -> DeiTTiImageClassifierOutput | tuple:
+        """
+        Args:
+            pixel_values (`torch.Tensor` of shape `(B, C, image_size, image_size)`):
+                Normalised images, as the image processor makes them.
+            labels (`torch.Tensor` of shape `(B,)` or `(B, num_labels)`, *optional*):
+                Label ids, or a distribution over the labels. With them, `loss` is the cross-entropy of `logits`;
+                distillation has losses of its own, in `modeling_deit_ti.distillation`.
+
+        The other arguments, and what is raised, are those of [`DeiTTiModel`].
+
+        Returns:
+            [`DeiTTiImageClassifierOutput`]
+        """
+        output = self.deit_ti(
+            pixel_values,
+            interpolate_pos_encoding=interpolate_pos_encoding,
+            output_hidden_states=output_hidden_states,
+            output_attentions=output_attentions,
+        )
+        tokens = output.last_hidden_state
+        class_logits = distillation_logits = None
+        if self.class_head is not None:
+            class_logits = self.class_head(tokens[:, 0])
+        if self.distillation_head is not None:
+            # The distillation token comes after the class token, where there is one.
+            distillation_logits = self.distillation_head(tokens[:, len(self.config.tokens) - 1])
+        if self.config.readout == CLASS_TOKEN:
+            logits = class_logits
+        elif self.config.readout == DISTILLATION_TOKEN:
+            logits = distillation_logits
+        else:
+            logits = (class_logits + distillation_logits) / 2
+        output = DeiTTiImageClassifierOutput(
+            loss=None if labels is None else F.cross_entropy(logits, labels),
+            logits=logits,
+            class_logits=class_logits,
+            distillation_logits=distillation_logits,
+            hidden_states=output.hidden_states,
+            attentions=output.attentions,
+        )
+        return output if return_dict in (None, True) else output.to_tuple()
+
+
+__all__ = ["DeiTTiForImageClassification", "DeiTTiImageClassifierOutput", "DeiTTiModel", "DeiTTiPreTrainedModel"]

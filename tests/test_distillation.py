@@ -1,0 +1,162 @@
+"""The modes and their losses, against numbers worked out in NumPy."""
+
+import numpy as np
+import pytest
+import torch
+
+from modeling_deit_ti.distillation import MODES, distillation_loss, resolve_mode
+
+
+RNG = np.random.default_rng(0)
+CLASS, DISTILLATION, TEACHER = RNG.normal(size=(3, 4, 6)) * 3
+LABELS = np.array([2, 0, 5, 5])
+MIXED = RNG.dirichlet(np.ones(6), size=4)
+
+
+def log_softmax(logits):
+    return logits - np.log(np.exp(logits).sum(axis=-1, keepdims=True))
+
+
+def cross_entropy(logits, targets, smoothing=0.0):
+    if targets.ndim == 1:
+        targets = np.eye(6)[targets]
+    targets = (1 - smoothing) * targets + smoothing / 6
+    return -(targets * log_softmax(logits)).sum(axis=-1).mean()
+
+
+def kl(teacher, student, temperature):
+    teacher, student = log_softmax(teacher / temperature), log_softmax(student / temperature)
+    return (np.exp(teacher) * (teacher - student)).sum(axis=-1).mean() * temperature**2
+
+
+def computed(mode, labels=LABELS, smoothing=0.1):
+    parts = distillation_loss(
+        mode,
+        torch.tensor(CLASS) if "class" in mode.tokens else None,
+        torch.tensor(DISTILLATION) if "distillation" in mode.tokens else None,
+        None if labels is None else torch.tensor(labels),
+        torch.tensor(TEACHER) if mode.has_teacher else None,
+        smoothing,
+    )
+    return [None if part is None else part.item() for part in parts]
+
+
+@pytest.mark.parametrize("labels", [LABELS, MIXED], ids=["labels", "mixed labels"])
+@pytest.mark.parametrize("smoothing", [0.0, 0.1])
+@pytest.mark.parametrize(
+    ("name", "alpha", "on_teacher"),
+    [
+        ("none", 0.0, None),
+        ("soft", 0.1, lambda: kl(TEACHER, CLASS, 3.0)),
+        ("hard", 0.5, lambda: cross_entropy(CLASS, TEACHER.argmax(-1))),
+        ("class", 0.5, lambda: cross_entropy(DISTILLATION, TEACHER.argmax(-1))),
+        ("distill", 0.5, lambda: cross_entropy(DISTILLATION, TEACHER.argmax(-1))),
+        ("both", 0.5, lambda: cross_entropy(DISTILLATION, TEACHER.argmax(-1))),
+    ],
+)
+def test_each_modes_loss_is_the_papers(name, alpha, on_teacher, labels, smoothing):
+    on_labels = cross_entropy(CLASS, labels, smoothing)
+    expected = (1 - alpha) * on_labels + (alpha * on_teacher() if on_teacher else 0)
+    loss, label_part, teacher_part = computed(MODES[name], labels, smoothing)
+    assert loss == pytest.approx(expected, rel=1e-6)
+    assert label_part == pytest.approx(on_labels, rel=1e-6)
+    assert teacher_part == (pytest.approx(on_teacher(), rel=1e-6) if on_teacher else None)
+
+
+@pytest.mark.parametrize("name", ["class", "distill", "both"])
+def test_soft_targets_replace_the_token_modes_hard_term_at_temperature_three(name):
+    loss, *_ = computed(resolve_mode(name, teacher_targets="soft"))
+    assert loss == pytest.approx(
+        0.5 * cross_entropy(CLASS, LABELS, 0.1) + 0.5 * kl(TEACHER, DISTILLATION, 3.0), rel=1e-6
+    )
+
+
+@pytest.mark.parametrize("temperature", [1.0, 2.5, 10.0])
+def test_temperature_softens_both_sides_and_scales_by_its_square(temperature):
+    mode = resolve_mode("soft", alpha=1.0, temperature=temperature)
+    assert computed(mode)[0] == pytest.approx(kl(TEACHER, CLASS, temperature), rel=1e-6)
+
+
+@pytest.mark.parametrize("name", ["soft", "hard", "both"])
+def test_alpha_zero_learns_from_the_labels_alone_and_asks_no_teacher(name):
+    mode = resolve_mode(name, alpha=0.0)
+    assert not mode.has_teacher and mode.needs_labels
+    loss, label_part, teacher_part = computed(mode)
+    assert loss == label_part == pytest.approx(cross_entropy(CLASS, LABELS, 0.1), rel=1e-6) and teacher_part is None
+
+
+@pytest.mark.parametrize(("name", "student"), [("hard", CLASS), ("both", DISTILLATION)])
+def test_alpha_one_learns_from_the_teacher_alone_and_needs_no_labels(name, student):
+    mode = resolve_mode(name, alpha=1.0)
+    assert mode.has_teacher and not mode.needs_labels
+    loss, label_part, teacher_part = computed(mode, labels=None)
+    assert loss == teacher_part == pytest.approx(cross_entropy(student, TEACHER.argmax(-1)), rel=1e-6)
+    assert label_part is None
+
+
+def test_alpha_weighs_the_two_terms():
+    expected = 0.7 * cross_entropy(CLASS, LABELS, 0.1) + 0.3 * cross_entropy(DISTILLATION, TEACHER.argmax(-1))
+    assert computed(resolve_mode("both", alpha=0.3))[0] == pytest.approx(expected, rel=1e-6)
+
+
+def test_single_class_token_learns_from_the_labels_only():
+    mode = resolve_mode("class", single_token=True)
+    assert mode.tokens == ("class",) and mode.readout == "class" and not mode.has_teacher
+    loss, label_part, teacher_part = computed(mode)
+    assert loss == label_part == pytest.approx(cross_entropy(CLASS, LABELS, 0.1), rel=1e-6) and teacher_part is None
+
+
+def test_single_distillation_token_learns_from_the_teacher_only():
+    mode = resolve_mode("distill", single_token=True)
+    assert mode.tokens == ("distillation",) and mode.readout == "distillation" and not mode.needs_labels
+    loss, label_part, teacher_part = computed(mode, labels=None)
+    assert loss == teacher_part == pytest.approx(cross_entropy(DISTILLATION, TEACHER.argmax(-1)), rel=1e-6)
+    assert label_part is None
+
+
+def test_the_teachers_decision_is_never_smoothed():
+    assert computed(resolve_mode("hard", alpha=1.0), smoothing=0.3) == computed(
+        resolve_mode("hard", alpha=1.0), smoothing=0.0
+    )
+
+
+def test_each_term_trains_its_own_head_only():
+    heads = [torch.tensor(logits, requires_grad=True) for logits in (CLASS, DISTILLATION)]
+    parts = distillation_loss(MODES["both"], *heads, torch.tensor(LABELS), torch.tensor(TEACHER))
+    on_class, on_distillation = torch.autograd.grad(parts.label_loss, heads, retain_graph=True, allow_unused=True)
+    assert on_class is not None and on_distillation is None
+    on_class, on_distillation = torch.autograd.grad(parts.distillation_loss, heads, allow_unused=True)
+    assert on_class is None and on_distillation is not None
+
+
+def test_half_precision_logits_give_a_float32_loss():
+    parts = distillation_loss(
+        MODES["both"],
+        *(torch.tensor(x).bfloat16() for x in (CLASS, DISTILLATION)),
+        torch.tensor(LABELS),
+        torch.tensor(TEACHER).bfloat16(),
+    )
+    assert all(part.dtype == torch.float32 for part in parts)
+
+
+@pytest.mark.parametrize(
+    ("name", "options", "message"),
+    [
+        ("medium", {}, "none, soft, hard, class, distill, both"),
+        ("hard", {"single_token": True}, "not for hard"),
+        ("none", {"alpha": 0.5}, "it has no teacher"),
+        ("none", {"teacher_targets": "soft"}, "it has no teacher"),
+        ("hard", {"teacher_targets": "soft"}, "use mode soft"),
+        ("soft", {"teacher_targets": "hard"}, "use mode hard"),
+        ("both", {"teacher_targets": "firm"}, "hard or soft"),
+        ("both", {"alpha": 1.5}, "between 0 and 1"),
+        ("both", {"temperature": 2.0}, "soft teacher targets only"),
+        ("soft", {"temperature": 0.0}, "above 0"),
+        ("class", {"single_token": True, "alpha": 0.5}, "learns from the labels alone"),
+        ("distill", {"single_token": True, "alpha": 0.5}, "learns from the teacher alone"),
+        ("class", {"single_token": True, "teacher_targets": "soft"}, "it has no teacher"),
+    ],
+)
+def test_options_that_mean_nothing_in_a_mode_are_refused(name, options, message):
+    with pytest.raises(ValueError, match=message):
+        resolve_mode(name, **options)
