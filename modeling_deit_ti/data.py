@@ -1,0 +1,666 @@
+"""Datasets in, `pixel_values` and `labels` out.
+
+`load_images` brings any source to one form: two splits of RGB images with label ids, every row checked. `TrainImages`
+and `EvalImages` make the model's inputs of them; `TrainSampler` says which images an epoch sees and with which random
+seeds, so that an image's augmentation depends on nothing but the run's seed, the epoch and the position in it: not on
+the workers, the processes or where a run was resumed.
+"""
+
+import contextlib
+import hashlib
+import io
+import multiprocessing
+import os
+import random
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+
+import numpy as np
+import torch
+from datasets import (
+    ClassLabel,
+    Dataset,
+    DatasetDict,
+    Features,
+    Image,
+    Value,
+    load_dataset,
+    load_dataset_builder,
+    load_from_disk,
+)
+from datasets.packaged_modules.parquet.parquet import ParquetConfig
+from PIL import Image as PILImage
+from PIL import ImageOps
+from sklearn.datasets import load_digits
+from timm.data import create_transform
+from timm.data.constants import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
+from torchvision import transforms
+from torchvision.transforms import InterpolationMode, v2
+from transformers import DeiTImageProcessor
+
+
+# Where a data set is decoded once for all epochs: above this size it stays encoded, as it came.
+MAX_DECODED_BYTES = 8 * 2**30
+# The subsets that --max_train_samples and --train_val_split take are the same in every run, whatever its --seed:
+# runs that are compared then see the same images, and a fitted teacher serves them all.
+SUBSET_SEED = 0
+
+
+class UserError(ValueError):
+    """A mistake in what the user gave: one message that names it, what was found and what to do."""
+
+
+@dataclass
+class DataArguments:
+    """Which images, and how they are augmented."""
+
+    dataset_name: str = field(
+        default="uoft-cs/cifar10",
+        metadata={
+            "help": "A dataset on the Hub, a local folder (Parquet files, or one folder of images a class, or what "
+            "`save_to_disk` wrote), or `digits`: the handwritten digits that ship inside scikit-learn."
+        },
+    )
+    dataset_config_name: str | None = field(default=None, metadata={"help": "The dataset's configuration."})
+    image_column_name: str | None = field(
+        default=None, metadata={"help": "The column of images. Default: the first that holds images."}
+    )
+    label_column_name: str | None = field(
+        default=None, metadata={"help": "The column of labels. Default: the first of class labels, or `label`."}
+    )
+    train_val_split: float = field(
+        default=0.1, metadata={"help": "Share of the training images to evaluate on where the dataset has one split."}
+    )
+    max_train_samples: int | None = field(default=None, metadata={"help": "Train on a random subset of this size."})
+    max_eval_samples: int | None = field(default=None, metadata={"help": "Evaluate on a random subset of this size."})
+    crop: str = field(
+        default="auto",
+        metadata={
+            "help": "Training crops. `resized`: a random part of the image, 8 to 100 % of its area, resized. "
+            "`padded`: the image with zeros around it, shifted. `none`: the image, resized. `auto`: as DeiT's code, "
+            "`padded` up to 32 pixels and `resized` above.",
+            "choices": ["auto", "resized", "padded", "none"],
+        },
+    )
+    horizontal_flip: float = field(default=0.5, metadata={"help": "Probability of a horizontal flip."})
+    auto_augment: str = field(
+        default="rand-m9-mstd0.5-inc1", metadata={"help": "timm's AutoAugment or RandAugment policy, or `none`."}
+    )
+    random_erasing: float = field(default=0.25, metadata={"help": "Probability of random erasing."})
+    eval_crop_ratio: float | None = field(
+        default=None,
+        metadata={
+            "help": "Evaluation resizes the shorter edge to image_size / ratio and takes the centre. Default: as "
+            "DeiT's code, 0.875 where training takes resized crops, 1 elsewhere."
+        },
+    )
+
+    def __post_init__(self):
+        for name in ("max_train_samples", "max_eval_samples"):
+            if getattr(self, name) is not None and getattr(self, name) < 1:
+                raise UserError(f"--{name} {getattr(self, name)}: it has to be at least 1.")
+        for name in ("horizontal_flip", "random_erasing"):
+            if not 0 <= getattr(self, name) <= 1:
+                raise UserError(f"--{name} {getattr(self, name)}: a probability is between 0 and 1.")
+        if not 0 < self.train_val_split < 1:
+            raise UserError(f"--train_val_split {self.train_val_split}: a share is between 0 and 1.")
+        if self.eval_crop_ratio is not None and not 0 < self.eval_crop_ratio <= 1:
+            raise UserError(f"--eval_crop_ratio {self.eval_crop_ratio}: it is above 0 and at most 1.")
+
+    def crop_at(self, image_size: int) -> str:
+        """The training crop at that size: `crop`, with `auto` resolved."""
+        if self.crop != "auto":
+            return self.crop
+        return "resized" if image_size > 32 else "padded"
+
+
+@dataclass
+class ImageData:
+    """
+    Two splits of checked images, each a `datasets.Dataset` with `label` (absent where the training images have none)
+    and either `pixels`, `height` and `width` (decoded RGB) or `image` (encoded, decoded when read).
+    """
+
+    train: Dataset
+    evaluation: Dataset
+    label_names: list[str]
+    name: str
+    eval_split: str
+    fingerprint: str  # of the training images, their labels and the label names: the content, not where it lies
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Loading and checking
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def load_images(args: DataArguments, labels_needed: bool = True) -> ImageData:
+    """
+    Loads, checks and decodes the images.
+
+    Args:
+        args ([`DataArguments`])
+        labels_needed (`bool`, *optional*, defaults to `True`): whether training needs labels. Without, the training
+            split may lack them.
+
+    Raises:
+        UserError: if the dataset is neither on disk nor reachable, lacks a column, has labels that are missing, out
+            of range or different in the two splits, or holds an image that cannot be decoded.
+    """
+    splits = _load_splits(args.dataset_name, args.dataset_config_name)
+    train, evaluation, eval_split = _train_and_evaluation(splits, args)
+    image_column = _image_column(train, args)
+    label_column = _label_column(evaluation, args)
+    train, evaluation, label_names = _with_label_ids(train, evaluation, label_column, labels_needed)
+    if len(label_names) < 2:
+        raise UserError(
+            f"{args.dataset_name}: column {label_column!r} has the one label {label_names}; classifying takes two."
+        )
+    train = _checked(
+        train, "train", image_column, label_column, len(label_names), args.max_train_samples, labels_needed
+    )
+    evaluation = _checked(
+        evaluation, eval_split, image_column, label_column, len(label_names), args.max_eval_samples, True
+    )
+    content = hashlib.sha256("\0".join(label_names).encode())
+    content.update(np.asarray(train.with_format("numpy")["digest"][:]).tobytes())
+    return ImageData(
+        train.remove_columns("digest"),
+        evaluation.remove_columns("digest"),
+        label_names,
+        args.dataset_name,
+        eval_split,
+        content.hexdigest(),
+    )
+
+
+def _load_splits(name: str, config_name: str | None) -> DatasetDict:
+    if name == "digits" and not os.path.isdir(name):
+        return _digits()
+    if (name.startswith((".", "/", "~")) or name.count("/") > 1) and not os.path.isdir(os.path.expanduser(name)):
+        raise UserError(f"--dataset_name {name}: there is no such folder.")
+    folder = os.path.expanduser(name)
+    try:
+        if os.path.isfile(os.path.join(folder, "dataset_dict.json")):
+            splits = load_from_disk(folder)
+        elif os.path.isdir(folder):
+            splits = _load_folder(folder, config_name)
+        else:
+            splits = load_dataset(name, config_name)
+    except Exception as error:  # whatever the builder or the network raises, it is about what the user named
+        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        raise UserError(
+            f"--dataset_name {name}: the dataset is neither a readable local folder nor reachable on the Hub "
+            f"({type(error).__name__}: {reason}). To run offline, name a folder of Parquet files or of one folder of "
+            "images a class, or use `--dataset_name digits`; a dataset that was loaded before is taken from the cache "
+            "with HF_HUB_OFFLINE=1."
+        ) from error
+    return splits
+
+
+def _load_folder(folder: str, config_name: str | None) -> DatasetDict:
+    builder = load_dataset_builder(folder, config_name)
+    if not isinstance(builder.config, ParquetConfig):
+        return load_dataset(folder, config_name)
+    # One by one: together, all splits are read with the features of the first file, whatever the others say of theirs.
+    # Label 0 would then be `cat` in training and `dog` in evaluation, and nobody would know.
+    splits = {str(split): list(files) for split, files in builder.config.data_files.items()}
+    return DatasetDict(
+        {split: load_dataset("parquet", data_files={split: files}, split=split) for split, files in splits.items()}
+    )
+
+
+def _digits() -> DatasetDict:
+    """scikit-learn's 1,797 handwritten digits, 8x8 grey pixels (Alpaydin, 1998); every fifth is held out."""
+    digits = load_digits()
+    images = [PILImage.fromarray(np.uint8(image * 255 / 16)) for image in digits.images]
+    features = Features({"image": Image(), "label": ClassLabel(names=[str(digit) for digit in range(10)])})
+    rows = Dataset.from_dict({"image": images, "label": digits.target.tolist()}, features=features)
+    held_out = np.arange(len(rows)) % 5 == 4
+    return DatasetDict(
+        {"train": rows.select(np.flatnonzero(~held_out)), "test": rows.select(np.flatnonzero(held_out))}
+    )
+
+
+def _train_and_evaluation(splits: DatasetDict, args: DataArguments) -> tuple[Dataset, Dataset, str]:
+    if "train" not in splits:
+        raise UserError(f"{args.dataset_name} has no split `train`; it has {', '.join(splits)}.")
+    for name in ("validation", "valid", "val", "dev", "test"):
+        if name in splits:
+            evaluation, eval_split = splits[name], name
+            train = splits["train"]
+            break
+    else:
+        parts = splits["train"].train_test_split(test_size=args.train_val_split, seed=SUBSET_SEED)
+        train, evaluation, eval_split = parts["train"], parts["test"], "train (held out)"
+    for name, split in (("train", train), (eval_split, evaluation)):
+        if len(split) == 0:
+            raise UserError(f"{args.dataset_name}: split `{name}` is empty.")
+    return train, evaluation, eval_split
+
+
+def _image_column(split: Dataset, args: DataArguments) -> str:
+    name = args.image_column_name
+    if name is not None and name not in split.column_names:
+        raise UserError(f"--image_column_name {name}: no such column; there are {', '.join(split.column_names)}.")
+    images = [column for column, feature in split.features.items() if isinstance(feature, Image)]
+    if name is None:
+        if not images:
+            raise UserError(
+                f"{args.dataset_name} has no column of images; its columns are "
+                + ", ".join(f"{column} ({_kind(feature)})" for column, feature in split.features.items())
+                + "."
+            )
+        return images[0]
+    if name not in images:
+        raise UserError(
+            f"--image_column_name {name}: the column holds {_kind(split.features[name])}, not images"
+            + (f"; {', '.join(images)} does." if images else ".")
+        )
+    return name
+
+
+def _label_column(split: Dataset, args: DataArguments) -> str:
+    name = args.label_column_name
+    if name is not None and name not in split.column_names:
+        raise UserError(f"--label_column_name {name}: no such column; there are {', '.join(split.column_names)}.")
+    if name is None:
+        labels = [column for column, feature in split.features.items() if isinstance(feature, ClassLabel)]
+        labels += [column for column in ("label", "labels") if column in split.column_names]
+        if not labels:
+            raise UserError(
+                f"{args.dataset_name} has no column of class labels; name one with --label_column_name. "
+                f"Its columns are {', '.join(split.column_names)}."
+            )
+        name = labels[0]
+    feature = split.features[name]
+    is_label = isinstance(feature, ClassLabel) or (
+        isinstance(feature, Value) and (feature.dtype in ("string", "large_string") or "int" in feature.dtype)
+    )
+    if not is_label:
+        raise UserError(
+            f"--label_column_name {name}: the column holds {_kind(feature)}; labels are class labels, strings or "
+            "integers."
+        )
+    return name
+
+
+def _kind(feature) -> str:
+    return feature.dtype if isinstance(feature, Value) else type(feature).__name__
+
+
+def _with_label_ids(
+    train: Dataset, evaluation: Dataset, column: str, labels_needed: bool
+) -> tuple[Dataset, Dataset, list[str]]:
+    """Both splits with ids in the label column (missing ones stay `None`), and the names of the ids."""
+    if column not in train.column_names:
+        if labels_needed:
+            raise UserError(
+                f"The training split has no column {column!r}; it has {', '.join(train.column_names)}. Training "
+                "without labels is `--distill_mode distill --single_token`."
+            )
+        train = train.add_column(column, [None] * len(train), feature=evaluation.features[column])
+    kinds = [split.features[column] for split in (train, evaluation)]
+    if all(isinstance(kind, ClassLabel) for kind in kinds):
+        names = kinds[0].names
+        differ = set(names) ^ set(kinds[1].names)
+        if differ:
+            raise UserError(
+                f"The splits' labels differ: {_some(sorted(differ))} in one only. Training has {_some(names)}, "
+                f"evaluation {_some(kinds[1].names)}."
+            )
+        if names != kinds[1].names:
+            evaluation = evaluation.align_labels_with_mapping({name: i for i, name in enumerate(names)}, column)
+        return train, evaluation, names
+
+    found = [{label for label in split.unique(column) if label is not None} for split in (train, evaluation)]
+    if all(isinstance(label, str) for label in found[0] | found[1]):
+        names = sorted(found[0] or found[1])
+    else:
+        if not all(isinstance(label, int) for label in found[0] | found[1]):
+            raise UserError(
+                f"Column {column!r} holds {_kind(kinds[0])} in one split and {_kind(kinds[1])} in the other."
+            )
+        names = list(range(max(found[0] or found[1], default=-1) + 1))
+    unknown = sorted(found[1] - set(names))
+    if unknown and not (isinstance(unknown[0], int) and unknown[0] < 0):  # negative ones are told with their row
+        raise UserError(
+            f"The splits' labels differ: evaluation has {_some(unknown)} in column {column!r}, which training lacks "
+            f"(it has {_some(names)})."
+        )
+    if not all(isinstance(name, int) for name in names):
+        train, evaluation = (
+            split.map(
+                _encode_labels,
+                batched=True,
+                fn_kwargs={"column": column, "names": names},
+                features=Features({**split.features, column: ClassLabel(names=names)}),
+                desc="Numbering the labels",
+            )
+            for split in (train, evaluation)
+        )
+    return train, evaluation, [str(name) for name in names]
+
+
+def _encode_labels(rows: dict, column: str, names: list[str]) -> dict:
+    ids = {name: i for i, name in enumerate(names)}
+    return {column: [None if name is None else ids[name] for name in rows[column]]}
+
+
+def _some(names: list) -> str:
+    """Names for a message: all of them, or the first few of many."""
+    shown = ", ".join(repr(name) for name in names[:10])
+    return shown if len(names) <= 10 else f"{shown} and {len(names) - 10} more"
+
+
+def _checked(
+    split: Dataset,
+    split_name: str,
+    image_column: str,
+    label_column: str,
+    num_labels: int,
+    max_samples: int | None,
+    labels_needed: bool,
+) -> Dataset:
+    """Every row's image decoded and label checked, once: `datasets` caches the result."""
+    if image_column not in split.column_names:
+        raise UserError(
+            f"Split `{split_name}` has no column {image_column!r}; it has {', '.join(split.column_names)}."
+        )
+    rows = None
+    if max_samples is not None and max_samples < len(split):
+        # Shuffled: image folders come class by class. Sorted: reading goes forward through the file.
+        rows = sorted(np.random.default_rng(SUBSET_SEED).permutation(len(split))[:max_samples].tolist())
+        split = split.select(rows)
+    split = split.select_columns([image_column, label_column]).cast_column(image_column, Image(decode=False))
+
+    arguments = {
+        "split_name": split_name,
+        "image_column": image_column,
+        "label_column": label_column,
+        "num_labels": num_labels,
+        "rows": rows,
+        "labels_needed": labels_needed,
+    }
+    some = list(range(0, len(split), max(1, len(split) // 100)))
+    decoded = _check_rows(split[some], some, decode=True, **arguments)
+    mean_bytes = sum(map(len, decoded["pixels"])) / len(some)
+    decode = mean_bytes * len(split) <= MAX_DECODED_BYTES
+
+    features = {"label": Value("int64"), "digest": Value("int64")}
+    if decode:
+        features |= {"pixels": Value("binary"), "height": Value("int32"), "width": Value("int32")}
+    else:
+        features |= {"image": Image()}
+    checked = split.map(
+        _check_rows,
+        batched=True,
+        with_indices=True,
+        remove_columns=split.column_names,
+        features=Features(features),
+        fn_kwargs={"decode": decode, **arguments},
+        # Processes cost more to start than a small set takes.
+        num_proc=min(multiprocessing.cpu_count(), 16) if len(split) >= 20_000 else None,
+        desc=f"Checking {split_name}",
+    )
+    if not labels_needed and -1 in checked.unique("label"):
+        checked = checked.remove_columns("label")
+    return checked
+
+
+def _check_rows(
+    batch: dict,
+    indices: list[int],
+    decode: bool,
+    split_name: str,
+    image_column: str,
+    label_column: str,
+    num_labels: int,
+    rows: list[int] | None,
+    labels_needed: bool,
+) -> dict:
+    """One batch of `Dataset.map`: RGB pixels (or the encoded image), label and a digest of both for each row."""
+    output = {"label": [], "digest": []}
+    output |= {"pixels": [], "height": [], "width": []} if decode else {"image": []}
+    for index, encoded, label in zip(indices, batch[image_column], batch[label_column], strict=True):
+        row = index if rows is None else rows[index]
+        if label is None or label < 0:
+            if labels_needed:
+                raise UserError(
+                    f"Split `{split_name}`, row {row}: the label is {'missing' if label is None else label}."
+                )
+            label = -1
+        elif label >= num_labels:
+            raise UserError(
+                f"Split `{split_name}`, row {row}: label {label} is out of range; there are {num_labels} labels."
+            )
+        try:
+            image = decode_image(encoded)
+        except Exception as error:  # PIL raises many kinds for what is not an image, or half of one
+            raise UserError(
+                f"Split `{split_name}`, row {row}: the image in column {image_column!r} cannot be decoded ({error})."
+            ) from error
+        pixels = image.tobytes()
+        digest = hashlib.blake2b(pixels, digest_size=8, salt=label.to_bytes(8, "little", signed=True))
+        output["label"].append(label)
+        output["digest"].append(int.from_bytes(digest.digest(), "little", signed=True))
+        if decode:
+            output["pixels"].append(pixels)
+            output["height"].append(image.height)
+            output["width"].append(image.width)
+        else:
+            output["image"].append(encoded)
+    return output
+
+
+def decode_image(encoded: dict) -> PILImage.Image:
+    """An RGB image, upright, from `datasets`' encoded form: a dict with `bytes` or `path`."""
+    if encoded is None:
+        raise ValueError("it is missing")
+    with PILImage.open(io.BytesIO(encoded["bytes"]) if encoded["bytes"] is not None else encoded["path"]) as image:
+        image.load()
+        return to_rgb(ImageOps.exif_transpose(image))
+
+
+def to_rgb(image: PILImage.Image) -> PILImage.Image:
+    """Grey, palette, RGBA, CMYK, 16-bit and float images as 8-bit RGB. 16 bits are scaled, where PIL would clip."""
+    if image.mode.startswith("I"):
+        image = PILImage.fromarray(np.uint8(np.clip(np.asarray(image, dtype=np.int64) // 257, 0, 255)))
+    elif image.mode == "F":
+        values = np.asarray(image)
+        image = PILImage.fromarray(np.uint8(np.clip(values * (255 if values.max(initial=0) <= 1 else 1), 0, 255)))
+    elif image.mode == "P" and "transparency" in image.info:
+        image = image.convert("RGBA")
+    return image.convert("RGB")
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Images to model inputs
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def make_image_processor(args: DataArguments, image_size: int) -> DeiTImageProcessor:
+    """The preprocessing of evaluation and of the shipped model: resize, centre crop, ImageNet's normalisation."""
+    ratio = args.eval_crop_ratio or (0.875 if args.crop_at(image_size) == "resized" else 1.0)
+    resized = round(image_size / ratio)
+    return DeiTImageProcessor(
+        size={"shortest_edge": resized},
+        crop_size={"height": image_size, "width": image_size},
+        image_mean=list(IMAGENET_DEFAULT_MEAN),
+        image_std=list(IMAGENET_DEFAULT_STD),
+        do_convert_rgb=True,
+    )
+
+
+def make_train_transform(args: DataArguments, image_size: int) -> Callable[[PILImage.Image], torch.Tensor]:
+    """
+    The augmentation of one image, from timm's factory as in DeiT's code: crop, flip, RandAugment, normalisation,
+    random erasing (paper, table 9). RGB image in, `(3, image_size, image_size)` float32 out.
+    """
+    crop = args.crop_at(image_size)
+    first, second, last = create_transform(
+        image_size,
+        is_training=True,
+        hflip=args.horizontal_flip,
+        color_jitter=None,
+        auto_augment=None if args.auto_augment == "none" else args.auto_augment,
+        interpolation="bicubic",
+        mean=IMAGENET_DEFAULT_MEAN,
+        std=IMAGENET_DEFAULT_STD,
+        re_prob=args.random_erasing,
+        re_mode="pixel",
+        separate=True,
+    )
+    if crop != "resized":
+        resize = transforms.Resize((image_size, image_size), InterpolationMode.BICUBIC)
+        shift = [transforms.RandomCrop(image_size, padding=image_size // 8)] if crop == "padded" else []
+        first = transforms.Compose([resize, *shift, *first.transforms[1:]])
+    return transforms.Compose([first, second, last])
+
+
+def _read_image(row: dict) -> PILImage.Image:
+    if "pixels" in row:
+        return PILImage.frombuffer("RGB", (row["width"], row["height"]), row["pixels"], "raw", "RGB", 0, 1)
+    return to_rgb(row["image"])
+
+
+def _rows(dataset: Dataset, indices: list[int]) -> Iterator[dict]:
+    columns = dataset[indices]
+    for values in zip(*columns.values(), strict=True):
+        yield dict(zip(columns, values, strict=True))
+
+
+@contextlib.contextmanager
+def seeded(seed: int) -> Iterator[None]:
+    """Python's, NumPy's and torch's CPU generators start from `seed` inside, and go on as before after it."""
+    states = random.getstate(), np.random.get_state(), torch.get_rng_state()
+    random.seed(seed)
+    np.random.seed(seed % 2**32)
+    torch.default_generator.manual_seed(seed)  # torch.manual_seed would reseed the GPUs as well
+    try:
+        yield
+    finally:
+        random.setstate(states[0])
+        np.random.set_state(states[1])
+        torch.set_rng_state(states[2])
+
+
+class TrainImages(torch.utils.data.Dataset):
+    """Augmented images. Its keys are those of [`TrainSampler`]: an index, and the seed of all that is random in it."""
+
+    def __init__(self, dataset: Dataset, transform: Callable[[PILImage.Image], torch.Tensor]):
+        self.dataset = dataset
+        self.transform = transform
+
+    def __len__(self) -> int:
+        return len(self.dataset)
+
+    def __getitem__(self, key: tuple[int, int]) -> dict:
+        return self.__getitems__([key])[0]
+
+    def __getitems__(self, keys: list[tuple[int, int]]) -> list[dict]:
+        samples = []
+        for (_, seed), row in zip(keys, _rows(self.dataset, [index for index, _ in keys]), strict=True):
+            with seeded(seed):
+                sample = {"pixel_values": self.transform(_read_image(row)), "seeds": seed}
+            if "label" in row:
+                sample["labels"] = row["label"]
+            samples.append(sample)
+        return samples
+
+
+class EvalImages(torch.utils.data.Dataset):
+    """Images as the image processor, which ships with the model, prepares them."""
+
+    def __init__(self, dataset: Dataset, image_processor):
+        self.dataset = dataset
+        self.image_processor = image_processor
+
+    def __len__(self) -> int:
+        return len(self.dataset)
+
+    def __getitem__(self, index: int) -> dict:
+        return self.__getitems__([index])[0]
+
+    def __getitems__(self, indices: list[int]) -> list[dict]:
+        rows = list(_rows(self.dataset, indices))
+        pixel_values = self.image_processor([_read_image(row) for row in rows], return_tensors="pt")["pixel_values"]
+        return [
+            {"pixel_values": pixels, "labels": row["label"]} for pixels, row in zip(pixel_values, rows, strict=True)
+        ]
+
+
+def collate_images(samples: list[dict]) -> dict[str, torch.Tensor]:
+    """
+    `pixel_values` (B, 3, height, width); `labels` (B,), where the images have them; and in training `seeds` (B,), a
+    NumPy array, so that it stays on the CPU when the tensors go to the device.
+    """
+    batch = {"pixel_values": torch.stack([sample["pixel_values"] for sample in samples])}
+    if "labels" in samples[0]:
+        batch["labels"] = torch.tensor([sample["labels"] for sample in samples])
+    if "seeds" in samples[0]:
+        batch["seeds"] = np.array([sample["seeds"] for sample in samples])
+    return batch
+
+
+def mix_images(
+    pixel_values: torch.Tensor, labels: torch.Tensor | None, seed: int, num_labels: int, mixup: float, cutmix: float
+) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """
+    Mixup (Zhang et al., 2018) or CutMix (Yun et al., 2019) of each image with its neighbour in the batch; where both
+    are on, one of them by a fair coin, as in DeiT's code.
+
+    Args:
+        pixel_values (`torch.Tensor` of shape `(B, 3, height, width)`)
+        labels (`torch.Tensor` of shape `(B,)`, *optional*): label ids.
+        seed (`int`): decides the coin, the share of each image and the box.
+        num_labels (`int`): K.
+        mixup, cutmix (`float`): alpha of the Beta distribution of the share; 0 turns it off.
+
+    Returns:
+        The mixed images, and the labels as distributions of shape `(B, K)` (ids where nothing is mixed).
+    """
+    if mixup <= 0 and cutmix <= 0:
+        return pixel_values, labels
+    has_labels = labels is not None
+    if not has_labels:  # torchvision's transforms mix labels whatever
+        labels = torch.zeros(len(pixel_values), dtype=torch.long, device=pixel_values.device)
+    with seeded(seed):
+        use_cutmix = cutmix > 0 and (mixup <= 0 or torch.rand(()).item() < 0.5)
+        mix = v2.CutMix if use_cutmix else v2.MixUp
+        pixel_values, labels = mix(alpha=cutmix if use_cutmix else mixup, num_classes=num_labels)(pixel_values, labels)
+    return pixel_values, labels if has_labels else None
+
+
+class TrainSampler(torch.utils.data.Sampler):
+    """
+    The keys of an epoch, for all processes together: `(index, seed)` pairs in random order.
+
+    Args:
+        num_images (`int`): size of the dataset.
+        batch_size (`int`): images in a step of all processes. The rest that does not fill one is left out (other
+            images each epoch), so that all batches have one shape; only a dataset smaller than a batch is taken whole.
+        seed (`int`): of the run.
+        repeats (`int`, *optional*, defaults to 1): repeated augmentation (Hoffer et al., 2020): each image comes
+            this often in the batch, differently augmented, and an epoch sees as many images as without.
+    """
+
+    def __init__(self, num_images: int, batch_size: int, seed: int, repeats: int = 1):
+        self.num_images = num_images
+        self.num_samples = num_images // batch_size * batch_size or num_images
+        self.seed = seed
+        self.repeats = repeats
+        self.epoch = 0
+
+    def set_epoch(self, epoch: int) -> None:
+        self.epoch = epoch
+
+    def __len__(self) -> int:
+        return self.num_samples
+
+    def __iter__(self) -> Iterator[tuple[int, int]]:
+        state = np.random.SeedSequence([self.seed, self.epoch]).generate_state(1, np.uint64)
+        generator = torch.Generator().manual_seed(int(state[0] >> np.uint64(1)))
+        order = torch.randperm(self.num_images, generator=generator).repeat_interleave(self.repeats)
+        seeds = torch.randint(2**62, (self.num_samples,), generator=generator)
+        yield from zip(order[: self.num_samples].tolist(), seeds.tolist(), strict=True)

@@ -1,0 +1,248 @@
+"""`DistillationTrainer`: transformers' `Trainer` with a teacher in its loss, and its arguments."""
+
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import evaluate
+import torch
+from transformers import Trainer, TrainerCallback, TrainingArguments
+from transformers.trainer_utils import EvalPrediction
+
+from .configuration_deit_ti import READOUTS
+from .data import TrainSampler, UserError, collate_images, mix_images
+from .distillation import MODES, DistillMode, distillation_loss, label_loss, resolve_mode
+
+
+METRIC = Path(__file__).parent / "metrics" / "top_k_accuracy.py"
+
+
+@dataclass
+class DistillationTrainingArguments(TrainingArguments):
+    """`TrainingArguments` with DeiT's recipe as defaults (paper, table 9) and the options of distillation."""
+
+    output_dir: str | None = field(
+        default=None, metadata={"help": "Where the run goes. Default: outputs/<model>-<dataset>-<mode>."}
+    )
+    distill_mode: str = field(
+        default="none", metadata={"help": "What teaches which head; see the README's table.", "choices": list(MODES)}
+    )
+    teacher_targets: str | None = field(
+        default=None,
+        metadata={
+            "help": "What the token modes learn from the teacher: its decision or its distribution.",
+            "choices": ["hard", "soft"],
+        },
+    )
+    single_token: bool = field(
+        default=False,
+        metadata={
+            "help": "Modes class and distill: a network with that token alone, taught by the labels or the teacher."
+        },
+    )
+    distillation_alpha: float | None = field(
+        default=None, metadata={"help": "Weight of the teacher's term, 0 to 1. Default: the mode's."}
+    )
+    distillation_temperature: float | None = field(
+        default=None, metadata={"help": "Temperature of soft targets. Default: 3."}
+    )
+    mixup: float = field(default=0.8, metadata={"help": "Mixup's alpha; 0 turns it off."})
+    cutmix: float = field(default=1.0, metadata={"help": "CutMix's alpha; 0 turns it off."})
+    repeated_augmentation: int = field(
+        default=3, metadata={"help": "How often each image comes in a batch, differently augmented; 1 turns it off."}
+    )
+
+    per_device_train_batch_size: int = field(default=128, metadata={"help": "Training batch size of each device."})
+    per_device_eval_batch_size: int = field(default=256, metadata={"help": "Evaluation batch size of each device."})
+    num_train_epochs: float = field(default=20.0, metadata={"help": "Number of training epochs."})
+    learning_rate: float = field(
+        default=5e-4,
+        metadata={"help": "Peak learning rate. (The paper's rule is 5e-4 x batch / 512, for 300 epochs.)"},
+    )
+    weight_decay: float = field(
+        default=0.05, metadata={"help": "Of all weights but biases, norms, tokens and positions."}
+    )
+    lr_scheduler_type: str = field(default="cosine", metadata={"help": "Learning rate schedule."})
+    warmup_steps: float = field(
+        default=0.1, metadata={"help": "Steps of linear warm-up; below 1, a share of all steps."}
+    )
+    label_smoothing_factor: float = field(default=0.1, metadata={"help": "Smoothing of the true labels."})
+    logging_strategy: str = field(default="epoch", metadata={"help": "When to log: no, steps or epoch."})
+    eval_strategy: str = field(default="epoch", metadata={"help": "When to evaluate: no, steps or epoch."})
+    save_strategy: str = field(default="epoch", metadata={"help": "When to save a checkpoint: no, steps or epoch."})
+    save_total_limit: int | None = field(default=2, metadata={"help": "How many checkpoints are kept."})
+    # The model takes fewer columns than the loader's batches have: the seeds go to the augmentation.
+    remove_unused_columns: bool = field(default=False, metadata={"help": "Has to be false here."})
+
+    def __post_init__(self):
+        if self.output_dir is None:
+            self.output_dir = "outputs"
+        if self.fp16 and not (torch.cuda.is_available() or torch.backends.mps.is_available()):
+            raise UserError("--fp16: there is no GPU here. Leave it out, or use --bf16 --use_cpu.")
+        self.mode = resolve_mode(
+            self.distill_mode,
+            single_token=self.single_token,
+            teacher_targets=self.teacher_targets,
+            alpha=self.distillation_alpha,
+            temperature=self.distillation_temperature,
+        )
+        for name in ("mixup", "cutmix"):
+            if getattr(self, name) < 0:
+                raise UserError(f"--{name} {getattr(self, name)}: an alpha is 0 or more.")
+        if self.repeated_augmentation < 1:
+            raise UserError(f"--repeated_augmentation {self.repeated_augmentation}: it is 1 or more.")
+        if not 0 <= self.label_smoothing_factor < 1:
+            raise UserError(f"--label_smoothing_factor {self.label_smoothing_factor}: it is 0 or more and below 1.")
+        super().__post_init__()
+        if self.device.type == "cpu":
+            self.dataloader_pin_memory = False  # there is no device to copy to; torch would warn
+
+    @property
+    def total_train_batch_size(self) -> int:
+        """Images in one step of the optimizer, all processes together."""
+        return self.train_batch_size * self.gradient_accumulation_steps * self.world_size
+
+
+class _SetEpoch(TrainerCallback):
+    """Tells the sampler its epoch. The loaders that accelerate wraps around it do not, where one skips the first
+    batches of a resumed epoch in several processes."""
+
+    def __init__(self, sampler: TrainSampler):
+        self.sampler = sampler
+
+    def on_epoch_begin(self, args, state, control, **kwargs):
+        self.sampler.set_epoch(int(state.epoch or 0))
+
+
+class DistillationTrainer(Trainer):
+    """
+    A `Trainer` whose loss is that of a [`DistillMode`].
+
+    The teacher is an attribute, not a part of the model: it gets no gradient, is in no optimizer and no checkpoint,
+    and no wrapper (DDP, FSDP, DeepSpeed) sees it.
+
+    Args:
+        args ([`DistillationTrainingArguments`])
+        teacher (`Callable`, *optional*): maps `pixel_values` as the student sees them to logits `(B, num_labels)` in
+            the student's order of labels; `teacher.Teacher` is one. Needed where `args.mode` has a teacher.
+
+    The others are those of `Trainer`. `train_dataset` takes the keys of [`TrainSampler`], as `TrainImages` does.
+    """
+
+    # The loss is a mean over each batch, so the Trainer has to divide it by the number of accumulated batches.
+    loss_is_scaled_for_ga = False
+
+    def __init__(self, *args, teacher=None, **kwargs):
+        super().__init__(
+            *args,
+            data_collator=collate_images,
+            compute_metrics=self._accuracies,
+            preprocess_logits_for_metrics=self._ranked_labels,
+            **kwargs,
+        )
+        self.model_accepts_loss_kwargs = False  # whatever the model's signature: the loss is ours, see above
+        self.mode: DistillMode = self.args.mode
+        self.num_labels: int = self.model.config.num_labels
+        self.teacher = teacher
+        if teacher is not None:
+            dtype = {"fp16": torch.float16, "bf16": torch.bfloat16}.get(self.args.mixed_precision, torch.float32)
+            teacher.to(self.args.device, dtype)
+        self.metric = evaluate.load(str(METRIC), keep_in_memory=True)
+        self._step_sums: dict[str, torch.Tensor] = {}
+        self._steps_summed = 0
+
+    # ---- Training ----
+
+    def _get_train_sampler(self, train_dataset=None) -> TrainSampler:
+        sampler = TrainSampler(
+            len(train_dataset if train_dataset is not None else self.train_dataset),
+            self.args.train_batch_size * self.args.world_size,
+            self.args.data_seed if self.args.data_seed is not None else self.args.seed,
+            self.args.repeated_augmentation,
+        )
+        self.remove_callback(_SetEpoch)
+        self.add_callback(_SetEpoch(sampler))
+        return sampler
+
+    def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
+        """The mode's loss in training; in evaluation the plain cross-entropy of `logits`, which all modes share."""
+        pixel_values, labels = inputs["pixel_values"], inputs.get("labels")
+        if not model.training:
+            outputs = model(pixel_values=pixel_values)
+            loss = label_loss(outputs["logits"], labels)
+            return (loss, outputs) if return_outputs else loss
+
+        pixel_values, labels = mix_images(
+            pixel_values, labels, int(inputs["seeds"][0]), self.num_labels, self.args.mixup, self.args.cutmix
+        )
+        teacher_logits = self.teacher(pixel_values) if self.mode.has_teacher else None
+        outputs = model(pixel_values=pixel_values)
+        # A model of another kind has one head and no names for it.
+        has_heads = "class_logits" in outputs or "distillation_logits" in outputs
+        parts = distillation_loss(
+            self.mode,
+            class_logits=outputs.get("class_logits") if has_heads else outputs["logits"],
+            distillation_logits=outputs.get("distillation_logits"),
+            labels=labels,
+            teacher_logits=teacher_logits,
+            label_smoothing=self.args.label_smoothing_factor,
+        )
+        logged = {"label_loss": parts.label_loss, "distillation_loss": parts.distillation_loss}
+        if teacher_logits is not None:
+            agree = outputs["logits"].argmax(dim=-1) == teacher_logits.argmax(dim=-1)
+            logged["teacher_agreement"] = agree.float().mean()
+        for name, value in logged.items():
+            if value is not None:
+                self._step_sums[name] = self._step_sums.get(name, 0) + value.detach()
+        self._steps_summed += 1
+        return (parts.loss, outputs) if return_outputs else parts.loss
+
+    def get_decay_parameter_names(self, model) -> list[str]:
+        """As DeiT's `no_weight_decay`: tokens and positions do not decay either."""
+        names = super().get_decay_parameter_names(model)
+        return [name for name in names if not name.endswith(("_token", "position_embeddings", "pos_embed"))]
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        """Adds the means since the last log of the loss's parts and of how often teacher and student agree."""
+        if "loss" in logs and self._steps_summed:
+            for name, total in self._step_sums.items():
+                mean = self.accelerator.reduce(total / self._steps_summed, reduction="mean")
+                logs[name] = mean.item()
+            self._step_sums, self._steps_summed = {}, 0
+        super().log(logs, start_time)
+
+    # ---- Evaluation ----
+
+    def _ranked_labels(self, logits: torch.Tensor | tuple[torch.Tensor, ...], labels: torch.Tensor) -> torch.Tensor:
+        """The five likeliest labels of each read-out, (B, read-outs, 5): all that is kept of an evaluated batch."""
+        readouts = [logits] if isinstance(logits, torch.Tensor) else [logits[0]]
+        if len(self._readout_names) > 1:
+            _, class_logits, distillation_logits = logits
+            readouts += [class_logits, distillation_logits, (class_logits + distillation_logits) / 2]
+        return torch.stack(readouts, dim=1).topk(min(5, self.num_labels), dim=-1).indices
+
+    @property
+    def _readout_names(self) -> list[str]:
+        """Endings of the metrics' names: none for what the model predicts with, then every read-out it has."""
+        two_heads = len(getattr(self.model.config, "tokens", ())) == 2
+        return ["", *(f"_{name}" for name in READOUTS)] if two_heads else [""]
+
+    def _accuracies(self, prediction: EvalPrediction) -> dict[str, float]:
+        metrics = {}
+        for index, name in enumerate(self._readout_names):
+            ranked = prediction.predictions[:, index]
+            for k, ending in ((1, ""), (5, "_top5")):
+                result = self.metric.compute(predictions=ranked, references=prediction.label_ids, k=k)
+                metrics[f"accuracy{name}{ending}"] = result["accuracy"]
+        return metrics
+
+    @torch.no_grad()
+    def measure_teacher(self) -> float:
+        """Top-1 accuracy of the teacher on the evaluation split, on the images as the student sees them."""
+        hits = []
+        for inputs in self.get_eval_dataloader():
+            predicted = self.teacher(inputs["pixel_values"].to(self.args.device)).argmax(dim=-1)
+            hits.append(self.accelerator.gather_for_metrics(predicted == inputs["labels"].to(self.args.device)))
+        return torch.cat(hits).float().mean().item()
+
+
+__all__ = ["DistillationTrainer", "DistillationTrainingArguments"]

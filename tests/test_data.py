@@ -1,0 +1,379 @@
+"""Datasets in, tensors out: every source, every kind of image, every mistake, and what is random in between."""
+
+import io
+import random
+
+import numpy as np
+import pytest
+import torch
+from datasets import ClassLabel, Dataset, DatasetDict, Features, Image, Value
+from PIL import Image as PILImage
+from timm.data.constants import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
+from torch.utils.data import DataLoader
+
+from modeling_deit_ti.data import (
+    DataArguments,
+    EvalImages,
+    TrainImages,
+    TrainSampler,
+    UserError,
+    collate_images,
+    load_images,
+    make_image_processor,
+    make_train_transform,
+    mix_images,
+    to_rgb,
+)
+
+
+def picture(seed: int, size: tuple[int, int] = (12, 10)) -> PILImage.Image:
+    return PILImage.fromarray(np.random.default_rng(seed).integers(0, 256, (*size, 3), dtype=np.uint8))
+
+
+def write_parquet(folder, labels=(0, 1, 0, 1), names=("cat", "dog"), split="train", kind=None, **columns) -> None:
+    """A split as one Parquet file, as `push_to_hub` lays it out."""
+    folder.mkdir(exist_ok=True)
+    values = {"image": [picture(i) for i in range(len(labels))], "label": list(labels), **columns}
+    features = Features({"image": Image(), "label": kind or ClassLabel(names=list(names))})
+    Dataset.from_dict(values, features=features).to_parquet(folder / f"{split}-00000-of-00001.parquet")
+
+
+def load(folder, **arguments):
+    return load_images(DataArguments(dataset_name=str(folder), **arguments))
+
+
+def pixels(row) -> np.ndarray:
+    return np.frombuffer(row["pixels"], np.uint8).reshape(row["height"], row["width"], 3)
+
+
+# ---- Sources ----
+
+
+def test_digits_need_no_network():
+    data = load("digits")
+    assert (len(data.train), len(data.evaluation), data.eval_split) == (1438, 359, "test")
+    assert data.label_names == [str(digit) for digit in range(10)]
+    first = pixels(data.train[0])
+    assert first.shape == (8, 8, 3) and first.max() == 255 * 15 // 16 and data.train[0]["label"] == 0
+
+
+def test_a_parquet_folder_loads(tmp_path):
+    write_parquet(tmp_path / "data", split="train")
+    write_parquet(tmp_path / "data", labels=[1, 0], split="test")
+    data = load(tmp_path / "data")
+    assert (data.train["label"][:], data.evaluation["label"][:]) == ([0, 1, 0, 1], [1, 0])
+    assert (data.label_names, data.eval_split) == (["cat", "dog"], "test")
+    np.testing.assert_array_equal(pixels(data.train[2]), np.asarray(picture(2)))
+
+
+def test_a_folder_of_images_by_class_loads_and_holds_a_share_out(tmp_path):
+    for name in ("ant", "bee"):
+        (tmp_path / "photos" / name).mkdir(parents=True)
+        for i in range(10):
+            picture(i).save(tmp_path / "photos" / name / f"{i}.png")
+    data = load(tmp_path / "photos", train_val_split=0.25)
+    assert data.label_names == ["ant", "bee"] and data.eval_split == "train (held out)"
+    assert (len(data.train), len(data.evaluation)) == (15, 5)
+
+
+def test_what_save_to_disk_wrote_loads(tmp_path):
+    features = Features({"image": Image(), "label": ClassLabel(names=["a", "b"])})
+    split = Dataset.from_dict({"image": [picture(0), picture(1)], "label": [0, 1]}, features=features)
+    DatasetDict({"train": split, "validation": split}).save_to_disk(tmp_path / "saved")
+    assert load(tmp_path / "saved").eval_split == "validation"
+
+
+@pytest.mark.parametrize(
+    ("labels", "kind", "names", "ids"),
+    [
+        (["dog", "cat", "dog", "emu"], Value("string"), ["cat", "dog", "emu"], [1, 0, 1, 2]),
+        ([2, 0, 1, 2], Value("int64"), ["0", "1", "2"], [2, 0, 1, 2]),
+    ],
+)
+def test_labels_without_a_class_feature_get_names(tmp_path, labels, kind, names, ids):
+    for split in ("train", "test"):
+        write_parquet(tmp_path / "data", labels=labels, kind=kind, split=split)
+    data = load(tmp_path / "data")
+    assert (data.label_names, data.train["label"][:], data.evaluation["label"][:]) == (names, ids, ids)
+
+
+def test_the_same_labels_in_another_order_are_aligned(tmp_path):
+    write_parquet(tmp_path / "data", labels=[0, 1], names=["cat", "dog"], split="train")
+    write_parquet(tmp_path / "data", labels=[0, 1], names=["dog", "cat"], split="test")
+    data = load(tmp_path / "data")
+    assert (data.label_names, data.evaluation["label"][:]) == (["cat", "dog"], [1, 0])
+
+
+def test_a_subset_is_drawn_from_all_rows_and_is_always_the_same():
+    subset, again = (load("digits", max_train_samples=100, max_eval_samples=50) for _ in range(2))
+    assert (len(subset.train), len(subset.evaluation)) == (100, 50)
+    assert subset.train["label"][:] == again.train["label"][:] and len(set(subset.train["label"][:])) == 10
+    assert subset.fingerprint == again.fingerprint
+
+
+def test_the_fingerprint_follows_pixels_and_labels_but_not_the_folder(tmp_path):
+    for name, labels in (("a", [0, 1, 0, 1]), ("b", [0, 1, 0, 1]), ("c", [0, 1, 1, 1])):
+        write_parquet(tmp_path / name, labels=labels)
+        write_parquet(tmp_path / name, split="test")
+    a, b, c = (load(tmp_path / name).fingerprint for name in "abc")
+    assert a == b != c
+
+
+def test_training_without_labels_takes_images_that_have_none(tmp_path):
+    (tmp_path / "data").mkdir()
+    Dataset.from_dict({"image": [picture(0)]}, features=Features({"image": Image()})).to_parquet(
+        tmp_path / "data" / "train-0.parquet"
+    )
+    write_parquet(tmp_path / "data", split="test")
+    try:  # one schema for both splits, or two: datasets decides, and says so itself
+        data = load_images(DataArguments(dataset_name=str(tmp_path / "data")), labels_needed=False)
+    except UserError as error:
+        pytest.fail(str(error))
+    assert "label" not in data.train.column_names and data.label_names == ["cat", "dog"]
+
+
+def test_training_without_labels_takes_rows_without_a_label(tmp_path):
+    write_parquet(tmp_path / "data", labels=[0, None, -1, 1])
+    write_parquet(tmp_path / "data", split="test")
+    data = load_images(DataArguments(dataset_name=str(tmp_path / "data")), labels_needed=False)
+    assert len(data.train) == 4 and "label" not in data.train.column_names
+
+
+# ---- Mistakes ----
+
+
+def broken_image(folder):
+    write_parquet(folder, split="test")
+    good = io.BytesIO()
+    picture(0).save(good, "PNG")
+    images = [{"bytes": good.getvalue(), "path": None}, {"bytes": good.getvalue()[:60], "path": None}]
+    features = Features({"image": Image(decode=False), "label": ClassLabel(names=["cat", "dog"])})
+    rows = Dataset.from_dict({"image": images, "label": [0, 1]}, features=features)
+    rows.cast_column("image", Image()).to_parquet(folder / "train-00000-of-00001.parquet")
+
+
+def splits(train: dict, test: dict):
+    def write(folder):
+        write_parquet(folder, **train)
+        write_parquet(folder, split="test", **test)
+
+    return write
+
+
+@pytest.mark.parametrize(
+    ("write", "arguments", "message"),
+    [
+        (broken_image, {}, r"Split `train`, row 1: the image in column 'image' cannot be decoded"),
+        (splits({"labels": [0, 1, None]}, {}), {}, "Split `train`, row 2: the label is missing"),
+        (splits({}, {"labels": [0, -1]}), {}, "Split `test`, row 1: the label is -1"),
+        (splits({"names": ["cat", "dog"]}, {"names": ["cat", "emu"]}), {}, "labels differ: 'dog', 'emu' in one only"),
+        (
+            splits({"labels": ["a", "b"], "kind": Value("string")}, {"labels": ["a", "c"], "kind": Value("string")}),
+            {},
+            "labels differ: evaluation has 'c'",
+        ),
+        (
+            splits({"labels": [0, 1], "kind": Value("int64")}, {"labels": [0, 7], "kind": Value("int64")}),
+            {},
+            "labels differ: evaluation has 7",
+        ),
+        (splits({"labels": [0, 0], "names": ["cat"]}, {"labels": [0], "names": ["cat"]}), {}, "classifying takes two"),
+        (splits({}, {}), {"image_column_name": "photo"}, "no such column; there are image, label"),
+        (splits({}, {}), {"label_column_name": "kind"}, "no such column; there are image, label"),
+        (splits({}, {}), {"image_column_name": "label"}, "holds ClassLabel, not images; image does"),
+        (splits({}, {}), {"label_column_name": "image"}, "holds Image; labels are class labels, strings or integers"),
+    ],
+)
+def test_a_mistake_in_the_data_is_named(tmp_path, write, arguments, message):
+    write(tmp_path / "data")
+    with pytest.raises(UserError, match=message):
+        load(tmp_path / "data", **arguments)
+
+
+def test_a_dataset_that_is_nowhere_is_an_error_that_says_how_to_run_offline(tmp_path):
+    with pytest.raises(UserError, match="there is no such folder"):
+        load(tmp_path / "missing")
+    with pytest.raises(UserError, match="(?s)nobody/nothing.*To run offline"):
+        load("nobody/nothing")
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(UserError, match="neither a readable local folder nor reachable"):
+        load(tmp_path / "empty")
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        {"max_train_samples": 0},
+        {"horizontal_flip": 1.5},
+        {"random_erasing": -1},
+        {"train_val_split": 1.0},
+        {"eval_crop_ratio": 0.0},
+    ],
+)
+def test_arguments_out_of_range_are_refused_by_their_flag(arguments):
+    with pytest.raises(UserError, match=f"--{next(iter(arguments))}"):
+        DataArguments(**arguments)
+
+
+# ---- Kinds of images ----
+
+
+@pytest.mark.parametrize("mode", ["1", "L", "LA", "P", "RGB", "RGBA", "CMYK", "YCbCr"])
+def test_every_kind_of_image_becomes_rgb(mode):
+    image = picture(0).convert(mode)
+    assert to_rgb(image).mode == "RGB"
+    np.testing.assert_array_equal(np.asarray(to_rgb(image)), np.asarray(image.convert("RGB")))
+
+
+@pytest.mark.parametrize("dtype", [np.uint16, np.int32])
+def test_sixteen_bits_are_scaled_to_eight(dtype, tmp_path):
+    values = np.array([[0, 257, 25_700, 65_535]], dtype=dtype)
+    PILImage.fromarray(values).save(tmp_path / "deep.png" if dtype == np.uint16 else tmp_path / "deep.tiff")
+    image = to_rgb(PILImage.open(next(tmp_path.iterdir())))
+    assert np.asarray(image)[0, :, 0].tolist() == [0, 1, 100, 255]
+
+
+def test_an_image_with_an_orientation_tag_is_turned_upright(tmp_path):
+    folder = tmp_path / "data"
+    for split in ("train", "test"):
+        for name in ("a", "b"):
+            (folder / split / name).mkdir(parents=True)
+            exif = PILImage.Exif()
+            exif[0x0112] = 6  # turn by 270 degrees
+            picture(0, (4, 9)).save(folder / split / name / "0.png", exif=exif)
+    row = load(folder).train[0]
+    np.testing.assert_array_equal(pixels(row), np.rot90(np.asarray(picture(0, (4, 9))), -1))
+
+
+# ---- Model inputs ----
+
+
+def normalised(image: PILImage.Image) -> torch.Tensor:
+    values = (np.asarray(image) / 255 - np.array(IMAGENET_DEFAULT_MEAN)) / np.array(IMAGENET_DEFAULT_STD)
+    return torch.tensor(values, dtype=torch.float32).permute(2, 0, 1)
+
+
+def plain(**arguments) -> DataArguments:
+    return DataArguments(
+        **{"crop": "none", "horizontal_flip": 0, "auto_augment": "none", "random_erasing": 0, **arguments}
+    )
+
+
+def test_with_every_part_switched_off_training_sees_the_normalised_image():
+    transform = make_train_transform(plain(), 16)
+    torch.testing.assert_close(transform(picture(0, (16, 16))), normalised(picture(0, (16, 16))))
+
+
+def test_each_part_of_the_recipe_can_be_switched_on_alone():
+    image = picture(0, (16, 16))
+    for part in (
+        {"horizontal_flip": 1.0},
+        {"crop": "padded"},
+        {"crop": "resized"},
+        {"auto_augment": "rand-m9-mstd0.5-inc1"},
+        {"random_erasing": 1.0},
+    ):
+        torch.manual_seed(3), random.seed(3), np.random.seed(3)
+        result = make_train_transform(plain(**part), 16)(image)
+        assert result.shape == (3, 16, 16) and not torch.equal(result, normalised(image)), part
+    flipped = make_train_transform(plain(horizontal_flip=1.0), 16)(image)
+    torch.testing.assert_close(flipped, normalised(image).flip(-1))
+
+
+def test_crops_are_padded_up_to_32_pixels_and_resized_above():
+    assert [DataArguments().crop_at(size) for size in (32, 33, 224)] == ["padded", "resized", "resized"]
+
+
+def test_evaluation_resizes_the_shorter_edge_and_takes_the_centre():
+    processor = make_image_processor(DataArguments(), 224)
+    assert processor.size["shortest_edge"] == 256 and processor.crop_size["height"] == 224
+    data = load("digits", max_eval_samples=4)
+    images = EvalImages(data.evaluation, make_image_processor(plain(), 8))
+    expected = normalised(PILImage.fromarray(pixels(data.evaluation[1])))
+    torch.testing.assert_close(images[1]["pixel_values"], expected, atol=1e-6, rtol=0)
+    assert images[1]["labels"] == data.evaluation[1]["label"]
+
+
+def test_an_images_augmentation_depends_on_its_seed_alone():
+    data = load("digits", max_train_samples=40)
+    images = TrainImages(data.train, make_train_transform(DataArguments(), 32))
+    keys = list(TrainSampler(40, 8, seed=5))
+    alone = torch.stack([images[key]["pixel_values"] for key in keys])
+    for workers in (0, 2):
+        loader = DataLoader(images, batch_size=8, sampler=keys, collate_fn=collate_images, num_workers=workers)
+        torch.testing.assert_close(torch.cat([batch["pixel_values"] for batch in loader]), alone, atol=0, rtol=0)
+    assert not torch.equal(images[keys[0]]["pixel_values"], images[(keys[0][0], 1)]["pixel_values"])
+
+
+def test_augmentation_leaves_the_global_generators_alone():
+    images = TrainImages(load("digits", max_train_samples=4).train, make_train_transform(DataArguments(), 32))
+    draws = []
+    for augment in (False, True):
+        torch.manual_seed(0), random.seed(0), np.random.seed(0)
+        if augment:
+            images[(0, 99)]
+        draws.append((torch.rand(()).item(), random.random(), np.random.rand()))
+    assert draws[0] == draws[1]
+
+
+def test_an_epoch_covers_every_image_once_in_full_batches():
+    sampler = TrainSampler(num_images=103, batch_size=10, seed=0)
+    epochs = []
+    for epoch in range(2):
+        sampler.set_epoch(epoch)
+        epochs.append(list(sampler))
+        indices = [index for index, _ in epochs[-1]]
+        assert len(indices) == len(sampler) == 100 == len(set(indices))
+        assert len({seed for _, seed in epochs[-1]}) == 100
+    assert epochs[0] != epochs[1]
+    sampler.set_epoch(0)
+    assert list(sampler) == epochs[0]
+    assert list(TrainSampler(103, 10, seed=1)) != epochs[0]
+    assert len(TrainSampler(num_images=7, batch_size=10, seed=0)) == 7
+
+
+def test_repeated_augmentation_shows_each_image_three_times_with_other_seeds():
+    keys = list(TrainSampler(num_images=90, batch_size=10, seed=0, repeats=3))
+    assert len(keys) == 90 and len({index for index, _ in keys}) == 30 and len({seed for _, seed in keys}) == 90
+    assert all(keys[i][0] == keys[i + 1][0] == keys[i + 2][0] for i in range(0, 90, 3))
+
+
+def test_mixup_blends_neighbours_and_their_labels_by_the_same_share():
+    images, labels = torch.randn(5, 3, 8, 8), torch.tensor([0, 1, 2, 3, 0])
+    mixed, targets = mix_images(images, labels, seed=1, num_labels=4, mixup=0.8, cutmix=0)
+    one_hot, neighbours = torch.eye(4)[labels], torch.eye(4)[labels.roll(1)]
+    share = targets[1, 1].item()
+    torch.testing.assert_close(targets, share * one_hot + (1 - share) * neighbours)
+    torch.testing.assert_close(mixed, share * images + (1 - share) * images.roll(1, 0))
+
+
+def test_cutmix_pastes_a_box_and_weighs_labels_by_its_area():
+    images, labels = torch.zeros(4, 3, 16, 16), torch.tensor([0, 1, 2, 3])
+    images += labels.view(4, 1, 1, 1)
+    mixed, targets = mix_images(images, labels, seed=3, num_labels=4, mixup=0, cutmix=1.0)
+    own = (mixed == images).float().mean(dim=(1, 2, 3))
+    assert 0 < own[0] < 1 and set(mixed.unique().tolist()) <= {0.0, 1.0, 2.0, 3.0}
+    torch.testing.assert_close(targets.gather(1, labels[:, None])[:, 0], own)
+    torch.testing.assert_close(targets.sum(1), torch.ones(4))
+
+
+def test_mixing_is_a_fair_coin_follows_its_seed_and_spares_the_generators():
+    images, labels = torch.rand(2, 1, 8, 8), torch.tensor([0, 1])
+    torch.manual_seed(0)
+    before = torch.get_rng_state()
+    kinds = []
+    for seed in range(200):
+        mixed, _ = mix_images(images, labels, seed, 2, mixup=0.8, cutmix=1.0)
+        torch.testing.assert_close(mixed, mix_images(images, labels, seed, 2, 0.8, 1.0)[0], atol=0, rtol=0)
+        pasted = ((mixed == images) | (mixed == images.roll(1, 0))).all()
+        kinds.append(bool(pasted))
+    assert 70 < sum(kinds) < 130
+    assert torch.equal(torch.get_rng_state(), before)
+
+
+def test_mixing_takes_images_without_labels_and_can_be_off():
+    images = torch.rand(4, 3, 8, 8)
+    mixed, labels = mix_images(images, None, 0, 4, mixup=0.8, cutmix=0)
+    assert labels is None and not torch.equal(mixed, images)
+    unmixed, ids = mix_images(images, torch.tensor([0, 1, 2, 3]), 0, 4, mixup=0, cutmix=0)
+    assert unmixed is images and ids.dtype == torch.long
