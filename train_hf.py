@@ -17,6 +17,7 @@ from pathlib import Path
 
 import timm
 import yaml
+from huggingface_hub import HfApi, snapshot_download
 from transformers import HfArgumentParser, set_seed
 from transformers.trainer_utils import get_last_checkpoint
 
@@ -24,14 +25,49 @@ from modeling_deit_ti import DeiTTiConfig, DeiTTiForImageClassification
 from modeling_deit_ti.data import (
     DataArguments,
     EvalImages,
+    ImageData,
     TrainImages,
     UserError,
     load_images,
     make_image_processor,
     make_train_transform,
+    read_image,
+)
+from modeling_deit_ti.distillation import DistillMode
+from modeling_deit_ti.interop import load_student, save_transformers
+from modeling_deit_ti.model_card import (
+    CURVES_FILE,
+    EXAMPLE_FILE,
+    DatasetRecord,
+    RunRecord,
+    TeacherRecord,
+    describe_hardware,
+    plot_training_curves,
+    write_model_card,
 )
 from modeling_deit_ti.teacher import TeacherArguments, check_better_than_chance, new_timm_classifier, prepare_teacher
 from modeling_deit_ti.trainer import DistillationTrainer, DistillationTrainingArguments
+
+
+# What a card shows of the training arguments.
+HYPERPARAMETERS = (
+    "num_train_epochs",
+    "max_steps",
+    "per_device_train_batch_size",
+    "gradient_accumulation_steps",
+    "learning_rate",
+    "lr_scheduler_type",
+    "warmup_steps",
+    "optim",
+    "weight_decay",
+    "max_grad_norm",
+    "label_smoothing_factor",
+    "mixup",
+    "cutmix",
+    "repeated_augmentation",
+    "load_best_model_at_end",
+    "seed",
+)
 
 
 @dataclass
@@ -48,6 +84,9 @@ class ModelArguments:
     image_size: int = field(default=224, metadata={"help": "Height and width of the student's input, in pixels."})
     patch_size: int = field(default=16, metadata={"help": "Height and width of a patch, in pixels."})
     drop_path_rate: float = field(default=0.1, metadata={"help": "Stochastic depth of the last block."})
+    license: str = field(
+        default="unknown", metadata={"help": "License of the trained weights, for the card, such as apache-2.0."}
+    )
 
     def __post_init__(self):
         if self.image_size < 1 or self.patch_size < 1:
@@ -69,45 +108,49 @@ Arguments = tuple[ModelArguments, DataArguments, TeacherArguments, DistillationT
 
 
 def main() -> None:
-    model_args, data_args, teacher_args, training_args = parse_arguments(sys.argv[1:])
+    groups = model_args, data_args, teacher_args, training_args = parse_arguments(sys.argv[1:])
     mode = training_args.mode
     checkpoint = checkpoint_to_resume(training_args)
+    if training_args.push_to_hub and training_args.process_index == 0:
+        check_hub_access(training_args)
 
     with training_args.main_process_first(desc="loading the images"):
         data = load_images(data_args, labels_needed=mode.needs_labels)
     image_processor = make_image_processor(data_args, model_args.image_size)
 
-    teacher, teacher_facts = None, {}
+    teacher = teacher_path = teacher_record = None
     if mode.has_teacher:
-        teacher, teacher_facts = prepare_teacher(
+        teacher, teacher_path, teacher_facts = prepare_teacher(
             teacher_args, data, data_args, training_args, image_processor, model_args.image_size
         )
 
     set_seed(training_args.seed)  # the same student, whether a teacher was fitted before it or not
+    student, not_taken_over = make_student(model_args, mode, data.label_names, image_processor)
     trainer = DistillationTrainer(
-        model=make_student(model_args, mode, data.label_names, image_processor),
+        model=student,
         args=training_args,
         teacher=teacher,
         train_dataset=TrainImages(data.train, make_train_transform(data_args, model_args.image_size)),
         eval_dataset=EvalImages(data.evaluation, image_processor),
         processing_class=image_processor,
     )
-
-    metrics = {}
-    if teacher is not None:
-        metrics["teacher_accuracy"] = trainer.measure_teacher()
-        metrics["teacher_path"] = teacher_facts["path"]
-        trainer.log({"teacher_accuracy": metrics["teacher_accuracy"]})
-        check_better_than_chance(metrics["teacher_accuracy"], data.evaluation["label"][:], teacher_facts["name"])
-
-    train_metrics = trainer.train(resume_from_checkpoint=checkpoint).metrics
-    eval_metrics = trainer.evaluate()
-
-    trainer.save_model()
-    trainer.save_state()
     if trainer.is_world_process_zero():
-        write_results(Path(training_args.output_dir), train_metrics, eval_metrics, metrics)
-        print_summary(trainer, train_metrics, eval_metrics, metrics)
+        print(*not_taken_over, sep="\n", end="\n" if not_taken_over else "")
+
+    if teacher is not None:
+        accuracy = trainer.measure_teacher()
+        check_better_than_chance(accuracy, data.evaluation["label"][:], teacher_facts["name"])
+        teacher_record = TeacherRecord(accuracy=accuracy, **teacher_facts)
+        trainer.log({"teacher_accuracy": accuracy})
+
+    results = {"train": trainer.train(resume_from_checkpoint=checkpoint).metrics, "eval": trainer.evaluate()}
+    results["all"] = results["train"] | results["eval"]
+    if teacher is not None:
+        results["all"] |= {"teacher_accuracy": accuracy, "teacher_path": teacher_path}
+
+    save_run(trainer, groups, data, teacher_record, results)
+    print_summary(trainer, teacher_record, results)
+    push(trainer)
 
 
 def parse_arguments(argv: list[str]) -> Arguments:
@@ -130,8 +173,6 @@ def parse_arguments(argv: list[str]) -> Arguments:
     if unknown:
         raise UserError(f"unknown flag {unknown[0]}{_closest(unknown[0].split('=')[0], parser)}")
     model_args, data_args, _, training_args = groups
-    if training_args.mixed_precision == "fp16" and training_args.device.type == "cpu":
-        raise UserError("fp16 is asked for (by a flag or the accelerate config), and there is no GPU here.")
     if model_args.is_timm_architecture and len(training_args.mode.tokens) > 1:
         raise UserError(
             f"--model_name_or_path {model_args.model_name_or_path} has one head, and --distill_mode "
@@ -199,6 +240,8 @@ def checkpoint_to_resume(args: DistillationTrainingArguments) -> str | None:
         return None
     if resume.lower() == "true":
         return last
+    if resume == "last-checkpoint" and not os.path.isdir(resume):
+        resume = _pushed_checkpoint(args)
     missing = [name for name in ("trainer_state.json", "model.safetensors") if not Path(resume, name).is_file()]
     if missing:
         raise UserError(
@@ -207,10 +250,51 @@ def checkpoint_to_resume(args: DistillationTrainingArguments) -> str | None:
     return resume
 
 
-def make_student(model_args: ModelArguments, mode, label_names: list[str], image_processor):
-    """The network to train, with random weights or those of `--model_name_or_path`."""
+def _pushed_checkpoint(args: DistillationTrainingArguments) -> str:
+    """The checkpoint that `--hub_strategy checkpoint` keeps on the Hub, from the output folder or fetched."""
+    local = os.path.join(args.output_dir, "last-checkpoint")
+    if os.path.isdir(local) or not args.hub_model_id:
+        return local
+    try:
+        pushed = snapshot_download(args.hub_model_id, allow_patterns="last-checkpoint/*", token=args.hub_token)
+    except Exception as error:  # of the network or the Hub
+        raise UserError(
+            f"--resume_from_checkpoint last-checkpoint: it cannot be fetched from {args.hub_model_id} "
+            f"({type(error).__name__}: {_first_line(error)})."
+        ) from error
+    return os.path.join(pushed, "last-checkpoint")
+
+
+def check_hub_access(args: DistillationTrainingArguments) -> None:
+    """
+    Creates the repository to push to, and sets `args.hub_model_id` to its full name: before training, not after it.
+
+    Raises:
+        UserError: if the Hub is not reachable, or the token is missing, invalid or may not write there.
+    """
+    api = HfApi(token=args.hub_token)
+    name = args.hub_model_id or Path(args.output_dir).absolute().name
+    try:
+        role = api.whoami().get("auth", {}).get("accessToken", {}).get("role")
+        if role == "read":
+            raise UserError("--push_to_hub: the token may only read; make one that may write.")
+        args.hub_model_id = api.create_repo(name, private=args.hub_private_repo, exist_ok=True).repo_id
+        api.auth_check(args.hub_model_id, write=True)
+    except UserError:
+        raise
+    except Exception as error:  # of the network, the Hub or the token's file: all mean that a push would fail
+        raise UserError(
+            f"--push_to_hub: cannot write to the repository {name} ({type(error).__name__}: {_first_line(error)}). "
+            "Log in with `hf auth login`, or set HF_TOKEN to a token that may write; or train without --push_to_hub "
+            "and use `hf upload` later."
+        ) from error
+
+
+def make_student(model_args: ModelArguments, mode: DistillMode, label_names: list[str], image_processor):
+    """The network to train, with random weights or those of `--model_name_or_path`, and what was not taken over."""
     if model_args.is_timm_architecture:
-        return new_timm_classifier(model_args.model_name_or_path, label_names, model_args.image_size, image_processor)
+        name = model_args.model_name_or_path
+        return new_timm_classifier(name, label_names, model_args.image_size, image_processor), []
     config = DeiTTiConfig(
         image_size=model_args.image_size,
         patch_size=model_args.patch_size,
@@ -219,43 +303,133 @@ def make_student(model_args: ModelArguments, mode, label_names: list[str], image
         label2id={name: index for index, name in enumerate(label_names)},
         **mode.network,
     )
-    return DeiTTiForImageClassification(config)
+    if model_args.model_name_or_path == "deit_ti":
+        return DeiTTiForImageClassification(config), []
+    return load_student(model_args.model_name_or_path, config)
 
 
-def write_results(folder: Path, train_metrics: dict, eval_metrics: dict, teacher_metrics: dict) -> None:
-    """`all_results.json` comes last: where it is, the run is finished."""
-    for name, metrics in (
-        ("train_results.json", train_metrics),
-        ("eval_results.json", eval_metrics),
-        ("all_results.json", {**train_metrics, **eval_metrics, **teacher_metrics}),
-    ):
-        (folder / name).write_text(json.dumps(metrics, indent=4, sort_keys=True) + "\n")
-
-
-def print_summary(
-    trainer: DistillationTrainer, train_metrics: dict, eval_metrics: dict, teacher_metrics: dict
+def save_run(
+    trainer: DistillationTrainer,
+    groups: Arguments,
+    data: ImageData,
+    teacher: TeacherRecord | None,
+    results: dict[str, dict],
 ) -> None:
-    """What a person wants to know at the end."""
-    folder = trainer.args.output_dir
-    rows = [("teacher", teacher_metrics.get("teacher_accuracy"), None)]
-    for name in trainer._readout_names:
-        rows.append(
-            (
-                f"student, {name[1:]} read-out" if name else "student",
-                eval_metrics[f"eval_accuracy{name}"],
-                eval_metrics[f"eval_accuracy{name}_top5"],
+    """The folder that a run leaves. `all_results.json` comes last: where it is, the run is finished."""
+    trainer.save_model()
+    trainer.save_state()
+    if not trainer.is_world_process_zero():
+        return
+    model_args, data_args, _, training_args = groups
+    folder = Path(training_args.output_dir)
+    if not model_args.is_timm_architecture:
+        # From the file, since a wrapped or sharded model has its weights elsewhere.
+        saved = DeiTTiForImageClassification.from_pretrained(folder, use_safetensors=True)
+        save_transformers(saved, trainer.processing_class, folder / "transformers")
+    plot_training_curves(trainer.state.log_history, folder / CURVES_FILE, teacher.accuracy if teacher else None)
+    on_hub = data_args.dataset_name != "digits" and not os.path.isdir(data_args.dataset_name)
+    example_label = None
+    if on_hub or data_args.dataset_name == "digits":  # somebody's own images are nobody else's business
+        first = data.evaluation[0]
+        read_image(first).save(folder / EXAMPLE_FILE)
+        example_label = data.label_names[first["label"]]
+    started_from = model_args.model_name_or_path
+    is_new = model_args.is_timm_architecture or started_from == "deit_ti"
+    record = RunRecord(
+        architecture=started_from if model_args.is_timm_architecture else "deit_ti",
+        num_parameters=sum(parameter.numel() for parameter in trainer.model.parameters()),
+        image_size=model_args.image_size,
+        patch_size=None if model_args.is_timm_architecture else model_args.patch_size,
+        drop_path_rate=None if model_args.is_timm_architecture else model_args.drop_path_rate,
+        mode=training_args.mode,
+        teacher=teacher,
+        dataset=DatasetRecord(
+            name=data_args.dataset_name,
+            source="hub" if on_hub else "scikit-learn" if data_args.dataset_name == "digits" else "local",
+            config_name=data_args.dataset_config_name,
+            label_names=data.label_names,
+            num_train_images=len(data.train),
+            num_eval_images=len(data.evaluation),
+            eval_split=data.eval_split,
+        ),
+        metrics=results["all"],
+        hyperparameters={
+            name: getattr(group, name)
+            for group, names in (
+                (training_args, HYPERPARAMETERS),
+                (data_args, ("crop", "horizontal_flip", "auto_augment", "random_erasing", "eval_crop_ratio")),
             )
+            for name in names
+        }
+        | {"precision": training_args.mixed_precision, "num_processes": training_args.world_size},
+        hardware=describe_hardware(training_args),
+        base_model=None if is_new else started_from,
+        base_model_on_hub=not is_new and not os.path.isdir(started_from),
+        hub_model_id=training_args.hub_model_id if training_args.push_to_hub else None,
+        license=model_args.license,
+        command=["accelerate", "launch", *sys.argv],
+        example_label=example_label,
+    )
+    record.save(folder)
+    write_model_card(record, folder)
+    for name, metrics in results.items():
+        (folder / f"{name}_results.json").write_text(json.dumps(metrics, indent=4, sort_keys=True) + "\n")
+
+
+def push(trainer: DistillationTrainer) -> None:
+    """
+    Uploads the finished run; checkpoints stay here, but for those that --hub_strategy has pushed.
+
+    Raises:
+        SystemExit: with exit code 1 if the push fails; the run is complete on disk, the message says how to push it.
+    """
+    args = trainer.args
+    if not args.push_to_hub or not trainer.is_world_process_zero():
+        return
+    unwanted = ["checkpoint-*", "last-checkpoint/*", "_*"]
+    try:
+        HfApi(token=args.hub_token).upload_folder(
+            repo_id=trainer.hub_model_id,
+            folder_path=args.output_dir,
+            commit_message="End of training",
+            ignore_patterns=unwanted,
+            revision=args.hub_revision,
         )
-    print(f"\n{'':34}{'top-1':>8}{'top-5':>8}")
-    for name, top1, top5 in rows:
-        if top1 is not None:
-            print(f"{name:34}{top1:8.2%}" + (f"{top5:8.2%}" if top5 is not None else ""))
-    minutes, seconds = divmod(train_metrics["train_runtime"], 60)
+    except Exception as error:  # whatever the network or the Hub did, nothing is lost
+        revision = f" --revision {args.hub_revision}" if args.hub_revision else ""
+        excluded = " ".join(f'--exclude "{pattern}"' for pattern in unwanted)
+        print(
+            f"train_hf.py: the run is finished and saved in {args.output_dir}, but the push failed "
+            f"({type(error).__name__}: {_first_line(error)}). Push it later with\n\n"
+            f"    hf upload {trainer.hub_model_id} {args.output_dir} .{revision} {excluded}\n",
+            file=sys.stderr,
+        )
+        raise SystemExit(1) from error
+
+
+def _first_line(error: Exception) -> str:
+    return next(iter(str(error).strip().splitlines()), "no message")
+
+
+def print_summary(trainer: DistillationTrainer, teacher: TeacherRecord | None, results: dict[str, dict]) -> None:
+    """What a person wants to know at the end."""
+    if not trainer.is_world_process_zero():
+        return
+    folder, metrics = trainer.args.output_dir, results["all"]
+    print(f"\n{'':34}{'top-1':>8}{'top-5':>9}")
+    if teacher is not None:
+        print(f"{'teacher, ' + teacher.name:34}{teacher.accuracy:8.2%}")
+    for readout in trainer.readouts:
+        name = {"": "student", "_both": "  mean of both heads"}.get(readout, f"  {readout[1:]} head")
+        print(f"{name:34}{metrics[f'eval_accuracy{readout}']:8.2%}{metrics[f'eval_accuracy{readout}_top5']:9.2%}")
+    minutes, seconds = divmod(round(metrics["train_runtime"]), 60)
+    remote_code = ", trust_remote_code=True" if isinstance(trainer.model.config, DeiTTiConfig) else ""
     print(
-        f"\nTrained in {minutes:.0f} min {seconds:.0f} s, {train_metrics['train_samples_per_second']:.0f} images/s. "
-        f"Everything is in {folder}; use it with\n\n"
-        "    from transformers import pipeline\n"
-        f'    pipeline("image-classification", "{folder}", trust_remote_code=True)("image.png")\n'
+        f"\nTrained in {minutes} min {seconds} s, {metrics['train_samples_per_second']:.0f} images/s. The model, its "
+        f"card (README.md) and its curves are in {folder}\n"
+        + (f"The teacher is in {metrics['teacher_path']}\n" if teacher is not None else "")
+        + "\n    from transformers import pipeline\n"
+        f'    print(pipeline("image-classification", "{folder}"{remote_code})("image.png"))\n'
     )
 
 

@@ -518,7 +518,8 @@ def make_train_transform(args: DataArguments, image_size: int) -> Callable[[PILI
     return transforms.Compose([first, second, last])
 
 
-def _read_image(row: dict) -> PILImage.Image:
+def read_image(row: dict) -> PILImage.Image:
+    """The RGB image of a row of [`ImageData`]'s splits."""
     if "pixels" in row:
         return PILImage.frombuffer("RGB", (row["width"], row["height"]), row["pixels"], "raw", "RGB", 0, 1)
     return to_rgb(row["image"])
@@ -562,7 +563,7 @@ class TrainImages(torch.utils.data.Dataset):
         samples = []
         for (_, seed), row in zip(keys, _rows(self.dataset, [index for index, _ in keys]), strict=True):
             with seeded(seed):
-                sample = {"pixel_values": self.transform(_read_image(row)), "seeds": seed}
+                sample = {"pixel_values": self.transform(read_image(row)), "seeds": seed}
             if "label" in row:
                 sample["labels"] = row["label"]
             samples.append(sample)
@@ -584,7 +585,7 @@ class EvalImages(torch.utils.data.Dataset):
 
     def __getitems__(self, indices: list[int]) -> list[dict]:
         rows = list(_rows(self.dataset, indices))
-        pixel_values = self.image_processor([_read_image(row) for row in rows], return_tensors="pt")["pixel_values"]
+        pixel_values = self.image_processor([read_image(row) for row in rows], return_tensors="pt")["pixel_values"]
         return [
             {"pixel_values": pixels, "labels": row["label"]} for pixels, row in zip(pixel_values, rows, strict=True)
         ]

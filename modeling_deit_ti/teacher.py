@@ -41,6 +41,8 @@ from .trainer import DistillationTrainer, DistillationTrainingArguments
 TEACHER_SEED = 42
 # Bump when the way of fitting changes in code: teachers that were fitted the old way are not reused then.
 FITTING_VERSION = 1
+RECIPE_FILE = "teacher_recipe.json"
+SHOWN_OF_RECIPE = ("num_train_epochs", "learning_rate", "batch_size", "crop", "horizontal_flip", "precision")
 
 
 @dataclass
@@ -92,7 +94,7 @@ class Teacher(nn.Module):
 
     def __init__(self, model, image_size, image_mean, image_std, student_mean, student_std, label_order=None):
         super().__init__()
-        self.model = model.eval().requires_grad_(False)
+        self.model = model.requires_grad_(False)
         self.image_size = image_size
         # One affine map takes an image from the student's normalisation to the teacher's.
         mean, std = torch.tensor(image_mean), torch.tensor(image_std)
@@ -103,6 +105,7 @@ class Teacher(nn.Module):
         self.register_buffer("shift", shift.view(3, 1, 1))
         same_order = label_order is None or label_order == list(range(model.config.num_labels))
         self.register_buffer("label_order", None if same_order else torch.tensor(label_order))
+        self.eval()
 
     def train(self, mode: bool = True) -> "Teacher":
         """Stays in eval mode: batch norms and dropout do not move, whoever calls this."""
@@ -210,7 +213,7 @@ def prepare_teacher(
     training_args: DistillationTrainingArguments,
     image_processor,
     image_size: int,
-) -> tuple[Teacher, dict]:
+) -> tuple[Teacher, str, dict]:
     """
     Loads the teacher; fits it first, or takes the one that an earlier run fitted, where its labels are not the
     dataset's.
@@ -220,7 +223,7 @@ def prepare_teacher(
         image_size (`int`): the student's, in pixels.
 
     Returns:
-        The teacher, and what a run records of it: `name`, `path`, `origin`, `image_size`, `num_parameters`.
+        The teacher, where its model is, and what `model_card.TeacherRecord` says of it but for its accuracy.
 
     Raises:
         UserError: if there is no such model, its labels cannot be matched, or it has to be fitted and cannot.
@@ -233,10 +236,10 @@ def prepare_teacher(
             [model.config.id2label[i] for i in range(model.config.num_labels)], data.label_names
         )
     if model is not None and label_order is not None:
-        path, origin = name, "given"
+        path, fitted = name, None
     else:
         path = _fitted(args, model, data, data_args, training_args, image_processor, image_size)
-        origin = "fitted from scratch" if model is None else "fitted from pretrained weights"
+        fitted = "scratch" if model is None else "pretrained"
         model, label_order = _load(path), None
     own_size, mean, std = _input_format(model, path, image_size)
     if args.teacher_image_size is not None:
@@ -246,12 +249,15 @@ def prepare_teacher(
     )
     facts = {
         "name": name,
-        "path": path,
-        "origin": origin,
+        "source": "timm" if _is_timm_architecture(name) else "local" if os.path.isdir(name) else "hub",
+        "fitted": fitted,
         "image_size": own_size,
         "num_parameters": sum(parameter.numel() for parameter in model.parameters()),
     }
-    return teacher, facts
+    if fitted is not None:
+        recipe = json.loads(Path(path, RECIPE_FILE).read_text())
+        facts["hyperparameters"] = {key: recipe[key] for key in SHOWN_OF_RECIPE}
+    return teacher, path, facts
 
 
 def check_better_than_chance(accuracy: float, labels: list[int], name: str) -> None:
@@ -360,7 +366,7 @@ def _fitted(
     digest = hashlib.sha256(json.dumps(recipe, sort_keys=True).encode()).hexdigest()[:12]
     parts = (re.sub(r"[^\w.-]+", "-", Path(part).name) for part in (name, data.name))
     folder = Path(args.teacher_output_dir) / f"{'-'.join(parts)}-{digest}"
-    recipe_file = folder / "teacher_recipe.json"
+    recipe_file = folder / RECIPE_FILE
     if recipe_file.is_file() and json.loads(recipe_file.read_text()) == recipe:
         if training_args.process_index == 0:
             print(f"Teacher: {name}, fitted by an earlier run, from {folder}")
@@ -394,7 +400,7 @@ def _fitted(
     trainer.train()
     trainer.save_model()
     if training_args.process_index == 0:
-        (unfinished / recipe_file.name).write_text(json.dumps(recipe, indent=2) + "\n")
+        (unfinished / RECIPE_FILE).write_text(json.dumps(recipe, indent=2) + "\n")
         if folder.exists():
             shutil.rmtree(folder)
         unfinished.rename(folder)

@@ -1,5 +1,6 @@
 """`DistillationTrainer`: transformers' `Trainer` with a teacher in its loss, and its arguments."""
 
+import os
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -76,8 +77,6 @@ class DistillationTrainingArguments(TrainingArguments):
     def __post_init__(self):
         if self.output_dir is None:
             self.output_dir = "outputs"
-        if self.fp16 and not (torch.cuda.is_available() or torch.backends.mps.is_available()):
-            raise UserError("--fp16: there is no GPU here. Leave it out, or use --bf16 --use_cpu.")
         self.mode = resolve_mode(
             self.distill_mode,
             single_token=self.single_token,
@@ -92,9 +91,26 @@ class DistillationTrainingArguments(TrainingArguments):
             raise UserError(f"--repeated_augmentation {self.repeated_augmentation}: it is 1 or more.")
         if not 0 <= self.label_smoothing_factor < 1:
             raise UserError(f"--label_smoothing_factor {self.label_smoothing_factor}: it is 0 or more and below 1.")
+        if not (self.fp16 or self.bf16):  # of the accelerate config; DeepSpeed wants both to say the same
+            precision = os.environ.get("ACCELERATE_MIXED_PRECISION", "no")
+            self.fp16, self.bf16 = precision == "fp16", precision == "bf16"
         super().__post_init__()
         if self.device.type == "cpu":
             self.dataloader_pin_memory = False  # there is no device to copy to; torch would warn
+        if self.device.type == "cpu" and self.fp16:
+            raise UserError(
+                "fp16 is asked for, by --fp16 or the accelerate config, and there is no GPU here: leave it out, or "
+                "use --bf16 --use_cpu."
+            )
+        if int(os.environ.get("WORLD_SIZE", 1)) > 1 and self.world_size == 1:
+            raise UserError(
+                f"{os.environ['WORLD_SIZE']} processes were launched, and they do not know of each other: without a "
+                "GPU each, they need --use_cpu."
+            )
+
+    def __getstate__(self) -> dict:
+        """Without the token: these arguments are pickled into every checkpoint and pushed with the model."""
+        return {**self.__dict__, "hub_token": None}
 
     @property
     def total_train_batch_size(self) -> int:
@@ -146,6 +162,9 @@ class DistillationTrainer(Trainer):
         if teacher is not None:
             dtype = {"fp16": torch.float16, "bf16": torch.bfloat16}.get(self.args.mixed_precision, torch.float32)
             teacher.to(self.args.device, dtype)
+        two_heads = len(getattr(self.model.config, "tokens", ())) == 2
+        # Endings of the metrics' names: none for what the model predicts with, then every read-out it has.
+        self.readouts = ["", *(f"_{name}" for name in READOUTS)] if two_heads else [""]
         self.metric = evaluate.load(str(METRIC), keep_in_memory=True)
         self._step_sums: dict[str, torch.Tensor] = {}
         self._steps_summed = 0
@@ -210,25 +229,22 @@ class DistillationTrainer(Trainer):
             self._step_sums, self._steps_summed = {}, 0
         super().log(logs, start_time)
 
+    def create_model_card(self, *args, **kwargs) -> None:
+        """Nothing: the run writes its own card (model_card.py), which Trainer's pushes would overwrite."""
+
     # ---- Evaluation ----
 
     def _ranked_labels(self, logits: torch.Tensor | tuple[torch.Tensor, ...], labels: torch.Tensor) -> torch.Tensor:
         """The five likeliest labels of each read-out, (B, read-outs, 5): all that is kept of an evaluated batch."""
         readouts = [logits] if isinstance(logits, torch.Tensor) else [logits[0]]
-        if len(self._readout_names) > 1:
+        if len(self.readouts) > 1:
             _, class_logits, distillation_logits = logits
             readouts += [class_logits, distillation_logits, (class_logits + distillation_logits) / 2]
         return torch.stack(readouts, dim=1).topk(min(5, self.num_labels), dim=-1).indices
 
-    @property
-    def _readout_names(self) -> list[str]:
-        """Endings of the metrics' names: none for what the model predicts with, then every read-out it has."""
-        two_heads = len(getattr(self.model.config, "tokens", ())) == 2
-        return ["", *(f"_{name}" for name in READOUTS)] if two_heads else [""]
-
     def _accuracies(self, prediction: EvalPrediction) -> dict[str, float]:
         metrics = {}
-        for index, name in enumerate(self._readout_names):
+        for index, name in enumerate(self.readouts):
             ranked = prediction.predictions[:, index]
             for k, ending in ((1, ""), (5, "_top5")):
                 result = self.metric.compute(predictions=ranked, references=prediction.label_ids, k=k)

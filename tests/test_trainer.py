@@ -1,0 +1,301 @@
+"""The trainer: the teacher is in the loss and nowhere else, and what it logs and measures is true."""
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from modeling_deit_ti import DeiTTiConfig, DeiTTiForImageClassification
+from modeling_deit_ti.data import (
+    DataArguments,
+    EvalImages,
+    TrainImages,
+    UserError,
+    load_images,
+    make_image_processor,
+    make_train_transform,
+)
+from modeling_deit_ti.distillation import distillation_loss
+from modeling_deit_ti.teacher import Teacher, new_timm_classifier
+from modeling_deit_ti.trainer import DistillationTrainer, DistillationTrainingArguments
+
+
+PLAIN = DataArguments(dataset_name="digits", crop="none", horizontal_flip=0, auto_augment="none", random_erasing=0)
+LABELS = [str(digit) for digit in range(10)]
+
+
+@pytest.fixture(scope="module")
+def digits():
+    return load_images(DataArguments(dataset_name="digits", max_train_samples=64, max_eval_samples=50))
+
+
+def make_teacher() -> Teacher:
+    torch.manual_seed(5)
+    processor = make_image_processor(PLAIN, 32)
+    model = new_timm_classifier("test_resnet", LABELS, 32, processor)
+    return Teacher(model, 32, processor.image_mean, processor.image_std, processor.image_mean, processor.image_std)
+
+
+def make_trainer(data, folder, data_args=PLAIN, teacher=True, model_options=None, **options) -> DistillationTrainer:
+    """Four steps of sixteen images with a two-block student and nothing random, unless an option says otherwise."""
+    settings = {
+        "distill_mode": "both",
+        "per_device_train_batch_size": 16,
+        "num_train_epochs": 1,
+        "learning_rate": 1e-3,
+        "warmup_steps": 0,
+        "mixup": 0,
+        "cutmix": 0,
+        "repeated_augmentation": 1,
+        "save_strategy": "no",
+        "save_total_limit": None,
+        "eval_strategy": "no",
+        "disable_tqdm": True,
+        **options,
+    }
+    args = DistillationTrainingArguments(output_dir=str(folder), **settings)
+    torch.manual_seed(3)
+    config = {"num_hidden_layers": 2, "drop_path_rate": 0.0, **(model_options or {})}
+    student = DeiTTiForImageClassification(
+        DeiTTiConfig(image_size=32, patch_size=8, num_labels=10, **args.mode.network, **config)
+    )
+    processor = make_image_processor(data_args, 32)
+    return DistillationTrainer(
+        model=student,
+        args=args,
+        teacher=make_teacher() if teacher and args.mode.has_teacher else None,
+        train_dataset=TrainImages(data.train, make_train_transform(data_args, 32)),
+        eval_dataset=EvalImages(data.evaluation, processor),
+        processing_class=processor,
+    )
+
+
+def weights(trainer: DistillationTrainer) -> dict[str, torch.Tensor]:
+    return {name: value.detach().clone() for name, value in trainer.model.state_dict().items()}
+
+
+def assert_same(first: dict, second: dict, **tolerance) -> None:
+    for name in first:
+        torch.testing.assert_close(first[name], second[name], **(tolerance or {"atol": 0, "rtol": 0}), msg=name)
+
+
+# ---- The loss ----
+
+
+def test_the_loss_of_a_step_is_the_modes_on_the_teachers_logits(digits, tmp_path):
+    trainer = make_trainer(digits, tmp_path, label_smoothing_factor=0.1)
+    batch = next(iter(trainer.get_train_dataloader()))
+    model = trainer.model.train()
+    loss = trainer.compute_loss(model, batch)
+    outputs, teacher_logits = model(batch["pixel_values"]), trainer.teacher(batch["pixel_values"])
+    expected = distillation_loss(
+        trainer.mode, outputs.class_logits, outputs.distillation_logits, batch["labels"], teacher_logits, 0.1
+    )
+    torch.testing.assert_close(loss, expected.loss)
+
+
+def test_accumulated_batches_give_the_gradient_of_one_large_batch(digits, tmp_path):
+    results = []
+    for size, steps in ((32, 1), (8, 4)):
+        trainer = make_trainer(
+            digits, tmp_path, per_device_train_batch_size=size, gradient_accumulation_steps=steps, optim="sgd"
+        )
+        output = trainer.train()
+        results.append((weights(trainer), output.training_loss, trainer.state.global_step))
+    assert results[0][2] == results[1][2] == 2
+    assert results[0][1] == pytest.approx(results[1][1], rel=1e-5)
+    assert_same(results[0][0], results[1][0], atol=1e-6, rtol=1e-5)
+
+
+def test_mixed_images_reach_student_and_teacher_alike(digits, tmp_path):
+    trainer = make_trainer(digits, tmp_path, mixup=0.8, cutmix=1.0)
+    seen = {}
+    trainer.teacher.register_forward_hook(lambda module, args, output: seen.update(teacher=args[0]))
+    trainer.model.register_forward_hook(
+        lambda module, args, kwargs, output: seen.update(student=kwargs["pixel_values"]), with_kwargs=True
+    )
+    batch = next(iter(trainer.get_train_dataloader()))
+    trainer.compute_loss(trainer.model.train(), batch)
+    assert torch.equal(seen["teacher"], seen["student"])
+    assert not torch.equal(seen["student"], batch["pixel_values"])
+
+
+def test_without_labels_the_single_distillation_token_learns_from_the_teacher(digits, tmp_path):
+    unlabelled = type(digits)(**{**vars(digits), "train": digits.train.remove_columns("label")})
+    trainer = make_trainer(
+        unlabelled, tmp_path, distill_mode="distill", single_token=True, mixup=0.8, num_train_epochs=2
+    )
+    before = weights(trainer)
+    trainer.train()
+    assert not torch.equal(before["distillation_head.weight"], trainer.model.distillation_head.weight)
+    log = next(entry for entry in trainer.state.log_history if "loss" in entry)
+    assert "label_loss" not in log and log["distillation_loss"] == pytest.approx(log["loss"], rel=1e-5)
+
+
+# ---- The teacher ----
+
+
+def test_the_teacher_is_in_the_loss_and_nowhere_else(digits, tmp_path):
+    trainer = make_trainer(digits, tmp_path, save_strategy="epoch")
+    before = {name: value.clone() for name, value in trainer.teacher.state_dict().items()}
+    trainer.train()
+    assert not any(module.training for module in trainer.teacher.modules())
+    assert_same(before, trainer.teacher.state_dict())  # running statistics too
+    optimised = sum(p.numel() for group in trainer.optimizer.param_groups for p in group["params"])
+    assert optimised == trainer.model.num_parameters()
+    saved = load_file(tmp_path / "checkpoint-4" / "model.safetensors")
+    assert set(saved) == set(trainer.model.state_dict())
+
+
+def test_the_teachers_accuracy_is_measured_on_every_evaluation_image(digits, tmp_path):
+    trainer = make_trainer(digits, tmp_path, per_device_eval_batch_size=7)
+    samples = trainer.eval_dataset.__getitems__(list(range(50)))
+    predicted = trainer.teacher(torch.stack([sample["pixel_values"] for sample in samples])).argmax(-1)
+    labels = torch.tensor([sample["labels"] for sample in samples])
+    assert trainer.measure_teacher() == pytest.approx((predicted == labels).float().mean().item())
+
+
+def test_in_bf16_the_teacher_runs_in_bf16_as_well(digits, tmp_path):
+    trainer = make_trainer(digits, tmp_path, bf16=True, use_cpu=True)
+    assert next(trainer.teacher.parameters()).dtype == torch.bfloat16
+    assert np.isfinite(trainer.train().training_loss)
+    assert next(trainer.model.parameters()).dtype == torch.float32
+
+
+# ---- Training ----
+
+
+def test_the_same_seed_gives_the_same_weights_and_another_seed_others(digits, tmp_path):
+    recipe = {"data_args": DataArguments(dataset_name="digits"), "mixup": 0.8, "cutmix": 1.0}
+    runs = []
+    for seed in (1, 1, 2):
+        trainer = make_trainer(digits, tmp_path, seed=seed, model_options={"drop_path_rate": 0.3}, **recipe)
+        trainer.train()
+        runs.append(weights(trainer))
+    assert_same(runs[0], runs[1])
+    assert not torch.equal(runs[0]["class_head.weight"], runs[2]["class_head.weight"])
+
+
+@pytest.mark.parametrize("step", [2, 4, 5], ids=["mid-epoch", "end of an epoch", "second epoch"])
+def test_a_resumed_run_ends_with_the_weights_of_one_that_never_stopped(digits, tmp_path, step):
+    recipe = {
+        "data_args": DataArguments(dataset_name="digits"),
+        "model_options": {"drop_path_rate": 0.3},
+        "mixup": 0.8,
+        "cutmix": 1.0,
+        "num_train_epochs": 2,
+        "save_strategy": "steps",
+        "save_steps": step,
+    }
+    whole = make_trainer(digits, tmp_path, **recipe)
+    whole.train()
+    resumed = make_trainer(digits, tmp_path, **recipe)
+    resumed.train(resume_from_checkpoint=str(tmp_path / f"checkpoint-{step}"))
+    assert resumed.state.global_step == whole.state.global_step == 8
+    assert_same(weights(whole), weights(resumed))
+
+
+def test_tokens_positions_norms_and_biases_do_not_decay(digits, tmp_path):
+    trainer = make_trainer(digits, tmp_path)
+    decays = trainer.get_decay_parameter_names(trainer.model)
+    assert {name.rsplit(".", 1)[-1] for name in decays} == {"weight"}
+    assert not any("norm" in name for name in decays)
+    assert len(decays) == 2 * 4 + 3  # qkv, projection, fc1 and fc2 of each block; patches and two heads
+
+
+def test_a_compiled_model_trains_to_the_same_weights(digits, tmp_path):
+    runs = []
+    for compile_options in ({}, {"torch_compile": True, "torch_compile_backend": "aot_eager"}):
+        trainer = make_trainer(digits, tmp_path, **compile_options)
+        trainer.train()
+        runs.append(weights(trainer))
+    assert_same(*runs, atol=1e-5, rtol=1e-4)
+
+
+def test_gradient_checkpointing_trains(digits, tmp_path):
+    runs = []
+    for checkpointing in (False, True):
+        trainer = make_trainer(digits, tmp_path, gradient_checkpointing=checkpointing)
+        trainer.train()
+        runs.append(weights(trainer))
+    assert_same(*runs, atol=1e-6, rtol=1e-5)
+
+
+# ---- Logs and metrics ----
+
+
+def test_logged_parts_are_means_and_make_up_the_loss(digits, tmp_path):
+    trainer = make_trainer(digits, tmp_path, logging_strategy="steps", logging_steps=2)
+    agreements = []
+    original = trainer.compute_loss
+
+    def recording(model, inputs, **kwargs):
+        with torch.no_grad():
+            student, teacher = model(inputs["pixel_values"]).logits, trainer.teacher(inputs["pixel_values"])
+        agreements.append((student.argmax(-1) == teacher.argmax(-1)).float().mean().item())
+        return original(model, inputs, **kwargs)
+
+    trainer.compute_loss = recording
+    trainer.train()
+    logs = [entry for entry in trainer.state.log_history if "loss" in entry]
+    assert len(logs) == 2
+    for log in logs:
+        assert 0.5 * log["label_loss"] + 0.5 * log["distillation_loss"] == pytest.approx(log["loss"], rel=1e-5)
+    assert [log["teacher_agreement"] for log in logs] == pytest.approx(
+        [np.mean(agreements[:2]), np.mean(agreements[2:])]
+    )
+
+
+@pytest.mark.parametrize("mode", ["none", "distill", "both"])
+def test_evaluation_reports_every_read_out_top_1_and_top_5(digits, tmp_path, mode):
+    trainer = make_trainer(digits, tmp_path, distill_mode=mode, teacher=False, per_device_eval_batch_size=16)
+    metrics = trainer.evaluate()
+    samples = trainer.eval_dataset.__getitems__(list(range(50)))
+    labels = torch.tensor([sample["labels"] for sample in samples])
+    with torch.no_grad():
+        output = trainer.model.eval()(torch.stack([sample["pixel_values"] for sample in samples]))
+    readouts = {"": output.logits}
+    if mode != "none":
+        readouts["_class"], readouts["_distillation"] = output.class_logits, output.distillation_logits
+        readouts["_both"] = (output.class_logits + output.distillation_logits) / 2
+    for name, logits in readouts.items():
+        ranks = (logits > logits.gather(1, labels[:, None])).sum(1)
+        assert metrics[f"eval_accuracy{name}"] == pytest.approx((ranks < 1).float().mean().item())
+        assert metrics[f"eval_accuracy{name}_top5"] == pytest.approx((ranks < 5).float().mean().item())
+    assert len([key for key in metrics if "accuracy" in key]) == 2 * len(readouts)
+    loss = torch.nn.functional.cross_entropy(output.logits, labels)
+    assert metrics["eval_loss"] == pytest.approx(loss.item(), rel=1e-4)
+
+
+# ---- Arguments ----
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"mixup": -1}, "--mixup"),
+        ({"cutmix": -0.1}, "--cutmix"),
+        ({"repeated_augmentation": 0}, "--repeated_augmentation"),
+        ({"label_smoothing_factor": 1.0}, "--label_smoothing_factor"),
+    ],
+)
+def test_arguments_out_of_range_are_refused_by_their_flag(tmp_path, options, message):
+    with pytest.raises(UserError, match=message):
+        DistillationTrainingArguments(output_dir=str(tmp_path), **options)
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+def test_fp16_without_a_gpu_is_refused(tmp_path, monkeypatch):
+    with pytest.raises(UserError, match="fp16 is asked for.*no GPU"):
+        DistillationTrainingArguments(output_dir=str(tmp_path), fp16=True)
+    monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "fp16")
+    with pytest.raises(UserError, match="fp16 is asked for.*no GPU"):
+        DistillationTrainingArguments(output_dir=str(tmp_path))
+
+
+def test_the_token_is_not_pickled_with_the_arguments(tmp_path):
+    args = DistillationTrainingArguments(output_dir=str(tmp_path), hub_token="hf_secret")
+    torch.save(args, tmp_path / "training_args.bin")
+    assert b"hf_secret" not in (tmp_path / "training_args.bin").read_bytes()
+    assert args.hub_token == "hf_secret"
+    assert torch.load(tmp_path / "training_args.bin", weights_only=False).learning_rate == args.learning_rate
