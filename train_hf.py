@@ -34,7 +34,7 @@ from modeling_deit_ti.data import (
     read_image,
 )
 from modeling_deit_ti.distillation import DistillMode
-from modeling_deit_ti.interop import load_student, save_transformers
+from modeling_deit_ti.interop import export_onnx, load_student, save_timm, save_transformers
 from modeling_deit_ti.model_card import (
     CURVES_FILE,
     EXAMPLE_FILE,
@@ -84,6 +84,14 @@ class ModelArguments:
     image_size: int = field(default=224, metadata={"help": "Height and width of the student's input, in pixels."})
     patch_size: int = field(default=16, metadata={"help": "Height and width of a patch, in pixels."})
     drop_path_rate: float = field(default=0.1, metadata={"help": "Stochastic depth of the last block."})
+    export: list[str] = field(
+        default_factory=list,
+        metadata={
+            "help": "What else to save, and push, beside the model and its `transformers/`: `timm` (a checkpoint for "
+            "timm.create_model), `onnx` (model.onnx).",
+            "choices": ["timm", "onnx"],
+        },
+    )
     license: str = field(
         default="unknown", metadata={"help": "License of the trained weights, for the card, such as apache-2.0."}
     )
@@ -173,7 +181,9 @@ def parse_arguments(argv: list[str]) -> Arguments:
     if unknown:
         raise UserError(f"unknown flag {unknown[0]}{_closest(unknown[0].split('=')[0], parser)}")
     model_args, data_args, _, training_args = groups
-    if model_args.is_timm_architecture and len(training_args.mode.tokens) > 1:
+    if model_args.is_timm_architecture and model_args.export:
+        raise UserError("--export is for a DeiT-Ti; a timm architecture is saved as timm's own model already.")
+    if model_args.is_timm_architecture and training_args.mode.tokens != ("class",):
         raise UserError(
             f"--model_name_or_path {model_args.model_name_or_path} has one head, and --distill_mode "
             f"{training_args.distill_mode} needs a class and a distillation token: use deit_ti, or mode none, soft "
@@ -326,6 +336,10 @@ def save_run(
         # From the file, since a wrapped or sharded model has its weights elsewhere.
         saved = DeiTTiForImageClassification.from_pretrained(folder, use_safetensors=True)
         save_transformers(saved, trainer.processing_class, folder / "transformers")
+        if "timm" in model_args.export:
+            save_timm(saved, trainer.processing_class, folder / "timm")
+        if "onnx" in model_args.export:
+            export_onnx(saved, folder / "model.onnx")
     plot_training_curves(trainer.state.log_history, folder / CURVES_FILE, teacher.accuracy if teacher else None)
     on_hub = data_args.dataset_name != "digits" and not os.path.isdir(data_args.dataset_name)
     example_label = None

@@ -34,6 +34,7 @@ from .data import (
     make_image_processor,
     make_train_transform,
 )
+from .interop import timm_hub_id, why_not_loaded
 from .trainer import DistillationTrainer, DistillationTrainingArguments
 
 
@@ -231,7 +232,7 @@ def prepare_teacher(
     name = args.teacher_model_name_or_path
     model = None
     if not _starts_from_scratch(args):
-        model = _load(name if not _is_timm_architecture(name) else _timm_hub_id(name))
+        model = _load(name if not _is_timm_architecture(name) else timm_hub_id(name))
         label_order = match_labels(
             [model.config.id2label[i] for i in range(model.config.num_labels)], data.label_names
         )
@@ -285,15 +286,6 @@ def _is_timm_architecture(name: str) -> bool:
     return not os.path.isdir(name) and timm.is_model(name)
 
 
-def _timm_hub_id(name: str) -> str:
-    pretrained_cfg = timm.get_pretrained_cfg(name)
-    if pretrained_cfg is None or not pretrained_cfg.hf_hub_id:
-        raise UserError(f"timm has no pretrained weights for {name}.")
-    hub_id = pretrained_cfg.hf_hub_id
-    # timm leaves the repository's name to be filled in where it is that of the architecture and its tag.
-    return hub_id + f"{pretrained_cfg.architecture}.{pretrained_cfg.tag}" if hub_id.endswith("/") else hub_id
-
-
 def _starts_from_scratch(args: TeacherArguments) -> bool:
     return _is_timm_architecture(args.teacher_model_name_or_path) and not args.teacher_pretrained
 
@@ -303,11 +295,10 @@ def _load(name: str, **kwargs) -> PreTrainedModel:
     try:
         return AutoModelForImageClassification.from_pretrained(name, use_safetensors=True, **kwargs)
     except (OSError, ValueError, KeyError, RuntimeError) as error:
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise UserError(
             f"--teacher_model_name_or_path {name}: it is neither a timm architecture, nor a local folder or Hub model "
-            f"that AutoModelForImageClassification loads from safetensors ({reason}). Offline, name a timm "
-            "architecture without --teacher_pretrained, or a folder."
+            f"that AutoModelForImageClassification loads from safetensors: {why_not_loaded(name, error)} Offline, "
+            "name a timm architecture without --teacher_pretrained, or a folder."
         ) from error
 
 
@@ -384,7 +375,7 @@ def _fitted(
     else:
         labels = {"id2label": dict(enumerate(data.label_names))}
         labels["label2id"] = {label: index for index, label in labels["id2label"].items()}
-        source = name if not _is_timm_architecture(name) else _timm_hub_id(name)
+        source = name if not _is_timm_architecture(name) else timm_hub_id(name)
         _, mean, std = _input_format(pretrained, source, image_size)
         teacher_processor.image_mean, teacher_processor.image_std = mean, std
         model = _load(source, ignore_mismatched_sizes=True, num_labels=len(data.label_names), **labels)
