@@ -26,11 +26,10 @@ from modeling_deit_ti.data import (
     DataArguments,
     EvalImages,
     ImageData,
-    TrainImages,
     UserError,
     load_images,
     make_image_processor,
-    make_train_transform,
+    make_train_images,
     read_image,
 )
 from modeling_deit_ti.distillation import DistillMode
@@ -134,11 +133,13 @@ def main() -> None:
 
     set_seed(training_args.seed)  # the same student, whether a teacher was fitted before it or not
     student, not_taken_over = make_student(model_args, mode, data.label_names, image_processor)
+    train_images, augment = make_train_images(data.train, data_args, model_args.image_size)
     trainer = DistillationTrainer(
         model=student,
         args=training_args,
         teacher=teacher,
-        train_dataset=TrainImages(data.train, make_train_transform(data_args, model_args.image_size)),
+        augment=augment,
+        train_dataset=train_images,
         eval_dataset=EvalImages(data.evaluation, image_processor),
         processing_class=image_processor,
     )
@@ -371,7 +372,10 @@ def save_run(
             name: getattr(group, name)
             for group, names in (
                 (training_args, HYPERPARAMETERS),
-                (data_args, ("crop", "horizontal_flip", "auto_augment", "random_erasing", "eval_crop_ratio")),
+                (
+                    data_args,
+                    ("crop", "horizontal_flip", "auto_augment", "random_erasing", "augment_on", "eval_crop_ratio"),
+                ),
             )
             for name in names
         }

@@ -38,6 +38,8 @@ from torchvision import transforms
 from torchvision.transforms import InterpolationMode, v2
 from transformers import DeiTImageProcessor
 
+from .augmentation import BatchAugmentation
+
 
 # Where a data set is decoded once for all epochs: above this size it stays encoded, as it came.
 MAX_DECODED_BYTES = 8 * 2**30
@@ -87,6 +89,14 @@ class DataArguments:
         default="rand-m9-mstd0.5-inc1", metadata={"help": "timm's AutoAugment or RandAugment policy, or `none`."}
     )
     random_erasing: float = field(default=0.25, metadata={"help": "Probability of random erasing."})
+    augment_on: str = field(
+        default="loader",
+        metadata={
+            "help": "`loader`: timm's transforms, image by image, in the loader's workers. `device`: the same recipe "
+            "on whole batches where the model is; for images that all have one size.",
+            "choices": ["loader", "device"],
+        },
+    )
     eval_crop_ratio: float | None = field(
         default=None,
         metadata={
@@ -546,10 +556,48 @@ def seeded(seed: int) -> Iterator[None]:
         torch.set_rng_state(states[2])
 
 
-class TrainImages(torch.utils.data.Dataset):
-    """Augmented images. Its keys are those of [`TrainSampler`]: an index, and the seed of all that is random in it."""
+def make_train_images(
+    dataset: Dataset, args: DataArguments, image_size: int
+) -> tuple["TrainImages", BatchAugmentation | None]:
+    """
+    The training images, and what is left to do to their batches where the model is: nothing with
+    `--augment_on loader`, all augmentation with `device`.
 
-    def __init__(self, dataset: Dataset, transform: Callable[[PILImage.Image], torch.Tensor]):
+    Raises:
+        UserError: if the device is to augment images of different sizes, or with a policy it does not know.
+    """
+    if args.augment_on == "loader":
+        return TrainImages(dataset, make_train_transform(args, image_size)), None
+    if "pixels" not in dataset.column_names or any(len(dataset.unique(name)) > 1 for name in ("height", "width")):
+        raise UserError(
+            "--augment_on device: the images are not all of one size, or too many; use --augment_on loader."
+        )
+    try:
+        augment = BatchAugmentation(
+            image_size,
+            crop=args.crop_at(image_size),
+            horizontal_flip=args.horizontal_flip,
+            auto_augment=None if args.auto_augment == "none" else args.auto_augment,
+            random_erasing=args.random_erasing,
+            image_mean=IMAGENET_DEFAULT_MEAN,
+            image_std=IMAGENET_DEFAULT_STD,
+        )
+    except ValueError as error:
+        raise UserError(f"--augment_on device: {error} Use --augment_on loader for it.") from error
+    return TrainImages(dataset, transform=None), augment
+
+
+class TrainImages(torch.utils.data.Dataset):
+    """
+    Training images. Its keys are those of [`TrainSampler`]: an index, and the seed of all that is random in the image.
+
+    Args:
+        dataset (`datasets.Dataset`): a split of [`ImageData`].
+        transform (`Callable`, *optional*): RGB image to `pixel_values`. `None` gives the uint8 pixels, for
+            [`BatchAugmentation`].
+    """
+
+    def __init__(self, dataset: Dataset, transform: Callable[[PILImage.Image], torch.Tensor] | None):
         self.dataset = dataset
         self.transform = transform
 
@@ -562,8 +610,13 @@ class TrainImages(torch.utils.data.Dataset):
     def __getitems__(self, keys: list[tuple[int, int]]) -> list[dict]:
         samples = []
         for (_, seed), row in zip(keys, _rows(self.dataset, [index for index, _ in keys]), strict=True):
-            with seeded(seed):
-                sample = {"pixel_values": self.transform(read_image(row)), "seeds": seed}
+            if self.transform is None:
+                pixels = torch.frombuffer(bytearray(row["pixels"]), dtype=torch.uint8)
+                sample = {"pixel_values": pixels.view(row["height"], row["width"], 3).permute(2, 0, 1)}
+            else:
+                with seeded(seed):
+                    sample = {"pixel_values": self.transform(read_image(row))}
+            sample["seeds"] = seed
             if "label" in row:
                 sample["labels"] = row["label"]
             samples.append(sample)

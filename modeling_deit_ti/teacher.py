@@ -29,10 +29,9 @@ from .data import (
     DataArguments,
     EvalImages,
     ImageData,
-    TrainImages,
     UserError,
     make_image_processor,
-    make_train_transform,
+    make_train_images,
 )
 from .interop import timm_hub_id, why_not_loaded
 from .trainer import DistillationTrainer, DistillationTrainingArguments
@@ -348,6 +347,7 @@ def _fitted(
         "dataset": data.fingerprint,
         "crop": data_args.crop_at(image_size),
         "horizontal_flip": data_args.horizontal_flip,
+        "augment_on": data_args.augment_on,
         "num_train_epochs": args.teacher_num_train_epochs,
         "learning_rate": args.teacher_learning_rate,
         "batch_size": training_args.total_train_batch_size,
@@ -366,7 +366,11 @@ def _fitted(
     if training_args.process_index == 0:
         print(f"Teacher: fitting {name} to {data.name}, {args.teacher_num_train_epochs:g} epochs, into {folder}")
     light = DataArguments(
-        crop=recipe["crop"], horizontal_flip=data_args.horizontal_flip, auto_augment="none", random_erasing=0.0
+        crop=recipe["crop"],
+        horizontal_flip=data_args.horizontal_flip,
+        auto_augment="none",
+        random_erasing=0.0,
+        augment_on=data_args.augment_on,
     )
     teacher_processor = make_image_processor(light, image_size)
     if pretrained is None:
@@ -381,10 +385,12 @@ def _fitted(
         model = _load(source, ignore_mismatched_sizes=True, num_labels=len(data.label_names), **labels)
     # Fitted beside its place and moved there whole: what is there is always finished.
     unfinished = folder.with_name(folder.name + ".unfinished")
+    train_images, augment = make_train_images(data.train, light, image_size)
     trainer = DistillationTrainer(
         model=model,
         args=_fitting_arguments(args, training_args, str(unfinished)),
-        train_dataset=TrainImages(data.train, make_train_transform(light, image_size)),
+        augment=augment,
+        train_dataset=train_images,
         eval_dataset=EvalImages(data.evaluation, teacher_processor),
         processing_class=teacher_processor,
     )

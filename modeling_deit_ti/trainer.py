@@ -94,6 +94,9 @@ class DistillationTrainingArguments(TrainingArguments):
         if not (self.fp16 or self.bf16):  # of the accelerate config; DeepSpeed wants both to say the same
             precision = os.environ.get("ACCELERATE_MIXED_PRECISION", "no")
             self.fp16, self.bf16 = precision == "fp16", precision == "bf16"
+        if self.ddp_find_unused_parameters is None:
+            # A head that no term of the loss reaches has no gradient; elsewhere looking for it costs time for nothing.
+            self.ddp_find_unused_parameters = len(self.mode.tokens) == 2 and self.mode.alpha in (0.0, 1.0)
         super().__post_init__()
         if self.device.type == "cpu":
             self.dataloader_pin_memory = False  # there is no device to copy to; torch would warn
@@ -140,6 +143,8 @@ class DistillationTrainer(Trainer):
         args ([`DistillationTrainingArguments`])
         teacher (`Callable`, *optional*): maps `pixel_values` as the student sees them to logits `(B, num_labels)` in
             the student's order of labels; `teacher.Teacher` is one. Needed where `args.mode` has a teacher.
+        augment (`Callable`, *optional*): maps a training batch's `pixel_values` and seeds to augmented
+            `pixel_values`; `augmentation.BatchAugmentation` is one. Where it is missing, the images come augmented.
 
     The others are those of `Trainer`. `train_dataset` takes the keys of [`TrainSampler`], as `TrainImages` does.
     """
@@ -147,7 +152,7 @@ class DistillationTrainer(Trainer):
     # The loss is a mean over each batch, so the Trainer has to divide it by the number of accumulated batches.
     loss_is_scaled_for_ga = False
 
-    def __init__(self, *args, teacher=None, **kwargs):
+    def __init__(self, *args, teacher=None, augment=None, **kwargs):
         super().__init__(
             *args,
             data_collator=collate_images,
@@ -159,6 +164,7 @@ class DistillationTrainer(Trainer):
         self.mode: DistillMode = self.args.mode
         self.num_labels: int = self.model.config.num_labels
         self.teacher = teacher
+        self.augment = augment
         if teacher is not None:
             dtype = {"fp16": torch.float16, "bf16": torch.bfloat16}.get(self.args.mixed_precision, torch.float32)
             teacher.to(self.args.device, dtype)
@@ -190,6 +196,8 @@ class DistillationTrainer(Trainer):
             loss = label_loss(outputs["logits"], labels)
             return (loss, outputs) if return_outputs else loss
 
+        if self.augment is not None:
+            pixel_values = self.augment(pixel_values, torch.from_numpy(inputs["seeds"]))
         pixel_values, labels = mix_images(
             pixel_values, labels, int(inputs["seeds"][0]), self.num_labels, self.args.mixup, self.args.cutmix
         )

@@ -20,6 +20,7 @@ from modeling_deit_ti.data import (
     collate_images,
     load_images,
     make_image_processor,
+    make_train_images,
     make_train_transform,
     mix_images,
     to_rgb,
@@ -377,3 +378,33 @@ def test_mixing_takes_images_without_labels_and_can_be_off():
     assert labels is None and not torch.equal(mixed, images)
     unmixed, ids = mix_images(images, torch.tensor([0, 1, 2, 3]), 0, 4, mixup=0, cutmix=0)
     assert unmixed is images and ids.dtype == torch.long
+
+
+# ---- Augmentation on the device ----
+
+
+def test_the_device_gets_raw_pixels_and_finishes_what_the_loader_would_have(tmp_path):
+    data = load("digits", max_train_samples=8)
+    keys = list(TrainSampler(8, 8, seed=0))
+    images, augment = make_train_images(data.train, plain(augment_on="device"), 8)
+    batch = collate_images(images.__getitems__(keys))
+    assert batch["pixel_values"].shape == (8, 3, 8, 8) and batch["pixel_values"].dtype == torch.uint8
+    by_loader, nothing = make_train_images(data.train, plain(), 8)
+    expected = collate_images(by_loader.__getitems__(keys))
+    assert nothing is None
+    torch.testing.assert_close(
+        augment(batch["pixel_values"], torch.from_numpy(batch["seeds"])), expected["pixel_values"]
+    )
+    assert torch.equal(batch["labels"], expected["labels"])
+
+
+def test_the_device_takes_images_of_one_size_and_policies_it_knows(tmp_path):
+    (tmp_path / "data").mkdir()
+    features = Features({"image": Image(), "label": ClassLabel(names=["a", "b"])})
+    mixed = Dataset.from_dict({"image": [picture(0), picture(1, (5, 6))], "label": [0, 1]}, features=features)
+    for split in ("train", "test"):
+        mixed.to_parquet(tmp_path / "data" / f"{split}-00000-of-00001.parquet")
+    with pytest.raises(UserError, match="not all of one size"):
+        make_train_images(load(tmp_path / "data").train, plain(augment_on="device"), 32)
+    with pytest.raises(UserError, match="--augment_on device: .*augmix"):
+        make_train_images(load("digits").train, plain(augment_on="device", auto_augment="augmix-m5"), 32)

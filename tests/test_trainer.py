@@ -9,11 +9,10 @@ from modeling_deit_ti import DeiTTiConfig, DeiTTiForImageClassification
 from modeling_deit_ti.data import (
     DataArguments,
     EvalImages,
-    TrainImages,
     UserError,
     load_images,
     make_image_processor,
-    make_train_transform,
+    make_train_images,
 )
 from modeling_deit_ti.distillation import distillation_loss
 from modeling_deit_ti.teacher import Teacher, new_timm_classifier
@@ -60,11 +59,13 @@ def make_trainer(data, folder, data_args=PLAIN, teacher=True, model_options=None
         DeiTTiConfig(image_size=32, patch_size=8, num_labels=10, **args.mode.network, **config)
     )
     processor = make_image_processor(data_args, 32)
+    train_images, augment = make_train_images(data.train, data_args, 32)
     return DistillationTrainer(
         model=student,
         args=args,
         teacher=make_teacher() if teacher and args.mode.has_teacher else None,
-        train_dataset=TrainImages(data.train, make_train_transform(data_args, 32)),
+        augment=augment,
+        train_dataset=train_images,
         eval_dataset=EvalImages(data.evaluation, processor),
         processing_class=processor,
     )
@@ -165,8 +166,9 @@ def test_in_bf16_the_teacher_runs_in_bf16_as_well(digits, tmp_path):
 # ---- Training ----
 
 
-def test_the_same_seed_gives_the_same_weights_and_another_seed_others(digits, tmp_path):
-    recipe = {"data_args": DataArguments(dataset_name="digits"), "mixup": 0.8, "cutmix": 1.0}
+@pytest.mark.parametrize("augment_on", ["loader", "device"])
+def test_the_same_seed_gives_the_same_weights_and_another_seed_others(digits, tmp_path, augment_on):
+    recipe = {"data_args": DataArguments(augment_on=augment_on), "mixup": 0.8, "cutmix": 1.0}
     runs = []
     for seed in (1, 1, 2):
         trainer = make_trainer(digits, tmp_path, seed=seed, model_options={"drop_path_rate": 0.3}, **recipe)

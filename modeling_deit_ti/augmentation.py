@@ -1,0 +1,611 @@
+"""Training augmentation of whole uint8 batches, on the device that trains.
+
+The recipe is DeiT's, as timm's `create_transform(is_training=True, interpolation="bicubic", re_mode="pixel")` builds
+it for one PIL image: random crop and bicubic resize, horizontal flip, RandAugment, normalisation, random erasing. Here
+every step takes a batch `(B, 3, H, W)` and one set of parameters an image, so that a step costs a few kernels however
+many images there are.
+
+Three properties that the rest of this file is arranged around:
+
+- Whatever is random about an image is a function of that image's seed alone (a counter-based generator, no state), so
+  that neither batch size, workers nor processes change it.
+- The parameters are drawn on the CPU, where they also say which images an operation takes. The pixels never leave
+  their device, and the device is never waited for.
+- The arithmetic is Pillow's: the same integer rounding, the same filters. tests/test_augmentation.py holds every step
+  against the timm and Pillow code that it stands for.
+"""
+
+import math
+import re
+from collections.abc import Callable, Sequence
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torchvision.transforms.v2.functional import equalize
+
+
+# --- Random numbers: SplitMix64 (Steele, Lea, Flood 2014), a hash of (seed, counter), on wrapping int64 --------------
+
+# One purpose, one stream: switching one augmentation off leaves the random numbers of the others as they were.
+CROP_STREAM, FLIP_STREAM, RAND_AUGMENT_STREAM, ERASING_STREAM, NOISE_STREAM = range(5)
+ATTEMPTS = 10  # timm's crop and its erasing both draw up to ten boxes and take the first that fits
+
+
+def mix_bits(bits: torch.Tensor) -> torch.Tensor:
+    """SplitMix64's output function. `>>` keeps the sign of an int64, so the masks make its shifts logical."""
+    bits = (bits ^ ((bits >> 30) & (2**34 - 1))) * (0xBF58476D1CE4E5B9 - 2**64)
+    bits = (bits ^ ((bits >> 27) & (2**37 - 1))) * (0x94D049BB133111EB - 2**64)
+    return bits ^ ((bits >> 31) & (2**33 - 1))
+
+
+def random_bits(seeds: torch.Tensor, stream: int, counters: torch.Tensor) -> torch.Tensor:
+    """64 random bits, as int64, for each pair of the int64 tensors `seeds` and `counters` (broadcast together)."""
+    # Seeds are mixed first: neighbours, such as dataset indices, must not give overlapping counter sequences.
+    return mix_bits(mix_bits(seeds) + ((stream << 40) + counters + 1) * (0x9E3779B97F4A7C15 - 2**64))
+
+
+def random_uniform(seeds: torch.Tensor, stream: int, *shape: int) -> torch.Tensor:
+    """Uniform float64 numbers in [0, 1), `(B, *shape)`, for seeds `(B,)`."""
+    bits = random_bits(seeds[:, None], stream, torch.arange(math.prod(shape), device=seeds.device))
+    return ((bits >> 11) & (2**53 - 1)).double().mul_(2.0**-53).view(len(seeds), *shape)
+
+
+def normal_quantiles() -> torch.Tensor:
+    """The standard normal distribution as 65536 equally likely values (float32, at most 4.3 from 0).
+
+    Noise drawn as `normal_quantiles()[16 random bits]` needs no logarithm and no cosine, which CPU and GPU
+    round differently.
+    """
+    return torch.special.ndtri((torch.arange(2**16, dtype=torch.float64) + 0.5) / 2**16).float()
+
+
+# --- Crop, resize, flip ----------------------------------------------------------------------------------------------
+
+
+def uniform_integer(uniform: torch.Tensor, largest: torch.Tensor) -> torch.Tensor:
+    """`random.randint(0, largest)` from a uniform number; whole float64 numbers, as are all boxes below."""
+    return torch.floor(uniform * (largest + 1))
+
+
+def first_fitting(boxes: torch.Tensor, fits: torch.Tensor) -> torch.Tensor:
+    """The first of each image's attempts `(B, ATTEMPTS, 4)` whose flag `(B, ATTEMPTS)` is set; `(B, 4)`."""
+    first = fits.int().argmax(dim=1)
+    return boxes[torch.arange(len(boxes)), first]
+
+
+def draw_boxes(
+    uniform: torch.Tensor, height: int, width: int, area: tuple[float, float], log_ratio: tuple[float, float]
+) -> torch.Tensor:
+    """Boxes (top, left, height, width) of random area (a fraction) and log(width / height).
+
+    They are rounded as timm rounds them. One that does not fit the image is returned all the same, to be rejected.
+
+    Args:
+        uniform: `(B, ATTEMPTS, 4)`, as is what is returned; height, width: of the image, in pixels.
+    """
+    target_area = (area[0] + (area[1] - area[0]) * uniform[..., 0]) * (height * width)
+    ratio = torch.exp(log_ratio[0] + (log_ratio[1] - log_ratio[0]) * uniform[..., 1])
+    box_width = torch.sqrt(target_area * ratio).round()
+    box_height = torch.sqrt(target_area / ratio).round()
+    top = uniform_integer(uniform[..., 2], height - box_height)
+    left = uniform_integer(uniform[..., 3], width - box_width)
+    return torch.stack((top, left, box_height, box_width), dim=-1)
+
+
+def draw_crop_boxes(seeds: torch.Tensor, height: int, width: int) -> torch.Tensor:
+    """timm's `RandomResizedCropAndInterpolation.get_params`: (top, left, height, width) in pixels, `(B, 4)`."""
+    smallest, largest = 3 / 4, 4 / 3
+    uniform = random_uniform(seeds, CROP_STREAM, ATTEMPTS, 4)
+    boxes = draw_boxes(uniform, height, width, area=(0.08, 1.0), log_ratio=(math.log(smallest), math.log(largest)))
+    fits = (boxes[..., 2] <= height) & (boxes[..., 3] <= width)
+    # Only a very long image fits none of ten boxes: its largest central part within the ratios.
+    box_width = min(width, round(height * largest)) if width / height > largest else width
+    box_height = min(height, round(width / smallest)) if width / height < smallest else height
+    central = [(height - box_height) // 2, (width - box_width) // 2, box_height, box_width]
+    return torch.where(fits.any(dim=1, keepdim=True), first_fitting(boxes, fits), torch.tensor(central).double())
+
+
+def bicubic_weights(
+    starts: torch.Tensor, extents: torch.Tensor, length: int, size: int, flips: torch.Tensor
+) -> torch.Tensor:
+    """Pillow's antialiased bicubic resize along one axis, as one matrix an image: `(B, size, length)`.
+
+    Pixels `starts` to `starts + extents` (both `(B,)`) of an axis of `length` become `size` pixels, in reverse order
+    where `flips` `(B,)` is set. As in Pillow's `Resample.c`, the filter widens when it shrinks an image, and pixels
+    outside the box count for nothing: a crop never sees its surroundings.
+    """
+    starts, extents = starts.float()[:, None, None], extents.float()[:, None, None]
+    outputs = torch.arange(size, device=starts.device, dtype=torch.float32)[None, :, None]
+    outputs = torch.where(flips[:, None, None], size - 1 - outputs, outputs)
+    scale = extents / size
+    inputs = torch.arange(length, device=starts.device, dtype=torch.float32)[None, None, :] + 0.5
+    distance = ((inputs - (starts + (outputs + 0.5) * scale)) / scale.clamp(min=1)).abs_()  # (B, size, length)
+    # Keys' cubic, a = -1/2: one polynomial up to distance 1, another from there to 2. Both are 0 at 1, the second also
+    # at 2, and clamped there: their sum is the cubic.
+    near, far = distance.clamp(max=1), distance.clamp_(1, 2)
+    weights = ((1.5 * near - 2.5) * near).mul_(near).add_(1)
+    weights += ((-0.5 * far + 2.5) * far).sub_(4).mul_(far).add_(2)
+    weights *= (inputs > starts) & (inputs < starts + extents)
+    weights /= weights.sum(dim=-1, keepdim=True)
+    # Fixed point, as in Pillow, but 15 bits: 8-bit pixels times these sum exactly in float32, so that the result
+    # depends neither on the order of the sum nor on the batch that a matrix product is tuned for.
+    return weights.mul_(2**15).round_().mul_(2.0**-15)
+
+
+def resize(images: torch.Tensor, boxes: torch.Tensor, size: int, flips: torch.Tensor) -> torch.Tensor:
+    """Each image's box (top, left, height, width), resized to `size` x `size` and mirrored where `flips` is set.
+
+    Two batched matrix products, columns first and rounded to 8 bits in between, as Pillow's two passes.
+
+    Args:
+        images: `(B, 3, H, W)` uint8; boxes: `(B, 4)` in pixels; flips: `(B,)` bool; all on one device.
+
+    Returns:
+        `(B, 3, size, size)` uint8.
+    """
+    batch, _, height, width = images.shape
+    top, left, box_height, box_width = boxes.unbind(dim=1)
+    columns = bicubic_weights(left, box_width, width, size, flips)
+    rows = bicubic_weights(top, box_height, height, size, torch.zeros_like(flips))
+    # Channels between rows and columns: then both products are one matrix an image.
+    pixels = images.transpose(1, 2).to(torch.float32, memory_format=torch.contiguous_format)
+    pixels = torch.bmm(pixels.view(batch, height * 3, width), columns.transpose(1, 2))
+    pixels = pixels.add_(0.5).floor_().clamp_(0, 255)
+    pixels = torch.bmm(rows, pixels.view(batch, height, 3 * size))
+    pixels = pixels.add_(0.5).clamp_(0, 255)
+    pixels = pixels.view(batch, size, 3, size).transpose(1, 2)
+    return pixels.to(torch.uint8, memory_format=torch.contiguous_format)
+
+
+def shifted_crop(images: torch.Tensor, offsets: torch.Tensor, padding: int, flips: torch.Tensor) -> torch.Tensor:
+    """A crop of the images' own size after zero-padding, mirrored where `flips` is set, in a single gather.
+
+    Args:
+        images: `(B, 3, H, W)` uint8; flips: `(B,)` bool.
+        offsets: `(B, 2)` int64, (top, left) of the crop in the padded image.
+    """
+    batch, _, height, width = images.shape
+    columns = torch.arange(width, device=images.device)
+    columns = torch.where(flips[:, None], width - 1 - columns, columns) + offsets[:, 1:]  # (B, W)
+    rows = torch.arange(height, device=images.device) + offsets[:, :1]  # (B, H)
+    index = rows[:, :, None] * (width + 2 * padding) + columns[:, None, :]
+    padded = F.pad(images, (padding, padding, padding, padding))
+    return padded.flatten(2).gather(2, index.view(batch, 1, -1).expand(-1, 3, -1)).view_as(images)
+
+
+# --- RandAugment's operations, as in Pillow --------------------------------------------------------------------------
+# From `(b, 3, S, S)` uint8 images and an argument for each, `(b,)` float64, to new images.
+
+
+def per_image(argument: torch.Tensor) -> torch.Tensor:
+    """`(b,)` to `(b, 1, 1, 1)`, in the float32 that Pillow blends in."""
+    return argument.float()[:, None, None, None]
+
+
+def blend(degenerate: torch.Tensor, images: torch.Tensor, factor: torch.Tensor) -> torch.Tensor:
+    """`PIL.Image.blend`: from `degenerate` (factor 0) through the image (1) and beyond; fractions are cut off."""
+    degenerate = degenerate.float()
+    return (images - degenerate).mul_(per_image(factor)).add_(degenerate).clamp_(0, 255).to(torch.uint8)
+
+
+def grey(images: torch.Tensor) -> torch.Tensor:
+    """`PIL.Image.convert("L")`, ITU-R 601-2 luma in 16-bit fixed point: `(b, 1, S, S)` int32."""
+    red, green, blue = images.int().split(1, dim=1)
+    return (red * 19595 + green * 38470 + blue * 7471 + 2**15) >> 16
+
+
+def color(images: torch.Tensor, factor: torch.Tensor) -> torch.Tensor:
+    return blend(grey(images), images, factor)
+
+
+def contrast(images: torch.Tensor, factor: torch.Tensor) -> torch.Tensor:
+    total, pixels = grey(images).sum(dim=(1, 2, 3), keepdim=True), images[0, 0].numel()
+    return blend((2 * total + pixels) // (2 * pixels), images, factor)  # the mean, rounded half up
+
+
+def brightness(images: torch.Tensor, factor: torch.Tensor) -> torch.Tensor:
+    return (images * per_image(factor)).clamp_(max=255).to(torch.uint8)
+
+
+def sharpness(images: torch.Tensor, factor: torch.Tensor) -> torch.Tensor:
+    """Away from Pillow's `SMOOTH` filter: a 3x3 mean with weight 5 of 13 at its centre, the border left alone."""
+    smooth = images.float()
+    total = smooth[:, :, :-2] + smooth[:, :, 1:-1] + smooth[:, :, 2:]
+    total = total[..., :-2] + total[..., 1:-1] + total[..., 2:]
+    centre = smooth[:, :, 1:-1, 1:-1]
+    centre.copy_(total.add_(centre, alpha=4).add_(6.5).div_(13).floor_())
+    return blend(smooth, images, factor)
+
+
+def auto_contrast(images: torch.Tensor, _: torch.Tensor) -> torch.Tensor:
+    low, high = images.amin(dim=(2, 3), keepdim=True).double(), images.amax(dim=(2, 3), keepdim=True).double()
+    # float64, and these operations in this order: where Pillow's 255 comes out as 254.99, it cuts that off to 254.
+    # (`255 / tensor` would not do: torch multiplies by the reciprocal.)
+    scale = torch.full_like(high, 255).div_(high - low)
+    stretched = (images * scale).add_(-low * scale).clamp_(0, 255).to(torch.uint8)
+    return torch.where(high > low, stretched, images)
+
+
+def equalize_histogram(images: torch.Tensor, _: torch.Tensor) -> torch.Tensor:
+    return equalize(images)  # torchvision's is exact and batched
+
+
+def invert(images: torch.Tensor, _: torch.Tensor) -> torch.Tensor:
+    return images.bitwise_not()
+
+
+def posterize(images: torch.Tensor, bits: torch.Tensor) -> torch.Tensor:
+    mask = torch.bitwise_right_shift(0xFF00, bits.int()).bitwise_and_(0xFF).to(torch.uint8)
+    return images & mask[:, None, None, None]
+
+
+def solarize(images: torch.Tensor, threshold: torch.Tensor) -> torch.Tensor:
+    return torch.where(images < threshold.short()[:, None, None, None], images, images.bitwise_not())
+
+
+def solarize_add(images: torch.Tensor, addend: torch.Tensor) -> torch.Tensor:
+    brighter = (images.short() + addend.short()[:, None, None, None]).clamp_(max=255).to(torch.uint8)
+    return torch.where(images < 128, brighter, images)
+
+
+def cubic(p0: torch.Tensor, p1: torch.Tensor, p2: torch.Tensor, p3: torch.Tensor, at: torch.Tensor) -> torch.Tensor:
+    """The cubic through four neighbours, `at` in [0, 1) from p1 to p2: that of Pillow's `Geometry.c`, where a = -1.
+
+    By differences rather than by four weights, so that a flat area stays exactly as it is when fractions are cut off.
+    """
+    before, after = p0 - p1, p2 - p3
+    third = before + after
+    second = before.add_(third)
+    return second.sub_(third.mul_(at)).mul_(at).add_(p2).sub_(p0).mul_(at).add_(p1)
+
+
+def slide_rows(images: torch.Tensor, shifts: torch.Tensor, fill: torch.Tensor) -> torch.Tensor:
+    """Every row moved left by its own shift `(b, S)` in pixels, bicubic; `fill` `(3, 1, 1)` where the image ends."""
+    _, channels, _, width = images.shape
+    whole = shifts.floor()
+    # All that a row reads, its four neighbours a pixel included: (b, S, width + 3).
+    columns = torch.arange(-1, width + 2, device=images.device) + whole.long()[..., None]
+    pixels = images.gather(3, columns.clamp_(0, width - 1)[:, None].expand(-1, channels, -1, -1)).float()
+    taps = (pixels[..., i : i + width] for i in range(4))
+    slid = cubic(*taps, at=(shifts - whole)[:, None, :, None]).clamp_(0, 255).to(torch.uint8)
+    centres = torch.arange(0.5, width, device=images.device) + shifts[..., None]  # (b, S, width)
+    return torch.where(((centres >= 0) & (centres < width))[:, None], slid, fill)
+
+
+def shear_x(images: torch.Tensor, factor: torch.Tensor, fill: torch.Tensor) -> torch.Tensor:
+    rows = torch.arange(images.shape[2], device=images.device) + 0.5
+    return slide_rows(images, factor.float()[:, None] * rows, fill)
+
+
+def translate_x(images: torch.Tensor, fraction: torch.Tensor, fill: torch.Tensor) -> torch.Tensor:
+    shifts = (fraction * images.shape[3]).float()
+    return slide_rows(images, shifts[:, None].expand(-1, images.shape[2]), fill)
+
+
+def shear_y(images: torch.Tensor, factor: torch.Tensor, fill: torch.Tensor) -> torch.Tensor:
+    return shear_x(images.transpose(2, 3), factor, fill).transpose(2, 3)
+
+
+def translate_y(images: torch.Tensor, fraction: torch.Tensor, fill: torch.Tensor) -> torch.Tensor:
+    return translate_x(images.transpose(2, 3), fraction, fill).transpose(2, 3)
+
+
+def rotate(images: torch.Tensor, degrees: torch.Tensor, fill: torch.Tensor) -> torch.Tensor:
+    """Counter-clockwise about the centre, bicubic over 4 x 4 neighbours."""
+    batch, channels, height, width = images.shape
+    radians = torch.deg2rad(degrees)
+    cosine, sine = (value.float()[:, None, None] for value in (radians.cos(), radians.sin()))
+    x = torch.arange(0.5 - width / 2, width / 2, device=images.device)
+    y = torch.arange(0.5 - height / 2, height / 2, device=images.device)[:, None]
+    source_x, source_y = cosine * x - sine * y + width / 2, sine * x + cosine * y + height / 2  # (b, S, S)
+    left, top = (source_x - 0.5).floor(), (source_y - 0.5).floor()
+    at_x, at_y = (source_x - 0.5 - left)[:, None], (source_y - 0.5 - top)[:, None]
+    neighbours = torch.arange(-1, 3, device=images.device)[:, None, None]
+    columns = (left.long()[:, None] + neighbours).clamp_(0, width - 1)  # (b, 4, S, S)
+    flat, lines = images.flatten(2), []
+    for i in range(-1, 3):
+        index = columns + (top.long() + i).clamp_(0, height - 1)[:, None] * width
+        pixels = flat.gather(2, index.view(batch, 1, -1).expand(-1, channels, -1)).float()
+        lines.append(cubic(*pixels.view(batch, channels, 4, height, width).unbind(dim=2), at=at_x))
+    rotated = cubic(*lines, at=at_y).clamp_(0, 255).to(torch.uint8)
+    inside = (source_x >= 0) & (source_x < width) & (source_y >= 0) & (source_y < height)
+    return torch.where(inside[:, None], rotated, fill)
+
+
+# --- RandAugment (Cubuk et al. 2020, arXiv:1909.13719), timm's variant -----------------------------------------------
+
+
+class Operation(NamedTuple):
+    """One of RandAugment's operations, and how a magnitude m (0 to 10) becomes its argument.
+
+    The argument is start + step * m / 10, or start - step * m / 10 by chance where `random_sign` is set, within
+    [lowest, highest]. Operations that take integers are `whole`: what is added is cut to one. (timm's `LEVEL_TO_ARG`.)
+    """
+
+    apply: Callable[..., torch.Tensor]
+    start: float = 0.0
+    step: float = 0.0
+    random_sign: bool = False
+    whole: bool = False
+    lowest: float = -math.inf
+    highest: float = math.inf
+
+
+GEOMETRIC = {
+    "Rotate": Operation(rotate, step=30.0, random_sign=True),
+    "ShearX": Operation(shear_x, step=0.3, random_sign=True),
+    "ShearY": Operation(shear_y, step=0.3, random_sign=True),
+    "TranslateXRel": Operation(translate_x, step=0.45, random_sign=True),
+    "TranslateYRel": Operation(translate_y, step=0.45, random_sign=True),
+}
+UNGRADED = {
+    "AutoContrast": Operation(auto_contrast),
+    "Equalize": Operation(equalize_histogram),
+    "Invert": Operation(invert),
+}
+# `inc1`: the larger the magnitude, the stronger the change (timm's `_RAND_INCREASING_TRANSFORMS`).
+INCREASING_OPERATIONS = {
+    **UNGRADED,
+    "PosterizeIncreasing": Operation(posterize, start=4, step=-4, whole=True, lowest=0),
+    "SolarizeIncreasing": Operation(solarize, start=256, step=-256, whole=True, lowest=0),
+    "SolarizeAdd": Operation(solarize_add, step=110, whole=True, highest=128),
+    "ColorIncreasing": Operation(color, start=1.0, step=0.9, random_sign=True, lowest=0.1),
+    "ContrastIncreasing": Operation(contrast, start=1.0, step=0.9, random_sign=True, lowest=0.1),
+    "BrightnessIncreasing": Operation(brightness, start=1.0, step=0.9, random_sign=True, lowest=0.1),
+    "SharpnessIncreasing": Operation(sharpness, start=1.0, step=0.9, random_sign=True, lowest=0.1),
+    **GEOMETRIC,
+}
+# `inc0`: the ranges of the first implementations (timm's `_RAND_TRANSFORMS`).
+PLAIN_OPERATIONS = {
+    **UNGRADED,
+    "Posterize": Operation(posterize, step=4, whole=True, highest=8),
+    "Solarize": Operation(solarize, step=256, whole=True, highest=256),
+    "SolarizeAdd": Operation(solarize_add, step=110, whole=True, highest=128),
+    "Color": Operation(color, start=0.1, step=1.8),
+    "Contrast": Operation(contrast, start=0.1, step=1.8),
+    "Brightness": Operation(brightness, start=0.1, step=1.8),
+    "Sharpness": Operation(sharpness, start=0.1, step=1.8),
+    **GEOMETRIC,
+}
+
+
+# What a section of a configuration string sets: `m9` is a magnitude of 9.
+RAND_AUGMENT_NOTATION = {
+    "m": "magnitude",
+    "n": "layers",
+    "p": "probability",
+    "mstd": "magnitude_std",
+    "mmax": "magnitude_max",
+    "inc": "increasing",
+}
+
+
+class RandAugment(NamedTuple):
+    """What a configuration string such as `rand-m9-mstd0.5-inc1` says, with timm's defaults."""
+
+    magnitude: int = 10
+    layers: int = 2
+    probability: float = 0.5
+    magnitude_std: float = 0.0
+    magnitude_max: int = 0
+    increasing: int = 0
+
+    @property
+    def operations(self) -> dict[str, Operation]:
+        return INCREASING_OPERATIONS if self.increasing else PLAIN_OPERATIONS
+
+    @classmethod
+    def from_string(cls, config: str) -> "RandAugment":
+        """Reads timm's notation: `rand`, then any of `RAND_AUGMENT_NOTATION` with a number each, joined by dashes.
+
+        Raises:
+            ValueError: Another policy or an unknown section, such as timm's `t...` (another set of operations).
+        """
+        name, *sections = config.split("-")
+        if name != "rand":
+            raise ValueError(f"auto_augment={config!r}: only RandAugment, `rand-...`, can augment whole batches.")
+        values: dict[str, float] = {}
+        for section in sections:
+            match = re.fullmatch(r"(m|n|mmax|inc)(\d+)|(p|mstd)(\d+(?:\.\d+)?)", section)
+            if match is None:
+                raise ValueError(
+                    f"auto_augment={config!r}: cannot read {section!r}. A whole batch takes m (magnitude), n "
+                    "(operations an image), mmax (upper limit of the magnitude) and inc (0 or 1), with an integer "
+                    "each, p (probability of an operation) and mstd (standard deviation of the magnitude), with a "
+                    "number each."
+                )
+            whole_key, whole, real_key, real = match.groups()
+            values[RAND_AUGMENT_NOTATION[whole_key or real_key]] = int(whole) if whole_key else float(real)
+        return cls(**values)
+
+
+def draw_operations(settings: RandAugment, seeds: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Which operations an image undergoes, and how strongly.
+
+    Returns:
+        Two tensors `(B, layers)`: the operation's place in `settings.operations`, or their number where none is
+        applied (int64); and its argument (float64).
+    """
+    names = list(settings.operations)
+    draws = random_uniform(seeds, RAND_AUGMENT_STREAM, settings.layers, 5)
+    which, apply, negate, radius, angle = draws.unbind(dim=-1)
+    chosen = (which * len(names)).long()
+    if settings.magnitude_std > 100:  # timm's notation for a uniform magnitude
+        magnitude = settings.magnitude * radius
+    else:  # Box-Muller, as in `random.gauss`
+        normal = torch.cos(2 * math.pi * angle) * torch.sqrt(-2 * torch.log(1 - radius))
+        magnitude = settings.magnitude + settings.magnitude_std * normal
+    magnitude = magnitude.clamp(0, settings.magnitude_max or 10)
+
+    rules = torch.tensor([operation[1:] for operation in settings.operations.values()], dtype=torch.float64)
+    start, step, random_sign, whole, lowest, highest = rules[chosen].unbind(dim=-1)
+    change = magnitude / 10 * step
+    change = torch.where(whole.bool(), change.trunc(), change)
+    change = torch.where(random_sign.bool() & (negate > 0.5), -change, change)
+    argument = (start + change).clamp(lowest, highest)
+    return torch.where(apply < settings.probability, chosen, len(names)), argument
+
+
+def rand_augment(images: torch.Tensor, settings: RandAugment, seeds: torch.Tensor, fill: torch.Tensor) -> torch.Tensor:
+    """Applies the operations drawn for each seed to uint8 images `(B, 3, S, S)`, which it overwrites.
+
+    An operation is one call for all the images that drew it. `seeds` `(B,)` are on the CPU; `fill` `(3, 1, 1)` uint8,
+    on the images' device, is what geometric operations show beyond an edge.
+    """
+    chosen, arguments = draw_operations(settings, seeds)
+    # Sorted by operation, the images of one are a slice: the CPU knows the slices, the device needs only the order.
+    chosen, order = chosen.sort(dim=0)
+    arguments = arguments.gather(0, order).to(images.device, non_blocking=True)
+    order = order.to(images.device, non_blocking=True)
+    for layer in range(settings.layers):
+        counts = chosen[:, layer].bincount(minlength=len(settings.operations) + 1).tolist()
+        groups = order[:, layer].split(counts), arguments[:, layer].split(counts)
+        # One group more than operations, the last: images that none is applied to.
+        for (name, operation), index, argument in zip(settings.operations.items(), *groups, strict=False):
+            if len(index) > 0:
+                beyond = (fill,) if name in GEOMETRIC else ()
+                images.index_copy_(0, index, operation.apply(images.index_select(0, index), argument, *beyond))
+    return images
+
+
+# --- Random erasing (Zhong et al. 2017, arXiv:1708.04896), timm's mode "pixel" ---------------------------------------
+
+
+def draw_erasing_boxes(seeds: torch.Tensor, size: int, probability: float) -> tuple[torch.Tensor, torch.Tensor]:
+    """timm's `RandomErasing`: a box (top, left, height, width) an image `(B, 4)`, and which are erased `(B,)`."""
+    uniform = random_uniform(seeds, ERASING_STREAM, 1 + ATTEMPTS, 4)
+    boxes = draw_boxes(uniform[:, 1:], size, size, area=(0.02, 1 / 3), log_ratio=(math.log(0.3), -math.log(0.3)))
+    fits = (boxes[..., 2] < size) & (boxes[..., 3] < size)
+    return first_fitting(boxes, fits), (uniform[:, 0, 0] < probability) & fits.any(dim=1)
+
+
+def erase(
+    images: torch.Tensor, boxes: torch.Tensor, erased: torch.Tensor, seeds: torch.Tensor, normal: torch.Tensor
+) -> None:
+    """Overwrites each box with standard normal noise, in place.
+
+    Only erased pixels are computed: they form one list, image after image, each image's own row by row.
+
+    Args:
+        images: `(B, 3, S, S)` float, normalised, on the device; normal: `normal_quantiles()`, on the device.
+        boxes, erased, seeds: `(B, 4)`, `(B,)` bool and `(B,)`, on the CPU.
+    """
+    which = erased.nonzero().squeeze(1)
+    top, left, height, width = boxes.long()[which].unbind(dim=1)
+    areas = height * width
+    total = int(areas.sum())
+    plan = torch.stack((which, top, left, width, areas.cumsum(0) - areas, seeds[which], areas), dim=1)
+    plan = plan.to(images.device, non_blocking=True)
+    owner = torch.repeat_interleave(plan[:, -1], output_size=total)  # (total,): the box that an erased pixel lies in
+    image, top, left, width, first, seed, _ = plan[owner].unbind(dim=1)
+    place = torch.arange(total, device=images.device) - first
+    bits = random_bits(seed, NOISE_STREAM, place)  # 64 a pixel: 16 a channel, and 16 to spare
+    noise = normal[torch.stack([(bits >> shift) & 0xFFFF for shift in (0, 16, 32)], dim=1)]
+    images[image, :, top + place // width, left + place % width] = noise.to(images.dtype)
+
+
+# --- All of it -------------------------------------------------------------------------------------------------------
+
+
+class BatchAugmentation:
+    """Augments batches of images on their own device (CPU or CUDA), each image as its seed says.
+
+    The steps and their order are those of timm's `create_transform(is_training=True)`: crop and resize, horizontal
+    flip, RandAugment, normalisation, random erasing.
+
+    Args:
+        image_size (`int`): Height and width of the result, in pixels.
+        crop (`str`, *optional*, defaults to `"resized"`):
+            `"resized"`: a box of 8 to 100 % of the area and a ratio of 3/4 to 4/3, resized. `"padded"`: the image,
+            resized if it is of another size and zero-padded by `image_size // 8` pixels (4 at 32), of which a random
+            part is cut. `"none"`: the whole image, resized if it is of another size.
+        horizontal_flip (`float`, *optional*, defaults to 0.5): Probability of mirroring an image.
+        auto_augment (`str`, *optional*, defaults to `"rand-m9-mstd0.5-inc1"`):
+            RandAugment in timm's notation; `None` for none.
+        random_erasing (`float`, *optional*, defaults to 0.25): Probability of overwriting a box with noise.
+        image_mean, image_std (three `float`): Normalisation, on the scale 0 to 1.
+
+    Raises:
+        ValueError: An argument that is out of range, unknown or not supported.
+    """
+
+    def __init__(
+        self,
+        image_size: int,
+        *,
+        crop: str = "resized",
+        horizontal_flip: float = 0.5,
+        auto_augment: str | None = "rand-m9-mstd0.5-inc1",
+        random_erasing: float = 0.25,
+        image_mean: Sequence[float],
+        image_std: Sequence[float],
+    ):
+        if crop not in ("resized", "padded", "none"):
+            raise ValueError(f'crop={crop!r}: it is one of "resized", "padded" and "none".')
+        for name, probability in (("horizontal_flip", horizontal_flip), ("random_erasing", random_erasing)):
+            if not 0 <= probability <= 1:
+                raise ValueError(f"{name}={probability}: it is a probability, from 0 to 1.")
+        if len(image_mean) != 3 or len(image_std) != 3 or min(image_std) <= 0:
+            raise ValueError(f"image_mean={image_mean}, image_std={image_std}: three numbers each, image_std above 0.")
+        self.image_size = image_size
+        self.crop = crop
+        self.horizontal_flip = horizontal_flip
+        self.rand_augment = RandAugment.from_string(auto_augment) if auto_augment is not None else None
+        self.random_erasing = random_erasing
+        self.mean = torch.tensor(image_mean, dtype=torch.float32)[:, None, None]
+        self.std = torch.tensor(image_std, dtype=torch.float32)[:, None, None]
+        # timm's fill beyond an image's edge: the mean colour. Python's `round`, as there.
+        fill = [min(255, round(255 * channel)) for channel in image_mean]
+        self.fill = torch.tensor(fill, dtype=torch.uint8)[:, None, None]
+        self.normal = normal_quantiles()
+
+    @torch.no_grad()
+    def __call__(self, images: torch.Tensor, seeds: torch.Tensor) -> torch.Tensor:
+        """
+        Args:
+            images (`torch.Tensor`): `(B, 3, H, W)` uint8, on any device.
+            seeds (`torch.Tensor`): `(B,)` int64, on the CPU: all that is random about an image follows from its seed.
+
+        Returns:
+            `torch.Tensor`: `(B, 3, image_size, image_size)` float32, normalised, on the images' device.
+
+        Raises:
+            ValueError: Images or seeds of another shape, type or place.
+        """
+        if images.dtype != torch.uint8 or images.ndim != 4 or images.shape[1] != 3:
+            raise ValueError(f"images: expected (B, 3, H, W) uint8, found {tuple(images.shape)} {images.dtype}.")
+        if seeds.shape != images.shape[:1] or seeds.dtype != torch.int64 or seeds.device.type != "cpu":
+            raise ValueError(
+                f"seeds: expected one int64 an image, ({len(images)},), on the CPU; "
+                f"found {tuple(seeds.shape)} {seeds.dtype} on {seeds.device}."
+            )
+        if self.normal.device != images.device:
+            for name in ("mean", "std", "fill", "normal"):
+                setattr(self, name, getattr(self, name).to(images.device))
+        # Inside autocast the resize's products would be taken in 16 bits.
+        with torch.autocast(images.device.type, enabled=False):
+            images = self.crop_and_flip(images, seeds)
+            if self.rand_augment is not None:
+                images = rand_augment(images, self.rand_augment, seeds, self.fill)
+            pixels = images.float().div_(255).sub_(self.mean).div_(self.std)
+            if self.random_erasing > 0:
+                boxes, erased = draw_erasing_boxes(seeds, self.image_size, self.random_erasing)
+                erase(pixels, boxes, erased, seeds, self.normal)
+        return pixels
+
+    def crop_and_flip(self, images: torch.Tensor, seeds: torch.Tensor) -> torch.Tensor:
+        """The geometry before RandAugment: uint8 images to new uint8 images `(B, 3, image_size, image_size)`."""
+        batch, _, height, width = images.shape
+        size, device = self.image_size, images.device
+        flips = random_uniform(seeds, FLIP_STREAM, 1)[:, 0] < self.horizontal_flip
+        flips = flips.to(device, non_blocking=True)
+        if self.crop == "resized":
+            boxes = draw_crop_boxes(seeds, height, width)
+            return resize(images, boxes.to(device, non_blocking=True), size, flips)
+        if (height, width) != (size, size):
+            whole = torch.tensor([0, 0, height, width]).expand(batch, 4)
+            images = resize(images, whole.to(device, non_blocking=True), size, torch.zeros_like(flips))
+        padding = size // 8 if self.crop == "padded" else 0
+        offsets = (random_uniform(seeds, CROP_STREAM, 2) * (2 * padding + 1)).long()
+        return shifted_crop(images, offsets.to(device, non_blocking=True), padding, flips)
