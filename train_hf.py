@@ -9,17 +9,19 @@ the dataset's, measure it, refuse it if it knows nothing), train the student, ev
 """
 
 import difflib
+import importlib.util
 import json
 import os
+import shlex
 import sys
 from dataclasses import dataclass, field
 from pathlib import Path
 
-import timm
 import yaml
 from huggingface_hub import HfApi, snapshot_download
+from safetensors import SafetensorError, safe_open
 from transformers import HfArgumentParser, set_seed
-from transformers.trainer_utils import get_last_checkpoint
+from transformers.hf_argparser import string_to_bool
 
 from modeling_deit_ti import DeiTTiConfig, DeiTTiForImageClassification
 from modeling_deit_ti.data import (
@@ -27,6 +29,8 @@ from modeling_deit_ti.data import (
     EvalImages,
     ImageData,
     UserError,
+    first_line,
+    label_maps,
     load_images,
     make_image_processor,
     make_train_images,
@@ -44,12 +48,19 @@ from modeling_deit_ti.model_card import (
     plot_training_curves,
     write_model_card,
 )
-from modeling_deit_ti.teacher import TeacherArguments, check_better_than_chance, new_timm_classifier, prepare_teacher
+from modeling_deit_ti.teacher import (
+    TeacherArguments,
+    check_better_than_chance,
+    is_timm_architecture,
+    new_timm_classifier,
+    prepare_teacher,
+)
 from modeling_deit_ti.trainer import DistillationTrainer, DistillationTrainingArguments
 
 
-# What a card shows of the training arguments.
-HYPERPARAMETERS = (
+# What a card shows of the arguments.
+DATA_HYPERPARAMETERS = ("crop", "horizontal_flip", "auto_augment", "random_erasing", "augment_on", "eval_crop_ratio")
+TRAINING_HYPERPARAMETERS = (
     "num_train_epochs",
     "max_steps",
     "per_device_train_batch_size",
@@ -108,7 +119,7 @@ class ModelArguments:
 
     @property
     def is_timm_architecture(self) -> bool:
-        return not os.path.isdir(self.model_name_or_path) and timm.is_model(self.model_name_or_path)
+        return is_timm_architecture(self.model_name_or_path)
 
 
 Arguments = tuple[ModelArguments, DataArguments, TeacherArguments, DistillationTrainingArguments]
@@ -124,16 +135,16 @@ def main() -> None:
     with training_args.main_process_first(desc="loading the images"):
         data = load_images(data_args, labels_needed=mode.needs_labels)
     image_processor = make_image_processor(data_args, model_args.image_size)
+    train_images, augment = make_train_images(data.train, data_args, image_processor)
+    set_seed(training_args.seed)
+    student, not_taken_over = make_student(model_args, mode, data.label_names, image_processor)
 
     teacher = teacher_path = teacher_record = None
     if mode.has_teacher:
         teacher, teacher_path, teacher_facts = prepare_teacher(
-            teacher_args, data, data_args, training_args, image_processor, model_args.image_size
+            teacher_args, data, data_args, training_args, image_processor
         )
 
-    set_seed(training_args.seed)  # the same student, whether a teacher was fitted before it or not
-    student, not_taken_over = make_student(model_args, mode, data.label_names, image_processor)
-    train_images, augment = make_train_images(data.train, data_args, model_args.image_size)
     trainer = DistillationTrainer(
         model=student,
         args=training_args,
@@ -143,23 +154,29 @@ def main() -> None:
         eval_dataset=EvalImages(data.evaluation, image_processor),
         processing_class=image_processor,
     )
-    if trainer.is_world_process_zero():
-        print(*not_taken_over, sep="\n", end="\n" if not_taken_over else "")
+    is_main = trainer.is_world_process_zero()
+    if is_main and not_taken_over:
+        print("Student:", *not_taken_over)
 
     if teacher is not None:
         accuracy = trainer.measure_teacher()
+        if is_main:
+            print(f"Teacher: {teacher_facts['name']} is right on {accuracy:.2%} of the split {data.eval_split}")
         check_better_than_chance(accuracy, data.evaluation["label"][:], teacher_facts["name"])
         teacher_record = TeacherRecord(accuracy=accuracy, **teacher_facts)
-        trainer.log({"teacher_accuracy": accuracy})
 
     results = {"train": trainer.train(resume_from_checkpoint=checkpoint).metrics, "eval": trainer.evaluate()}
     results["all"] = results["train"] | results["eval"]
     if teacher is not None:
         results["all"] |= {"teacher_accuracy": accuracy, "teacher_path": teacher_path}
 
-    save_run(trainer, groups, data, teacher_record, results)
-    print_summary(trainer, teacher_record, results)
-    push(trainer)
+    trainer.save_model(_internal_call=True)  # else it pushes what is not complete yet, and ends the run if it cannot
+    trainer.save_state()
+    if is_main:
+        save_exports(trainer, model_args)
+        write_reports(trainer, groups, data, teacher_record, results)
+        print_summary(trainer, teacher_record, results)
+        push(trainer)
 
 
 def parse_arguments(argv: list[str]) -> Arguments:
@@ -190,7 +207,9 @@ def parse_arguments(argv: list[str]) -> Arguments:
             f"{training_args.distill_mode} needs a class and a distillation token: use deit_ti, or mode none, soft "
             "or hard."
         )
-    if training_args.output_dir == "outputs":
+    if "onnx" in model_args.export and importlib.util.find_spec("onnxscript") is None:
+        raise UserError("--export onnx: ONNX needs packages that are missing; pip install onnx onnxscript.")
+    if training_args.has_default_output_dir:
         dataset = Path(data_args.dataset_name).name
         name = f"{Path(model_args.model_name_or_path).name}-{dataset}-{training_args.distill_mode}"
         training_args.output_dir = os.path.join("outputs", name + "-single_token" * training_args.single_token)
@@ -217,6 +236,8 @@ def _flags_of_recipe(file: str, parser: _Parser) -> list[str]:
         if isinstance(value, list):
             flags += [f"--{key}", *map(str, value)]
         elif value is not None:
+            if isinstance(value, bool) and parser._option_string_actions[f"--{key}"].type is not string_to_bool:
+                value = "yes" if value else "no"  # YAML reads a bare `no` as false: save_strategy: no
             flags.append(f"--{key}={json.dumps(value) if isinstance(value, dict) else value}")
     return flags
 
@@ -228,52 +249,83 @@ def _closest(flag: str, parser: _Parser) -> str:
 
 def checkpoint_to_resume(args: DistillationTrainingArguments) -> str | None:
     """
-    The checkpoint to go on from, if any.
+    The checkpoint to go on from, if any. `True` means the last complete one, or the beginning where there is none yet.
 
     Raises:
-        UserError: if the output folder holds a finished run, or an unfinished one that is not resumed; or if the
-            checkpoint is not there or incomplete.
+        UserError: if the output folder holds a finished run, or something that is not to be resumed and would be
+            overwritten; or if the checkpoint is not there or incomplete.
     """
-    folder, resume = args.output_dir, args.resume_from_checkpoint
-    if os.path.exists(folder) and not os.path.isdir(folder):
+    folder, resume = Path(args.output_dir), args.resume_from_checkpoint
+    if folder.exists() and not folder.is_dir():
         raise UserError(f"--output_dir {folder}: there is a file of this name.")
-    if os.path.isfile(os.path.join(folder, "all_results.json")):
+    if (folder / "all_results.json").is_file():
         raise UserError(
             f"--output_dir {folder} already holds a finished run: name another folder, or delete this one."
         )
-    last = get_last_checkpoint(folder) if os.path.isdir(folder) else None
+    checkpoints = [path for path in folder.glob("checkpoint-*") if path.name.removeprefix("checkpoint-").isdigit()]
+    checkpoints.sort(key=lambda path: int(path.name.removeprefix("checkpoint-")), reverse=True)
     if resume is None or resume.lower() == "false":
-        if last is not None:
+        if checkpoints:
             raise UserError(
                 f"--output_dir {folder} holds an unfinished run: go on with --resume_from_checkpoint True, or name "
                 "another folder."
             )
+        for name in ("model.safetensors", "config.json", "README.md"):
+            if (folder / name).exists():
+                raise UserError(f"--output_dir {folder}: its {name} would be overwritten; name another folder.")
         return None
     if resume.lower() == "true":
-        return last
+        return next((str(path) for path in checkpoints if _missing_of(path) is None), None)
     if resume == "last-checkpoint" and not os.path.isdir(resume):
         resume = _pushed_checkpoint(args)
-    missing = [name for name in ("trainer_state.json", "model.safetensors") if not Path(resume, name).is_file()]
-    if missing:
-        raise UserError(
-            f"--resume_from_checkpoint {resume}: no complete checkpoint; it has no {' and no '.join(missing)}."
-        )
+    if not os.path.isdir(resume):
+        raise UserError(f"--resume_from_checkpoint {resume}: there is no such folder.")
+    missing = _missing_of(Path(resume))
+    if missing is not None:
+        raise UserError(f"--resume_from_checkpoint {resume}: it is no complete checkpoint; {missing}.")
     return resume
+
+
+def _missing_of(checkpoint: Path) -> str | None:
+    """What a checkpoint lacks that was being written when the run was killed. The Trainer writes its state last."""
+    try:
+        json.loads((checkpoint / "trainer_state.json").read_text())
+    except (OSError, ValueError):
+        return "its trainer_state.json is missing or cut off"
+    if any(checkpoint.glob("pytorch_model_fsdp*")) or any(checkpoint.glob("global_step*")):
+        return None  # FSDP and DeepSpeed have files of their own
+    for name in ("model.safetensors", "optimizer.pt", "scheduler.pt"):
+        if not (checkpoint / name).is_file():
+            return f"it has no {name}"
+    try:
+        with safe_open(checkpoint / "model.safetensors", "pt"):
+            return None
+    except (OSError, SafetensorError) as error:
+        return f"its model.safetensors is damaged ({first_line(error)})"
 
 
 def _pushed_checkpoint(args: DistillationTrainingArguments) -> str:
     """The checkpoint that `--hub_strategy checkpoint` keeps on the Hub, from the output folder or fetched."""
     local = os.path.join(args.output_dir, "last-checkpoint")
-    if os.path.isdir(local) or not args.hub_model_id:
+    if os.path.isdir(local) or not (args.hub_model_id or args.push_to_hub):
         return local
+    name = hub_repository(args)
     try:
-        pushed = snapshot_download(args.hub_model_id, allow_patterns="last-checkpoint/*", token=args.hub_token)
+        if "/" not in name:  # a push adds the user by itself, a download does not
+            name = f"{HfApi(token=args.hub_token).whoami()['name']}/{name}"
+        pushed = snapshot_download(
+            name, revision=args.hub_revision, allow_patterns="last-checkpoint/*", token=args.hub_token
+        )
     except Exception as error:  # of the network or the Hub
         raise UserError(
-            f"--resume_from_checkpoint last-checkpoint: it cannot be fetched from {args.hub_model_id} "
-            f"({type(error).__name__}: {_first_line(error)})."
+            f"--resume_from_checkpoint last-checkpoint: it cannot be fetched from {name} ({first_line(error)})."
         ) from error
     return os.path.join(pushed, "last-checkpoint")
+
+
+def hub_repository(args: DistillationTrainingArguments) -> str:
+    """What the user calls the repository to push to, with or without its owner; by default as the output folder."""
+    return args.hub_model_id or Path(args.output_dir).absolute().name
 
 
 def check_hub_access(args: DistillationTrainingArguments) -> None:
@@ -284,18 +336,20 @@ def check_hub_access(args: DistillationTrainingArguments) -> None:
         UserError: if the Hub is not reachable, or the token is missing, invalid or may not write there.
     """
     api = HfApi(token=args.hub_token)
-    name = args.hub_model_id or Path(args.output_dir).absolute().name
+    name = hub_repository(args)
     try:
         role = api.whoami().get("auth", {}).get("accessToken", {}).get("role")
         if role == "read":
             raise UserError("--push_to_hub: the token may only read; make one that may write.")
         args.hub_model_id = api.create_repo(name, private=args.hub_private_repo, exist_ok=True).repo_id
         api.auth_check(args.hub_model_id, write=True)
+        if args.hub_revision and not api.revision_exists(args.hub_model_id, args.hub_revision):
+            api.create_branch(args.hub_model_id, branch=args.hub_revision)
     except UserError:
         raise
     except Exception as error:  # of the network, the Hub or the token's file: all mean that a push would fail
         raise UserError(
-            f"--push_to_hub: cannot write to the repository {name} ({type(error).__name__}: {_first_line(error)}). "
+            f"--push_to_hub: cannot write to the repository {name} ({first_line(error)}). "
             "Log in with `hf auth login`, or set HF_TOKEN to a token that may write; or train without --push_to_hub "
             "and use `hf upload` later."
         ) from error
@@ -310,8 +364,7 @@ def make_student(model_args: ModelArguments, mode: DistillMode, label_names: lis
         image_size=model_args.image_size,
         patch_size=model_args.patch_size,
         drop_path_rate=model_args.drop_path_rate,
-        id2label=dict(enumerate(label_names)),
-        label2id={name: index for index, name in enumerate(label_names)},
+        **label_maps(label_names),
         **mode.network,
     )
     if model_args.model_name_or_path == "deit_ti":
@@ -319,79 +372,84 @@ def make_student(model_args: ModelArguments, mode: DistillMode, label_names: lis
     return load_student(model_args.model_name_or_path, config)
 
 
-def save_run(
+def save_exports(trainer: DistillationTrainer, model_args: ModelArguments) -> None:
+    """The same model for those who do not run this project's code."""
+    if model_args.is_timm_architecture:
+        return
+    folder = Path(trainer.args.output_dir)
+    # From the file, since a wrapped or sharded model has its weights elsewhere.
+    saved = DeiTTiForImageClassification.from_pretrained(folder, use_safetensors=True)
+    save_transformers(saved, trainer.processing_class, folder / "transformers")
+    if "timm" in model_args.export:
+        save_timm(saved, trainer.processing_class, folder / "timm")
+    if "onnx" in model_args.export:
+        export_onnx(saved, folder / "model.onnx")
+
+
+def write_reports(
     trainer: DistillationTrainer,
     groups: Arguments,
     data: ImageData,
     teacher: TeacherRecord | None,
     results: dict[str, dict],
 ) -> None:
-    """The folder that a run leaves. `all_results.json` comes last: where it is, the run is finished."""
-    trainer.save_model()
-    trainer.save_state()
-    if not trainer.is_world_process_zero():
-        return
-    model_args, data_args, _, training_args = groups
-    folder = Path(training_args.output_dir)
-    if not model_args.is_timm_architecture:
-        # From the file, since a wrapped or sharded model has its weights elsewhere.
-        saved = DeiTTiForImageClassification.from_pretrained(folder, use_safetensors=True)
-        save_transformers(saved, trainer.processing_class, folder / "transformers")
-        if "timm" in model_args.export:
-            save_timm(saved, trainer.processing_class, folder / "timm")
-        if "onnx" in model_args.export:
-            export_onnx(saved, folder / "model.onnx")
+    """Curves, card and results. `all_results.json` comes last: where it is, the run is finished."""
+    folder = Path(trainer.args.output_dir)
     plot_training_curves(trainer.state.log_history, folder / CURVES_FILE, teacher.accuracy if teacher else None)
-    on_hub = data_args.dataset_name != "digits" and not os.path.isdir(data_args.dataset_name)
     example_label = None
-    if on_hub or data_args.dataset_name == "digits":  # somebody's own images are nobody else's business
-        first = data.evaluation[0]
-        read_image(first).save(folder / EXAMPLE_FILE)
-        example_label = data.label_names[first["label"]]
-    started_from = model_args.model_name_or_path
-    is_new = model_args.is_timm_architecture or started_from == "deit_ti"
-    record = RunRecord(
-        architecture=started_from if model_args.is_timm_architecture else "deit_ti",
-        num_parameters=sum(parameter.numel() for parameter in trainer.model.parameters()),
+    if data.source != "local":  # somebody's own images are nobody else's business
+        example = data.evaluation[0]
+        read_image(example).save(folder / EXAMPLE_FILE)
+        example_label = data.label_names[example["label"]]
+    record = describe_run(trainer, groups, data, teacher, results["all"], example_label)
+    record.save(folder)
+    write_model_card(record, folder)
+    for name, metrics in results.items():
+        (folder / f"{name}_results.json").write_text(json.dumps(metrics, indent=4, sort_keys=True) + "\n")
+
+
+def describe_run(
+    trainer: DistillationTrainer,
+    groups: Arguments,
+    data: ImageData,
+    teacher: TeacherRecord | None,
+    metrics: dict,
+    example_label: str | None,
+) -> RunRecord:
+    """What the card tells."""
+    model_args, data_args, _, training_args = groups
+    is_deit_ti = not model_args.is_timm_architecture
+    started_from = model_args.model_name_or_path if is_deit_ti else "deit_ti"
+    hyperparameters = {name: getattr(training_args, name) for name in TRAINING_HYPERPARAMETERS}
+    hyperparameters |= {name: getattr(data_args, name) for name in DATA_HYPERPARAMETERS}
+    hyperparameters |= {"precision": training_args.mixed_precision, "num_processes": training_args.world_size}
+    return RunRecord(
+        architecture="deit_ti" if is_deit_ti else model_args.model_name_or_path,
+        num_parameters=trainer.model.num_parameters(),
         image_size=model_args.image_size,
-        patch_size=None if model_args.is_timm_architecture else model_args.patch_size,
-        drop_path_rate=None if model_args.is_timm_architecture else model_args.drop_path_rate,
+        patch_size=model_args.patch_size if is_deit_ti else None,
+        drop_path_rate=model_args.drop_path_rate if is_deit_ti else None,
         mode=training_args.mode,
         teacher=teacher,
         dataset=DatasetRecord(
-            name=data_args.dataset_name,
-            source="hub" if on_hub else "scikit-learn" if data_args.dataset_name == "digits" else "local",
+            name=data.name,
+            source=data.source,
             config_name=data_args.dataset_config_name,
             label_names=data.label_names,
             num_train_images=len(data.train),
             num_eval_images=len(data.evaluation),
             eval_split=data.eval_split,
         ),
-        metrics=results["all"],
-        hyperparameters={
-            name: getattr(group, name)
-            for group, names in (
-                (training_args, HYPERPARAMETERS),
-                (
-                    data_args,
-                    ("crop", "horizontal_flip", "auto_augment", "random_erasing", "augment_on", "eval_crop_ratio"),
-                ),
-            )
-            for name in names
-        }
-        | {"precision": training_args.mixed_precision, "num_processes": training_args.world_size},
+        metrics=metrics,
+        hyperparameters=hyperparameters,
         hardware=describe_hardware(training_args),
-        base_model=None if is_new else started_from,
-        base_model_on_hub=not is_new and not os.path.isdir(started_from),
+        base_model=None if started_from == "deit_ti" else started_from,
+        base_model_on_hub=started_from != "deit_ti" and not os.path.isdir(started_from),
         hub_model_id=training_args.hub_model_id if training_args.push_to_hub else None,
         license=model_args.license,
         command=["accelerate", "launch", *sys.argv],
         example_label=example_label,
     )
-    record.save(folder)
-    write_model_card(record, folder)
-    for name, metrics in results.items():
-        (folder / f"{name}_results.json").write_text(json.dumps(metrics, indent=4, sort_keys=True) + "\n")
 
 
 def push(trainer: DistillationTrainer) -> None:
@@ -402,7 +460,7 @@ def push(trainer: DistillationTrainer) -> None:
         SystemExit: with exit code 1 if the push fails; the run is complete on disk, the message says how to push it.
     """
     args = trainer.args
-    if not args.push_to_hub or not trainer.is_world_process_zero():
+    if not args.push_to_hub:
         return
     unwanted = ["checkpoint-*", "last-checkpoint/*", "_*"]
     try:
@@ -410,7 +468,7 @@ def push(trainer: DistillationTrainer) -> None:
             repo_id=trainer.hub_model_id,
             folder_path=args.output_dir,
             commit_message="End of training",
-            ignore_patterns=unwanted,
+            ignore_patterns=[*unwanted],  # it adds to the list
             revision=args.hub_revision,
         )
     except Exception as error:  # whatever the network or the Hub did, nothing is lost
@@ -418,21 +476,15 @@ def push(trainer: DistillationTrainer) -> None:
         excluded = " ".join(f'--exclude "{pattern}"' for pattern in unwanted)
         print(
             f"train_hf.py: the run is finished and saved in {args.output_dir}, but the push failed "
-            f"({type(error).__name__}: {_first_line(error)}). Push it later with\n\n"
-            f"    hf upload {trainer.hub_model_id} {args.output_dir} .{revision} {excluded}\n",
+            f"({first_line(error)}). Push it later with\n\n"
+            f"    hf upload {trainer.hub_model_id} {shlex.quote(args.output_dir)} .{revision} {excluded}\n",
             file=sys.stderr,
         )
         raise SystemExit(1) from error
 
 
-def _first_line(error: Exception) -> str:
-    return next(iter(str(error).strip().splitlines()), "no message")
-
-
 def print_summary(trainer: DistillationTrainer, teacher: TeacherRecord | None, results: dict[str, dict]) -> None:
     """What a person wants to know at the end."""
-    if not trainer.is_world_process_zero():
-        return
     folder, metrics = trainer.args.output_dir, results["all"]
     print(f"\n{'':34}{'top-1':>8}{'top-5':>9}")
     if teacher is not None:
@@ -454,7 +506,8 @@ def print_summary(trainer: DistillationTrainer, teacher: TeacherRecord | None, r
 if __name__ == "__main__":
     try:
         main()
-    except UserError as error:
-        if int(os.environ.get("RANK", 0)) == 0:
+    except (UserError, FloatingPointError) as error:
+        # Once a machine: all processes find the same mistake.
+        if int(os.environ.get("LOCAL_RANK", 0)) <= 0:
             print(f"train_hf.py: error: {error}", file=sys.stderr)
-        sys.exit(2)
+        sys.exit(2 if isinstance(error, UserError) else 1)

@@ -9,10 +9,9 @@ the workers, the processes or where a run was resumed.
 import contextlib
 import hashlib
 import io
-import multiprocessing
 import os
 import random
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -24,6 +23,7 @@ from datasets import (
     Features,
     Image,
     Value,
+    concatenate_datasets,
     load_dataset,
     load_dataset_builder,
     load_from_disk,
@@ -43,6 +43,9 @@ from .augmentation import BatchAugmentation
 
 # Where a data set is decoded once for all epochs: above this size it stays encoded, as it came.
 MAX_DECODED_BYTES = 8 * 2**30
+MAX_BATCH_BYTES = 128 * 2**20
+# Bump when images or labels come out differently than before: what `datasets` has cached is then made anew.
+CHECK_VERSION = 1
 # The subsets that --max_train_samples and --train_val_split take are the same in every run, whatever its --seed:
 # runs that are compared then see the same images, and a fitted teacher serves them all.
 SUBSET_SEED = 0
@@ -50,6 +53,20 @@ SUBSET_SEED = 0
 
 class UserError(ValueError):
     """A mistake in what the user gave: one message that names it, what was found and what to do."""
+
+
+def first_line(error: Exception) -> str:
+    """What went wrong, short enough to stand in a message of ours: libraries explain themselves over many lines."""
+    reason = str(error).strip().partition("\n")[0].rstrip(".")
+    return f"{type(error).__name__}: {reason}" if reason else type(error).__name__
+
+
+def label_maps(label_names: list[str]) -> dict:
+    """`id2label` and `label2id` of a transformers config."""
+    return {
+        "id2label": dict(enumerate(label_names)),
+        "label2id": {name: index for index, name in enumerate(label_names)},
+    }
 
 
 @dataclass
@@ -135,6 +152,7 @@ class ImageData:
     evaluation: Dataset
     label_names: list[str]
     name: str
+    source: str  # "hub", "local" or "scikit-learn"
     eval_split: str
     fingerprint: str  # of the training images, their labels and the label names: the content, not where it lies
 
@@ -157,7 +175,7 @@ def load_images(args: DataArguments, labels_needed: bool = True) -> ImageData:
         UserError: if the dataset is neither on disk nor reachable, lacks a column, has labels that are missing, out
             of range or different in the two splits, or holds an image that cannot be decoded.
     """
-    splits = _load_splits(args.dataset_name, args.dataset_config_name)
+    splits, source = _load_splits(args.dataset_name, args.dataset_config_name)
     train, evaluation, eval_split = _train_and_evaluation(splits, args)
     image_column = _image_column(train, args)
     label_column = _label_column(evaluation, args)
@@ -179,33 +197,32 @@ def load_images(args: DataArguments, labels_needed: bool = True) -> ImageData:
         evaluation.remove_columns("digest"),
         label_names,
         args.dataset_name,
+        source,
         eval_split,
         content.hexdigest(),
     )
 
 
-def _load_splits(name: str, config_name: str | None) -> DatasetDict:
+def _load_splits(name: str, config_name: str | None) -> tuple[DatasetDict, str]:
+    """The dataset's splits, and where they come from."""
     if name == "digits" and not os.path.isdir(name):
-        return _digits()
+        return _digits(), "scikit-learn"
     if (name.startswith((".", "/", "~")) or name.count("/") > 1) and not os.path.isdir(os.path.expanduser(name)):
         raise UserError(f"--dataset_name {name}: there is no such folder.")
     folder = os.path.expanduser(name)
     try:
         if os.path.isfile(os.path.join(folder, "dataset_dict.json")):
-            splits = load_from_disk(folder)
-        elif os.path.isdir(folder):
-            splits = _load_folder(folder, config_name)
-        else:
-            splits = load_dataset(name, config_name)
+            return load_from_disk(folder), "local"
+        if os.path.isdir(folder):
+            return _load_folder(folder, config_name), "local"
+        return load_dataset(name, config_name), "hub"
     except Exception as error:  # whatever the builder or the network raises, it is about what the user named
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise UserError(
             f"--dataset_name {name}: the dataset is neither a readable local folder nor reachable on the Hub "
-            f"({type(error).__name__}: {reason}). To run offline, name a folder of Parquet files or of one folder of "
+            f"({first_line(error)}). To run offline, name a folder of Parquet files or of one folder of "
             "images a class, or use `--dataset_name digits`; a dataset that was loaded before is taken from the cache "
             "with HF_HUB_OFFLINE=1."
         ) from error
-    return splits
 
 
 def _load_folder(folder: str, config_name: str | None) -> DatasetDict:
@@ -241,7 +258,10 @@ def _train_and_evaluation(splits: DatasetDict, args: DataArguments) -> tuple[Dat
             train = splits["train"]
             break
     else:
-        parts = splits["train"].train_test_split(test_size=args.train_val_split, seed=SUBSET_SEED)
+        if len(splits["train"]) < 2:
+            raise UserError(f"{args.dataset_name} has {len(splits['train'])} images: too few to hold some out.")
+        held_out = max(1, round(args.train_val_split * len(splits["train"])))
+        parts = splits["train"].train_test_split(test_size=held_out, seed=SUBSET_SEED)
         train, evaluation, eval_split = parts["train"], parts["test"], "train (held out)"
     for name, split in (("train", train), (eval_split, evaluation)):
         if len(split) == 0:
@@ -324,37 +344,33 @@ def _with_label_ids(
         return train, evaluation, names
 
     found = [{label for label in split.unique(column) if label is not None} for split in (train, evaluation)]
-    if all(isinstance(label, str) for label in found[0] | found[1]):
-        names = sorted(found[0] or found[1])
-    else:
-        if not all(isinstance(label, int) for label in found[0] | found[1]):
-            raise UserError(
-                f"Column {column!r} holds {_kind(kinds[0])} in one split and {_kind(kinds[1])} in the other."
-            )
-        names = list(range(max(found[0] or found[1], default=-1) + 1))
+    if len({type(label) for label in found[0] | found[1]}) > 1:
+        raise UserError(f"Column {column!r} holds {_kind(kinds[0])} in one split and {_kind(kinds[1])} in the other.")
+    # A negative number stands for a missing label, and is told with its row.
+    found = [{label for label in labels if isinstance(label, str) or label >= 0} for labels in found]
+    names = sorted(found[0] or found[1])
     unknown = sorted(found[1] - set(names))
-    if unknown and not (isinstance(unknown[0], int) and unknown[0] < 0):  # negative ones are told with their row
+    if unknown:
         raise UserError(
             f"The splits' labels differ: evaluation has {_some(unknown)} in column {column!r}, which training lacks "
             f"(it has {_some(names)})."
         )
-    if not all(isinstance(name, int) for name in names):
-        train, evaluation = (
-            split.map(
-                _encode_labels,
-                batched=True,
-                fn_kwargs={"column": column, "names": names},
-                features=Features({**split.features, column: ClassLabel(names=names)}),
-                desc="Numbering the labels",
-            )
-            for split in (train, evaluation)
+    train, evaluation = (
+        split.map(
+            _encode_labels,
+            batched=True,
+            fn_kwargs={"column": column, "names": names},
+            features=Features({**split.features, column: Value("int64")}),
+            desc="Numbering the labels",
         )
+        for split in (train, evaluation)
+    )
     return train, evaluation, [str(name) for name in names]
 
 
-def _encode_labels(rows: dict, column: str, names: list[str]) -> dict:
+def _encode_labels(rows: dict, column: str, names: list) -> dict:
     ids = {name: i for i, name in enumerate(names)}
-    return {column: [None if name is None else ids[name] for name in rows[column]]}
+    return {column: [None if name is None else ids.get(name, -1) for name in rows[column]]}
 
 
 def _some(names: list) -> str:
@@ -391,28 +407,30 @@ def _checked(
         "num_labels": num_labels,
         "rows": rows,
         "labels_needed": labels_needed,
+        "version": CHECK_VERSION,
     }
-    some = list(range(0, len(split), max(1, len(split) // 100)))
-    decoded = _check_rows(split[some], some, decode=True, **arguments)
-    mean_bytes = sum(map(len, decoded["pixels"])) / len(some)
-    decode = mean_bytes * len(split) <= MAX_DECODED_BYTES
-
+    image_bytes = _mean_decoded_bytes(split[:: max(1, len(split) // 100)][image_column])
+    decode = image_bytes * len(split) <= MAX_DECODED_BYTES
     features = {"label": Value("int64"), "digest": Value("int64")}
     if decode:
         features |= {"pixels": Value("binary"), "height": Value("int32"), "width": Value("int32")}
-    else:
-        features |= {"image": Image()}
+    batch_size = int(max(1, min(1000, MAX_BATCH_BYTES // image_bytes)))
     checked = split.map(
         _check_rows,
         batched=True,
+        batch_size=batch_size,
+        writer_batch_size=batch_size,
         with_indices=True,
         remove_columns=split.column_names,
         features=Features(features),
         fn_kwargs={"decode": decode, **arguments},
         # Processes cost more to start than a small set takes.
-        num_proc=min(multiprocessing.cpu_count(), 16) if len(split) >= 20_000 else None,
+        num_proc=min(len(os.sched_getaffinity(0)), 16) if len(split) >= 20_000 else None,
         desc=f"Checking {split_name}",
     )
+    if not decode:
+        encoded = split.select_columns(image_column).rename_column(image_column, "image").cast_column("image", Image())
+        checked = concatenate_datasets([encoded, checked], axis=1)
     if not labels_needed and -1 in checked.unique("label"):
         checked = checked.remove_columns("label")
     return checked
@@ -428,10 +446,11 @@ def _check_rows(
     num_labels: int,
     rows: list[int] | None,
     labels_needed: bool,
+    version: int,  # in the fingerprint of the result, so that no older one is taken from the cache
 ) -> dict:
-    """One batch of `Dataset.map`: RGB pixels (or the encoded image), label and a digest of both for each row."""
+    """One batch of `Dataset.map`: label, RGB pixels where they are kept, and a digest of both, for each row."""
     output = {"label": [], "digest": []}
-    output |= {"pixels": [], "height": [], "width": []} if decode else {"image": []}
+    output |= {"pixels": [], "height": [], "width": []} if decode else {}
     for index, encoded, label in zip(indices, batch[image_column], batch[label_column], strict=True):
         row = index if rows is None else rows[index]
         if label is None or label < 0:
@@ -458,16 +477,30 @@ def _check_rows(
             output["pixels"].append(pixels)
             output["height"].append(image.height)
             output["width"].append(image.width)
-        else:
-            output["image"].append(encoded)
     return output
+
+
+def _mean_decoded_bytes(encoded_images: list[dict]) -> float:
+    """Bytes of an RGB image, by the headers of a sample; those that cannot be read are told when they are checked."""
+    sizes = []
+    for encoded in encoded_images:
+        try:
+            with _open(encoded) as image:
+                sizes.append(image.width * image.height * 3)
+        except Exception:
+            continue
+    return max(1, sum(sizes) / max(1, len(sizes)))
+
+
+def _open(encoded: dict) -> PILImage.Image:
+    return PILImage.open(io.BytesIO(encoded["bytes"]) if encoded["bytes"] is not None else encoded["path"])
 
 
 def decode_image(encoded: dict) -> PILImage.Image:
     """An RGB image, upright, from `datasets`' encoded form: a dict with `bytes` or `path`."""
     if encoded is None:
         raise ValueError("it is missing")
-    with PILImage.open(io.BytesIO(encoded["bytes"]) if encoded["bytes"] is not None else encoded["path"]) as image:
+    with _open(encoded) as image:
         image.load()
         return to_rgb(ImageOps.exif_transpose(image))
 
@@ -489,38 +522,51 @@ def to_rgb(image: PILImage.Image) -> PILImage.Image:
 # ---------------------------------------------------------------------------------------------------------------------
 
 
-def make_image_processor(args: DataArguments, image_size: int) -> DeiTImageProcessor:
-    """The preprocessing of evaluation and of the shipped model: resize, centre crop, ImageNet's normalisation."""
+def make_image_processor(
+    args: DataArguments,
+    image_size: int,
+    image_mean: Sequence[float] = IMAGENET_DEFAULT_MEAN,
+    image_std: Sequence[float] = IMAGENET_DEFAULT_STD,
+) -> DeiTImageProcessor:
+    """The preprocessing of evaluation and of the shipped model: resize, centre crop, normalisation."""
     ratio = args.eval_crop_ratio or (0.875 if args.crop_at(image_size) == "resized" else 1.0)
     resized = round(image_size / ratio)
     return DeiTImageProcessor(
         size={"shortest_edge": resized},
         crop_size={"height": image_size, "width": image_size},
-        image_mean=list(IMAGENET_DEFAULT_MEAN),
-        image_std=list(IMAGENET_DEFAULT_STD),
+        image_mean=list(image_mean),
+        image_std=list(image_std),
         do_convert_rgb=True,
     )
 
 
-def make_train_transform(args: DataArguments, image_size: int) -> Callable[[PILImage.Image], torch.Tensor]:
+def make_train_transform(args: DataArguments, image_processor) -> Callable[[PILImage.Image], torch.Tensor]:
     """
     The augmentation of one image, from timm's factory as in DeiT's code: crop, flip, RandAugment, normalisation,
-    random erasing (paper, table 9). RGB image in, `(3, image_size, image_size)` float32 out.
+    random erasing (paper, table 9). RGB image in, `(3, image_size, image_size)` float32 out, in the size and
+    normalisation of the image processor.
+
+    Raises:
+        UserError: if timm does not know the policy of `--auto_augment`.
     """
+    image_size = image_processor.crop_size["height"]
     crop = args.crop_at(image_size)
-    first, second, last = create_transform(
-        image_size,
-        is_training=True,
-        hflip=args.horizontal_flip,
-        color_jitter=None,
-        auto_augment=None if args.auto_augment == "none" else args.auto_augment,
-        interpolation="bicubic",
-        mean=IMAGENET_DEFAULT_MEAN,
-        std=IMAGENET_DEFAULT_STD,
-        re_prob=args.random_erasing,
-        re_mode="pixel",
-        separate=True,
-    )
+    try:
+        first, second, last = create_transform(
+            image_size,
+            is_training=True,
+            hflip=args.horizontal_flip,
+            color_jitter=None,
+            auto_augment=None if args.auto_augment == "none" else args.auto_augment,
+            interpolation="bicubic",
+            mean=tuple(image_processor.image_mean),
+            std=tuple(image_processor.image_std),
+            re_prob=args.random_erasing,
+            re_mode="pixel",
+            separate=True,
+        )
+    except (AssertionError, ValueError, KeyError, IndexError) as error:  # timm asserts what it knows
+        raise UserError(f"--auto_augment {args.auto_augment}: timm does not know this policy.") from error
     if crop != "resized":
         resize = transforms.Resize((image_size, image_size), InterpolationMode.BICUBIC)
         shift = [transforms.RandomCrop(image_size, padding=image_size // 8)] if crop == "padded" else []
@@ -557,7 +603,7 @@ def seeded(seed: int) -> Iterator[None]:
 
 
 def make_train_images(
-    dataset: Dataset, args: DataArguments, image_size: int
+    dataset: Dataset, args: DataArguments, image_processor
 ) -> tuple["TrainImages", BatchAugmentation | None]:
     """
     The training images, and what is left to do to their batches where the model is: nothing with
@@ -567,11 +613,12 @@ def make_train_images(
         UserError: if the device is to augment images of different sizes, or with a policy it does not know.
     """
     if args.augment_on == "loader":
-        return TrainImages(dataset, make_train_transform(args, image_size)), None
+        return TrainImages(dataset, make_train_transform(args, image_processor)), None
     if "pixels" not in dataset.column_names or any(len(dataset.unique(name)) > 1 for name in ("height", "width")):
         raise UserError(
             "--augment_on device: the images are not all of one size, or too many; use --augment_on loader."
         )
+    image_size = image_processor.crop_size["height"]
     try:
         augment = BatchAugmentation(
             image_size,
@@ -579,8 +626,8 @@ def make_train_images(
             horizontal_flip=args.horizontal_flip,
             auto_augment=None if args.auto_augment == "none" else args.auto_augment,
             random_erasing=args.random_erasing,
-            image_mean=IMAGENET_DEFAULT_MEAN,
-            image_std=IMAGENET_DEFAULT_STD,
+            image_mean=image_processor.image_mean,
+            image_std=image_processor.image_std,
         )
     except ValueError as error:
         raise UserError(f"--augment_on device: {error} Use --augment_on loader for it.") from error
@@ -696,11 +743,12 @@ class TrainSampler(torch.utils.data.Sampler):
             images each epoch), so that all batches have one shape; only a dataset smaller than a batch is taken whole.
         seed (`int`): of the run.
         repeats (`int`, *optional*, defaults to 1): repeated augmentation (Hoffer et al., 2020): each image comes
-            this often in the batch, differently augmented, and an epoch sees as many images as without.
+            this often in a batch, differently augmented, and an epoch sees as many images as without.
     """
 
     def __init__(self, num_images: int, batch_size: int, seed: int, repeats: int = 1):
         self.num_images = num_images
+        self.batch_size = batch_size
         self.num_samples = num_images // batch_size * batch_size or num_images
         self.seed = seed
         self.repeats = repeats
@@ -716,5 +764,11 @@ class TrainSampler(torch.utils.data.Sampler):
         state = np.random.SeedSequence([self.seed, self.epoch]).generate_state(1, np.uint64)
         generator = torch.Generator().manual_seed(int(state[0] >> np.uint64(1)))
         order = torch.randperm(self.num_images, generator=generator).repeat_interleave(self.repeats)
+        order = order[: self.num_samples]
+        if self.repeats > 1:
+            # Mixup takes neighbours: the views of one image must not be each other's.
+            order = torch.cat(
+                [part[torch.randperm(len(part), generator=generator)] for part in order.split(self.batch_size)]
+            )
         seeds = torch.randint(2**62, (self.num_samples,), generator=generator)
-        yield from zip(order[: self.num_samples].tolist(), seeds.tolist(), strict=True)
+        yield from zip(order.tolist(), seeds.tolist(), strict=True)

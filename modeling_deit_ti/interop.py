@@ -41,7 +41,7 @@ from transformers import (
 from transformers.utils import logging as transformers_logging
 
 from .configuration_deit_ti import CLASS_TOKEN, TOKENS, DeiTTiConfig
-from .data import UserError
+from .data import UserError, first_line
 from .modeling_deit_ti import DeiTTiForImageClassification, interpolate_position_embeddings
 
 
@@ -470,11 +470,10 @@ def read_source(name: str) -> tuple[DeiTTiConfig, StateDict]:
 
 
 def why_not_loaded(name: str, error: Exception) -> str:
-    """In one sentence, why transformers could not load a folder or Hub id: the first line of its many."""
-    reason = str(error).strip().partition("\n")[0].rstrip(".") or type(error).__name__
-    if not os.path.isdir(name):
-        reason = f"there is no such folder, and the Hub has no answer ({reason})"
-    return f"{reason}."
+    """In one sentence, why transformers could not load a folder or Hub id."""
+    if os.path.isdir(name):
+        return f"{first_line(error)}."
+    return f"there is no such folder, and the Hub has no answer ({first_line(error)})."
 
 
 def timm_hub_id(name: str) -> str:

@@ -437,8 +437,8 @@ def _spread(heights: list[float], sizes: list[float]) -> list[float]:
 
 def write_model_card(record: RunRecord, folder: str | os.PathLike) -> None:
     """
-    Renders the card of a run to `README.md` in its folder. Shows `training_curves.png` and uses `example.png` where
-    the run left them there, so it comes last.
+    Renders the card of a run to `README.md` in its folder. Shows `training_curves.png`, uses `example.png` and
+    tells of `timm/` and `model.onnx` where the run left them there, so it comes last.
 
     Args:
         record (`RunRecord`)
@@ -468,6 +468,8 @@ def write_model_card(record: RunRecord, folder: str | os.PathLike) -> None:
         dataset_link=dataset_link(record.dataset),
         label_list=label_list(record.dataset.label_names),
         has_curves=(folder / CURVES_FILE).is_file(),
+        has_timm=(folder / "timm" / "config.json").is_file(),
+        has_onnx=(folder / "model.onnx").is_file(),
         has_example=record.example_label is not None and (folder / EXAMPLE_FILE).is_file(),
         # As Python literals: what stands in a code block has to run.
         repo_literal=json.dumps(record.hub_model_id or "."),

@@ -267,15 +267,16 @@ class DeiTTiModel(DeiTTiPreTrainedModel):
                 'load the model with attn_implementation="eager".'
             )
         hidden_states = self.embeddings(pixel_values, interpolate_pos_encoding)
-        all_hidden_states, all_attentions = (hidden_states,), ()
+        all_hidden_states = (hidden_states,) if output_hidden_states else None
+        all_attentions = () if output_attentions else None
         for layer in self.layers:
             hidden_states, attention = layer(hidden_states)
-            all_hidden_states += (hidden_states,)
-            all_attentions += (attention,)
+            if output_hidden_states:
+                all_hidden_states += (hidden_states,)
+            if output_attentions:
+                all_attentions += (attention,)
         output = BaseModelOutput(
-            last_hidden_state=self.norm(hidden_states),
-            hidden_states=all_hidden_states if output_hidden_states else None,
-            attentions=all_attentions if output_attentions else None,
+            last_hidden_state=self.norm(hidden_states), hidden_states=all_hidden_states, attentions=all_attentions
         )
         return output if return_dict in (None, True) else output.to_tuple()
 

@@ -14,6 +14,10 @@ from pathlib import Path
 
 import timm
 import torch
+from accelerate.state import AcceleratorState
+from accelerate.utils import broadcast_object_list
+from PIL import Image as PILImage
+from safetensors import SafetensorError
 from torch import nn
 from torch.nn import functional as F
 from transformers import (
@@ -25,15 +29,18 @@ from transformers import (
     set_seed,
 )
 
+from .configuration_deit_ti import DeiTTiConfig
 from .data import (
     DataArguments,
     EvalImages,
     ImageData,
     UserError,
+    first_line,
+    label_maps,
     make_image_processor,
     make_train_images,
 )
-from .interop import timm_hub_id, why_not_loaded
+from .interop import load_student, timm_hub_id, why_not_loaded
 from .trainer import DistillationTrainer, DistillationTrainingArguments
 
 
@@ -132,6 +139,11 @@ class Teacher(nn.Module):
         return logits if self.label_order is None else logits[:, self.label_order]
 
 
+def is_timm_architecture(name: str) -> bool:
+    """Whether `name` is one that timm can make, and no folder."""
+    return not os.path.isdir(name) and timm.is_model(name)
+
+
 def new_timm_classifier(
     architecture: str, label_names: list[str], image_size: int, image_processor
 ) -> TimmWrapperForImageClassification:
@@ -149,8 +161,7 @@ def new_timm_classifier(
     config = TimmWrapperConfig(
         architecture=architecture,
         model_args=model_args,
-        id2label=dict(enumerate(label_names)),
-        label2id={name: index for index, name in enumerate(label_names)},
+        **label_maps(label_names),
         pretrained_cfg={
             "input_size": [3, image_size, image_size],
             "mean": list(image_processor.image_mean),
@@ -169,8 +180,8 @@ def new_timm_classifier(
 def match_labels(teacher_names: list[str], names: list[str]) -> list[int] | None:
     """
     For each of the dataset's labels its id in the teacher, matched by name (case, `_` and `-` do not count). A teacher
-    with unnamed labels (`LABEL_0`, ...), or for a dataset whose labels are numbers, matches by order where the numbers
-    of labels are equal. A teacher with more labels than the dataset, all of the dataset's among them, matches too.
+    with unnamed labels (`LABEL_0`, ...) matches by order where the numbers of labels are equal. A teacher with more
+    labels than the dataset, all of the dataset's among them, matches too.
 
     Returns:
         `list[int]` of length `len(names)`, or `None` where the teacher knows other labels.
@@ -212,7 +223,6 @@ def prepare_teacher(
     data_args: DataArguments,
     training_args: DistillationTrainingArguments,
     image_processor,
-    image_size: int,
 ) -> tuple[Teacher, str, dict]:
     """
     Loads the teacher; fits it first, or takes the one that an earlier run fitted, where its labels are not the
@@ -220,38 +230,42 @@ def prepare_teacher(
 
     Args:
         image_processor: the student's.
-        image_size (`int`): the student's, in pixels.
 
     Returns:
         The teacher, where its model is, and what `model_card.TeacherRecord` says of it but for its accuracy.
 
     Raises:
-        UserError: if there is no such model, its labels cannot be matched, or it has to be fitted and cannot.
+        UserError: if there is no such model, its labels cannot be matched, it has to be fitted and cannot, or it does
+            not take images of `--teacher_image_size`.
     """
     name = args.teacher_model_name_or_path
-    model = None
-    if not _starts_from_scratch(args):
-        model = _load(name if not _is_timm_architecture(name) else timm_hub_id(name))
-        label_order = match_labels(
-            [model.config.id2label[i] for i in range(model.config.num_labels)], data.label_names
-        )
-    if model is not None and label_order is not None:
-        path, fitted = name, None
-    else:
-        path = _fitted(args, model, data, data_args, training_args, image_processor, image_size)
+    is_timm = is_timm_architecture(name)
+    path, fitted = timm_hub_id(name) if is_timm and args.teacher_pretrained else name, None
+    model = label_order = None
+    if not is_timm or args.teacher_pretrained:
+        model, has_head = _load(path)
+        if has_head:
+            names = [model.config.id2label[index] for index in range(model.config.num_labels)]
+            label_order = match_labels(names, data.label_names)
+    if label_order is None:
         fitted = "scratch" if model is None else "pretrained"
-        model, label_order = _load(path), None
-    own_size, mean, std = _input_format(model, path, image_size)
-    if args.teacher_image_size is not None:
-        own_size = args.teacher_image_size
-    teacher = Teacher(
-        model, own_size, mean, std, list(image_processor.image_mean), list(image_processor.image_std), label_order
-    )
+        path = _fit(args, model, path, data, data_args, training_args, image_processor)
+        model, _ = _load(path)
+    image_size, mean, std = _input_format(model, path)
+    image_size = args.teacher_image_size or image_size
+    student_mean, student_std = list(image_processor.image_mean), list(image_processor.image_std)
+    teacher = Teacher(model, image_size, mean, std, student_mean, student_std, label_order)
+    try:
+        teacher(torch.zeros(1, 3, image_size, image_size))
+    except (ValueError, RuntimeError, AssertionError) as error:
+        raise UserError(
+            f"The teacher {name} cannot take images of {image_size}x{image_size} pixels ({first_line(error)})."
+        ) from error
     facts = {
         "name": name,
-        "source": "timm" if _is_timm_architecture(name) else "local" if os.path.isdir(name) else "hub",
+        "source": "timm" if is_timm else "local" if os.path.isdir(name) else "hub",
         "fitted": fitted,
-        "image_size": own_size,
+        "image_size": image_size,
         "num_parameters": sum(parameter.numel() for parameter in model.parameters()),
     }
     if fitted is not None:
@@ -265,14 +279,15 @@ def check_better_than_chance(accuracy: float, labels: list[int], name: str) -> N
     Refuses a teacher that knows nothing of the dataset.
 
     Chance is the share of the commonest label; a teacher has to be above it by five standard errors and by half of
-    it, at most 5 percentage points: untrained networks reach more than chance now and then.
+    it, at most 5 percentage points: untrained networks reach more than chance now and then. Half of the way from
+    chance to perfect is always enough.
 
     Raises:
         UserError: with the teacher's accuracy.
     """
     chance = torch.bincount(torch.tensor(labels)).max().item() / len(labels)
     margin = max(5 * (chance * (1 - chance) / len(labels)) ** 0.5, min(0.5 * chance, 0.05))
-    if accuracy <= chance + margin:
+    if accuracy <= chance + min(margin, 0.5 * (1 - chance)):
         raise UserError(
             f"The teacher {name} is no better than chance: its accuracy on the evaluation split is {accuracy:.4f}, "
             f"and always naming the commonest label gives {chance:.4f}. A student would learn noise from it. Fit it "
@@ -281,51 +296,60 @@ def check_better_than_chance(accuracy: float, labels: list[int], name: str) -> N
         )
 
 
-def _is_timm_architecture(name: str) -> bool:
-    return not os.path.isdir(name) and timm.is_model(name)
-
-
-def _starts_from_scratch(args: TeacherArguments) -> bool:
-    return _is_timm_architecture(args.teacher_model_name_or_path) and not args.teacher_pretrained
-
-
-def _load(name: str, **kwargs) -> PreTrainedModel:
-    """Weights come from safetensors alone: a pickle could run anything."""
+def _load(name: str, **kwargs) -> tuple[PreTrainedModel, bool]:
+    """The classifier, and whether its head came with it. No pickles, no remote code: they could do anything."""
     try:
-        return AutoModelForImageClassification.from_pretrained(name, use_safetensors=True, **kwargs)
-    except (OSError, ValueError, KeyError, RuntimeError) as error:
+        model, info = AutoModelForImageClassification.from_pretrained(
+            name, use_safetensors=True, trust_remote_code=False, output_loading_info=True, **kwargs
+        )
+    except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
         raise UserError(
             f"--teacher_model_name_or_path {name}: it is neither a timm architecture, nor a local folder or Hub model "
             f"that AutoModelForImageClassification loads from safetensors: {why_not_loaded(name, error)} Offline, "
             "name a timm architecture without --teacher_pretrained, or a folder."
         ) from error
+    return model, not info["missing_keys"]
 
 
-def _input_format(model: PreTrainedModel, path: str, default_size: int) -> tuple[int, list[float], list[float]]:
-    """Input size, mean and standard deviation of a classifier, from its image processor or its timm config."""
+def _input_format(model: PreTrainedModel, path: str) -> tuple[int, list[float], list[float]]:
+    """Input size, mean and standard deviation of a classifier, from its timm config or its image processor."""
     pretrained_cfg = getattr(model.config, "pretrained_cfg", None)
     if pretrained_cfg:
         data_config = timm.data.resolve_data_config(pretrained_cfg=pretrained_cfg, verbose=False)
         return data_config["input_size"][-1], list(data_config["mean"]), list(data_config["std"])
     try:
-        processor = AutoImageProcessor.from_pretrained(path)
+        processor = AutoImageProcessor.from_pretrained(path, trust_remote_code=False)
     except (OSError, ValueError) as error:
-        raise UserError(f"--teacher_model_name_or_path {path}: the model has no image processor ({error}).") from error
-    size = processor.crop_size if getattr(processor, "do_center_crop", False) else processor.size
-    own_size = size.get("height") or size.get("shortest_edge") or getattr(model.config, "image_size", default_size)
-    return own_size, list(processor.image_mean), list(processor.image_std)
+        raise UserError(
+            f"--teacher_model_name_or_path {path}: the model has no image processor ({first_line(error)})."
+        ) from error
+    # Measured on pictures of one colour, not read: processors differ in what their fields mean, and some normalise
+    # twice, or not at all.
+    size = getattr(model.config, "image_size", None)
+    size = size if isinstance(size, int) else 224
+    colours = [PILImage.new("RGB", (size, size), colour) for colour in ("black", "white", "red")]
+    pictures = torch.as_tensor(processor(colours, return_tensors="pt")["pixel_values"]).float()
+    own_size = pictures.shape[-1]
+    black, white, red = pictures[:, :, own_size // 2, own_size // 2]
+    if not torch.allclose(red, torch.stack((white[0], black[1], black[2])), atol=1e-3):
+        raise UserError(
+            f"--teacher_model_name_or_path {path}: its image processor exchanges or mixes the colours, which "
+            "cannot be done with the student's images."
+        )
+    std = 1 / (white - black)
+    return own_size, (-black * std).tolist(), std.tolist()
 
 
-def _fitted(
+def _fit(
     args: TeacherArguments,
     pretrained: PreTrainedModel | None,
+    source: str,
     data: ImageData,
     data_args: DataArguments,
     training_args: DistillationTrainingArguments,
-    image_processor,
-    image_size: int,
+    student_processor,
 ) -> str:
-    """The folder of the teacher fitted by this recipe; fits it where no earlier run has."""
+    """The folder of the teacher that this recipe makes; fits it where no earlier run has."""
     name = args.teacher_model_name_or_path
     if args.teacher_num_train_epochs == 0:
         raise UserError(
@@ -337,17 +361,28 @@ def _fitted(
             f"The teacher {name} has to be fitted, and the training images have no labels: name a teacher that knows "
             "the dataset's labels."
         )
-    if pretrained is not None:
-        image_size = _input_format(pretrained, name, image_size)[0]
+    if pretrained is None:
+        image_size = student_processor.crop_size["height"]
+        mean, std = list(student_processor.image_mean), list(student_processor.image_std)
+    else:
+        image_size, mean, std = _input_format(pretrained, source)
     image_size = args.teacher_image_size or image_size
+    # Crops and flips alone: a CNN that has a few epochs to learn in does not need to be slowed down.
+    light = DataArguments(
+        crop=data_args.crop_at(image_size),
+        horizontal_flip=data_args.horizontal_flip,
+        auto_augment="none",
+        random_erasing=0.0,
+        augment_on=data_args.augment_on,
+    )
     recipe = {
         "teacher": name,
         "pretrained": pretrained is not None,
         "image_size": image_size,
         "dataset": data.fingerprint,
-        "crop": data_args.crop_at(image_size),
-        "horizontal_flip": data_args.horizontal_flip,
-        "augment_on": data_args.augment_on,
+        "crop": light.crop,
+        "horizontal_flip": light.horizontal_flip,
+        "augment_on": light.augment_on,
         "num_train_epochs": args.teacher_num_train_epochs,
         "learning_rate": args.teacher_learning_rate,
         "batch_size": training_args.total_train_batch_size,
@@ -357,38 +392,35 @@ def _fitted(
     digest = hashlib.sha256(json.dumps(recipe, sort_keys=True).encode()).hexdigest()[:12]
     parts = (re.sub(r"[^\w.-]+", "-", Path(part).name) for part in (name, data.name))
     folder = Path(args.teacher_output_dir) / f"{'-'.join(parts)}-{digest}"
-    recipe_file = folder / RECIPE_FILE
-    if recipe_file.is_file() and json.loads(recipe_file.read_text()) == recipe:
-        if training_args.process_index == 0:
-            print(f"Teacher: {name}, fitted by an earlier run, from {folder}")
+    is_main = training_args.process_index == 0
+    # One process decides for all: on another machine the folder may look different. Fitted beside its place and moved
+    # there whole, so that what is there is always finished, also when two runs fit the same teacher at once.
+    is_fitted, unfinished = broadcast_object_list([_has_recipe(folder, recipe), f"{folder}.unfinished-{os.getpid()}"])
+    if is_fitted and not _has_recipe(folder, recipe):
+        raise UserError(
+            f"--teacher_output_dir {args.teacher_output_dir}: the fitted teacher is there on the first machine, "
+            "not on this one; name a folder on storage that all machines share."
+        )
+    if is_main:
+        how = (
+            "fitted by an earlier run, from"
+            if is_fitted
+            else f"fitting for {args.teacher_num_train_epochs:g} epochs, into"
+        )
+        print(f"Teacher: {name}, {how} {folder}")
+    if is_fitted:
         return str(folder)
 
-    if training_args.process_index == 0:
-        print(f"Teacher: fitting {name} to {data.name}, {args.teacher_num_train_epochs:g} epochs, into {folder}")
-    light = DataArguments(
-        crop=recipe["crop"],
-        horizontal_flip=data_args.horizontal_flip,
-        auto_augment="none",
-        random_erasing=0.0,
-        augment_on=data_args.augment_on,
-    )
-    teacher_processor = make_image_processor(light, image_size)
+    teacher_processor = make_image_processor(light, image_size, mean, std)
+    set_seed(TEACHER_SEED)
     if pretrained is None:
-        set_seed(TEACHER_SEED)
         model = new_timm_classifier(name, data.label_names, image_size, teacher_processor)
     else:
-        labels = {"id2label": dict(enumerate(data.label_names))}
-        labels["label2id"] = {label: index for index, label in labels["id2label"].items()}
-        source = name if not _is_timm_architecture(name) else timm_hub_id(name)
-        _, mean, std = _input_format(pretrained, source, image_size)
-        teacher_processor.image_mean, teacher_processor.image_std = mean, std
-        model = _load(source, ignore_mismatched_sizes=True, num_labels=len(data.label_names), **labels)
-    # Fitted beside its place and moved there whole: what is there is always finished.
-    unfinished = folder.with_name(folder.name + ".unfinished")
-    train_images, augment = make_train_images(data.train, light, image_size)
+        model = _with_labels(pretrained, source, data.label_names)
+    train_images, augment = make_train_images(data.train, light, teacher_processor)
     trainer = DistillationTrainer(
         model=model,
-        args=_fitting_arguments(args, training_args, str(unfinished)),
+        args=_fitting_arguments(args, training_args, unfinished),
         augment=augment,
         train_dataset=train_images,
         eval_dataset=EvalImages(data.evaluation, teacher_processor),
@@ -396,13 +428,35 @@ def _fitted(
     )
     trainer.train()
     trainer.save_model()
-    if training_args.process_index == 0:
-        (unfinished / RECIPE_FILE).write_text(json.dumps(recipe, indent=2) + "\n")
-        if folder.exists():
-            shutil.rmtree(folder)
-        unfinished.rename(folder)
+    if is_main:
+        Path(unfinished, RECIPE_FILE).write_text(json.dumps(recipe, indent=2) + "\n")
+        if _has_recipe(folder, recipe):  # another run was faster
+            shutil.rmtree(unfinished)
+        else:
+            shutil.rmtree(folder, ignore_errors=True)
+            os.rename(unfinished, folder)
     trainer.accelerator.wait_for_everyone()
+    if trainer.is_deepspeed_enabled:
+        # accelerate takes one DeepSpeed plugin, and the student's Trainer brings its own.
+        AcceleratorState._reset_state()
     return str(folder)
+
+
+def _has_recipe(folder: Path, recipe: dict) -> bool:
+    try:
+        return json.loads((folder / RECIPE_FILE).read_text()) == recipe
+    except (OSError, ValueError):
+        return False
+
+
+def _with_labels(pretrained: PreTrainedModel, source: str, label_names: list[str]) -> PreTrainedModel:
+    """The classifier with a new head for these labels."""
+    labels = label_maps(label_names)
+    if isinstance(pretrained.config, DeiTTiConfig):
+        # With a class token alone, whatever it had: it is fitted without a teacher, and no other head would learn.
+        size = {name: getattr(pretrained.config, name) for name in ("image_size", "patch_size")}
+        return load_student(source, DeiTTiConfig(**size, **labels))[0]
+    return _load(source, ignore_mismatched_sizes=True, num_labels=len(label_names), **labels)[0]
 
 
 def _fitting_arguments(
@@ -439,4 +493,12 @@ def _fitting_arguments(
     )
 
 
-__all__ = ["Teacher", "TeacherArguments", "check_better_than_chance", "match_labels", "prepare_teacher"]
+__all__ = [
+    "Teacher",
+    "TeacherArguments",
+    "check_better_than_chance",
+    "is_timm_architecture",
+    "match_labels",
+    "new_timm_classifier",
+    "prepare_teacher",
+]

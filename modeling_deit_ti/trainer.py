@@ -1,5 +1,6 @@
 """`DistillationTrainer`: transformers' `Trainer` with a teacher in its loss, and its arguments."""
 
+import math
 import os
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -12,6 +13,7 @@ from transformers.trainer_utils import EvalPrediction
 from .configuration_deit_ti import READOUTS
 from .data import TrainSampler, UserError, collate_images, mix_images
 from .distillation import MODES, DistillMode, distillation_loss, label_loss, resolve_mode
+from .modeling_deit_ti import DeiTTiForImageClassification
 
 
 METRIC = Path(__file__).parent / "metrics" / "top_k_accuracy.py"
@@ -71,12 +73,24 @@ class DistillationTrainingArguments(TrainingArguments):
     eval_strategy: str = field(default="epoch", metadata={"help": "When to evaluate: no, steps or epoch."})
     save_strategy: str = field(default="epoch", metadata={"help": "When to save a checkpoint: no, steps or epoch."})
     save_total_limit: int | None = field(default=2, metadata={"help": "How many checkpoints are kept."})
+    # Else the Trainer logs the mean of earlier losses in place of one that is not a number, and goes on.
+    logging_nan_inf_filter: bool = field(
+        default=False, metadata={"help": "Hide losses that are not finite. By default they end the run."}
+    )
     # The model takes fewer columns than the loader's batches have: the seeds go to the augmentation.
     remove_unused_columns: bool = field(default=False, metadata={"help": "Has to be false here."})
+    do_train: bool = field(default=True, metadata={"help": "Has to be true here: this command trains."})
+    do_predict: bool = field(default=False, metadata={"help": "Has to be false here: predict.py predicts."})
 
     def __post_init__(self):
+        self.has_default_output_dir = self.output_dir is None
         if self.output_dir is None:
             self.output_dir = "outputs"
+        for name, needed in (("remove_unused_columns", False), ("do_train", True), ("do_predict", False)):
+            if getattr(self, name) != needed:
+                raise UserError(
+                    f"--{name} {getattr(self, name)}: {type(self).__dataclass_fields__[name].metadata['help']}"
+                )
         self.mode = resolve_mode(
             self.distill_mode,
             single_token=self.single_token,
@@ -168,9 +182,12 @@ class DistillationTrainer(Trainer):
         if teacher is not None:
             dtype = {"fp16": torch.float16, "bf16": torch.bfloat16}.get(self.args.mixed_precision, torch.float32)
             teacher.to(self.args.device, dtype)
-        two_heads = len(getattr(self.model.config, "tokens", ())) == 2
+        # Another model has one head to train, whatever else it returns.
+        self.is_deit_ti = isinstance(self.model, DeiTTiForImageClassification)
+        two_heads = self.is_deit_ti and len(self.model.config.tokens) == 2
         # Endings of the metrics' names: none for what the model predicts with, then every read-out it has.
         self.readouts = ["", *(f"_{name}" for name in READOUTS)] if two_heads else [""]
+        self.teacher_accuracy: float | None = None
         self.metric = evaluate.load(str(METRIC), keep_in_memory=True)
         self._step_sums: dict[str, torch.Tensor] = {}
         self._steps_summed = 0
@@ -201,14 +218,13 @@ class DistillationTrainer(Trainer):
         pixel_values, labels = mix_images(
             pixel_values, labels, int(inputs["seeds"][0]), self.num_labels, self.args.mixup, self.args.cutmix
         )
+        pixel_values = self._prepare_input(pixel_values)  # DeepSpeed wants its own precision
         teacher_logits = self.teacher(pixel_values) if self.mode.has_teacher else None
         outputs = model(pixel_values=pixel_values)
-        # A model of another kind has one head and no names for it.
-        has_heads = "class_logits" in outputs or "distillation_logits" in outputs
         parts = distillation_loss(
             self.mode,
-            class_logits=outputs.get("class_logits") if has_heads else outputs["logits"],
-            distillation_logits=outputs.get("distillation_logits"),
+            class_logits=outputs.get("class_logits") if self.is_deit_ti else outputs["logits"],
+            distillation_logits=outputs.get("distillation_logits") if self.is_deit_ti else None,
             labels=labels,
             teacher_logits=teacher_logits,
             label_smoothing=self.args.label_smoothing_factor,
@@ -229,13 +245,38 @@ class DistillationTrainer(Trainer):
         return [name for name in names if not name.endswith(("_token", "position_embeddings", "pos_embed"))]
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
-        """Adds the means since the last log of the loss's parts and of how often teacher and student agree."""
+        """
+        Adds the means since the last log of the loss's parts and of how often teacher and student agree.
+
+        Raises:
+            FloatingPointError: if the loss is not finite.
+        """
         if "loss" in logs and self._steps_summed:
             for name, total in self._step_sums.items():
                 mean = self.accelerator.reduce(total / self._steps_summed, reduction="mean")
                 logs[name] = mean.item()
             self._step_sums, self._steps_summed = {}, 0
+            if self.teacher_accuracy is not None:
+                logs["teacher_accuracy"] = self.teacher_accuracy
         super().log(logs, start_time)
+        if "loss" in logs:
+            self._check_finite(logs["loss"], logs)
+
+    def _save_checkpoint(self, *args, **kwargs) -> None:
+        # Between two logs a checkpoint could hold weights that are lost already, and push out a good one.
+        self._check_finite(self._tr_loss.item(), {"learning_rate": self._get_learning_rate()})
+        super()._save_checkpoint(*args, **kwargs)
+
+    def _check_finite(self, loss: float, facts: dict[str, float]) -> None:
+        if math.isfinite(loss) or self.args.logging_nan_inf_filter:
+            return
+        shown = ("label_loss", "distillation_loss", "learning_rate", "grad_norm")
+        facts = ", ".join(f"{name} {facts[name]:.4g}" for name in shown if name in facts)
+        raise FloatingPointError(
+            f"The loss is {loss} at step {self.state.global_step} ({facts}). The checkpoints in "
+            f"{self.args.output_dir} are from before. Try a lower --learning_rate, a longer --warmup_steps, or --bf16 "
+            "instead of --fp16."
+        )
 
     def create_model_card(self, *args, **kwargs) -> None:
         """Nothing: the run writes its own card (model_card.py), which Trainer's pushes would overwrite."""
@@ -244,7 +285,7 @@ class DistillationTrainer(Trainer):
 
     def _ranked_labels(self, logits: torch.Tensor | tuple[torch.Tensor, ...], labels: torch.Tensor) -> torch.Tensor:
         """The five likeliest labels of each read-out, (B, read-outs, 5): all that is kept of an evaluated batch."""
-        readouts = [logits] if isinstance(logits, torch.Tensor) else [logits[0]]
+        readouts = [logits if isinstance(logits, torch.Tensor) else logits[0]]
         if len(self.readouts) > 1:
             _, class_logits, distillation_logits = logits
             readouts += [class_logits, distillation_logits, (class_logits + distillation_logits) / 2]
@@ -266,7 +307,8 @@ class DistillationTrainer(Trainer):
         for inputs in self.get_eval_dataloader():
             predicted = self.teacher(inputs["pixel_values"].to(self.args.device)).argmax(dim=-1)
             hits.append(self.accelerator.gather_for_metrics(predicted == inputs["labels"].to(self.args.device)))
-        return torch.cat(hits).float().mean().item()
+        self.teacher_accuracy = torch.cat(hits).float().mean().item()
+        return self.teacher_accuracy
 
 
 __all__ = ["DistillationTrainer", "DistillationTrainingArguments"]

@@ -18,13 +18,13 @@ import yaml
 from accelerate.commands import launch
 from accelerate.commands.config.config_args import ClusterConfig, load_config_from_file
 from accelerate.utils import DeepSpeedPlugin, DistributedType, FullyShardedDataParallelPlugin
+from accelerate.utils.fsdp_utils import fsdp2_prepare_auto_wrap_policy
 from accelerate.utils.launch import (
     prepare_deepspeed_cmd_env,
     prepare_multi_gpu_env,
     prepare_simple_launcher_cmd_env,
 )
 from torch.distributed.fsdp import MixedPrecisionPolicy, OffloadPolicy, StateDictType
-from torch.distributed.fsdp.wrap import transformer_auto_wrap_policy
 
 
 CONFIGS = Path(__file__).resolve().parents[1] / "accelerate_configs"
@@ -161,7 +161,7 @@ def test_several_machines_meet_at_machine_0(rank, launched):
     assert environment["ACCELERATE_MIXED_PRECISION"] == "fp16"
 
 
-def test_fsdp2_plugin_shards_deit_ti_layers_and_saves_a_full_model(launched, enter, caplog):
+def test_fsdp2_plugin_shards_weights_and_saves_a_full_model(launched, enter, caplog):
     _, args = launched("fsdp2_bf16")
     enter(prepare_multi_gpu_env(args))
     with caplog.at_level(logging.WARNING):
@@ -169,8 +169,6 @@ def test_fsdp2_plugin_shards_deit_ti_layers_and_saves_a_full_model(launched, ent
     assert caplog.text == ""  # version 2 warns of each option of version 1 that it drops
     assert plugin.fsdp_version == 2
     assert plugin.reshard_after_forward is True
-    assert plugin.auto_wrap_policy is transformer_auto_wrap_policy
-    assert plugin.transformer_cls_names_to_wrap == ["DeiTTiLayer"]
     assert plugin.state_dict_type == StateDictType.FULL_STATE_DICT  # or Trainer.save_model would write no weights
     assert plugin.cpu_ram_efficient_loading is False  # or the teacher would have no weights on most GPUs
     assert type(plugin.cpu_offload) is OffloadPolicy  # the policy that offloads nothing
@@ -181,15 +179,19 @@ def test_fsdp2_plugin_shards_deit_ti_layers_and_saves_a_full_model(launched, ent
     )
 
 
-def test_fsdp2_finds_the_layer_it_wraps_in_the_model(launched, enter):
-    from modeling_deit_ti.configuration_deit_ti import DeiTTiConfig
-    from modeling_deit_ti.modeling_deit_ti import DeiTTiForImageClassification, DeiTTiLayer
+@pytest.mark.parametrize("student", ["deit_ti", "resnet18"])
+def test_fsdp2_takes_the_student_and_a_cnn_alike(launched, enter, student):
+    from modeling_deit_ti import DeiTTiConfig, DeiTTiForImageClassification
+    from modeling_deit_ti.data import DataArguments, make_image_processor
+    from modeling_deit_ti.teacher import new_timm_classifier
 
     _, args = launched("fsdp2_bf16")
     enter(prepare_multi_gpu_env(args))
-    plugin = FullyShardedDataParallelPlugin()
-    plugin.set_auto_wrap_policy(DeiTTiForImageClassification(DeiTTiConfig()))
-    assert plugin.auto_wrap_policy.keywords["transformer_layer_cls"] == {DeiTTiLayer}
+    if student == "deit_ti":
+        model = DeiTTiForImageClassification(DeiTTiConfig())
+    else:
+        model = new_timm_classifier(student, ["a", "b"], 32, make_image_processor(DataArguments(), 32))
+    assert fsdp2_prepare_auto_wrap_policy(FullyShardedDataParallelPlugin(), model) is None
 
 
 def test_deepspeed_plugin_is_zero_2_in_fp16_and_leaves_the_rest_to_trainer(launched, enter):

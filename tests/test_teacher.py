@@ -7,13 +7,26 @@ from pathlib import Path
 import pytest
 import timm
 import torch
+from PIL import Image as PILImage
 from torch.nn import functional as F
-from transformers import AutoModelForImageClassification, ViTConfig, ViTForImageClassification, ViTImageProcessor
+from transformers import (
+    AutoModelForImageClassification,
+    ConvNextImageProcessor,
+    DeiTImageProcessor,
+    EfficientNetImageProcessor,
+    MobileViTImageProcessor,
+    ViTConfig,
+    ViTForImageClassification,
+    ViTImageProcessor,
+)
 
-from modeling_deit_ti.data import DataArguments, EvalImages, UserError, load_images, make_image_processor
+from modeling_deit_ti import DeiTTiConfig, DeiTTiForImageClassification
+from modeling_deit_ti.data import DataArguments, EvalImages, UserError, label_maps, load_images, make_image_processor
+from modeling_deit_ti.distillation import resolve_mode
 from modeling_deit_ti.teacher import (
     Teacher,
     TeacherArguments,
+    _input_format,
     check_better_than_chance,
     match_labels,
     new_timm_classifier,
@@ -177,7 +190,6 @@ def prepare(digits, folder, training=None, **arguments):
         data_args,
         training_args,
         make_image_processor(data_args, 32),
-        image_size=32,
     )
 
 
@@ -303,3 +315,84 @@ def test_no_better_than_chance_is_refused_with_the_accuracy(labels, refused, acc
     check_better_than_chance(accepted, labels, "good")
     with pytest.raises(UserError, match=f"no better than chance: its accuracy .* is {refused:.4f}"):
         check_better_than_chance(refused, labels, "bad")
+
+
+@pytest.mark.parametrize("labels", [[0, 1] * 10, [0] * 180 + [1] * 20, [0] * 9600 + [1] * 400])
+def test_a_perfect_teacher_is_never_refused(labels):
+    check_better_than_chance(1.0, labels, "perfect")
+
+
+# ---- Other people's image processors ----
+
+
+@pytest.mark.parametrize(
+    "processor",
+    [
+        ViTImageProcessor(size={"height": 16, "width": 16}),
+        ViTImageProcessor(size={"height": 16, "width": 16}, do_normalize=False),
+        ConvNextImageProcessor(size={"shortest_edge": 16}),
+        EfficientNetImageProcessor(size={"height": 16, "width": 16}, include_top=True),
+        DeiTImageProcessor(size={"height": 24, "width": 24}, crop_size={"height": 16, "width": 16}),
+    ],
+    ids=["ViT", "ViT without normalisation", "ConvNext", "EfficientNet, which normalises twice", "DeiT"],
+)
+def test_the_teacher_sees_what_its_own_image_processor_would_give_it(tmp_path, processor):
+    model = tiny_vit(["a", "b"]).eval()
+    processor.save_pretrained(tmp_path)
+    size, mean, std = _input_format(model, str(tmp_path))
+    assert size == 16
+    image = PILImage.new("RGB", (16, 16), (200, 100, 50))
+    own = torch.as_tensor(processor([image], return_tensors="pt")["pixel_values"]).float()
+    ours = make_image_processor(DataArguments(crop="none"), 16)([image], return_tensors="pt")["pixel_values"]
+    teacher = Teacher(model, size, mean, std, MEAN, STD)
+    torch.testing.assert_close(teacher(ours), model(own).logits, atol=1e-4, rtol=1e-4)
+
+
+def test_a_processor_that_exchanges_colours_is_refused(tmp_path):
+    MobileViTImageProcessor(size={"shortest_edge": 16}, crop_size={"height": 16, "width": 16}).save_pretrained(
+        tmp_path
+    )
+    with pytest.raises(UserError, match="exchanges or mixes the colours"):
+        _input_format(tiny_vit(["a", "b"]), str(tmp_path))
+
+
+# ---- Models of this project as teachers ----
+
+
+@pytest.mark.parametrize("mode", [resolve_mode("distill"), resolve_mode("distill", single_token=True)])
+def test_a_deit_ti_of_other_labels_is_fitted_with_the_head_that_learns(digits, tmp_path, mode):
+    config = DeiTTiConfig(image_size=32, patch_size=16, **label_maps(["cat", "dog"]), **mode.network)
+    DeiTTiForImageClassification(config).save_pretrained(tmp_path / "deit")
+    make_image_processor(DataArguments(crop="none"), 32).save_pretrained(tmp_path / "deit")
+    teacher, _, facts = prepare(
+        digits,
+        tmp_path,
+        teacher_model_name_or_path=str(tmp_path / "deit"),
+        teacher_num_train_epochs=0.1,
+        teacher_learning_rate=1e-3,
+    )
+    assert facts["fitted"] == "pretrained"
+    assert (teacher.model.config.tokens, teacher.model.config.readout) == (["class"], "class")
+    assert teacher(torch.randn(2, 3, 32, 32)).shape == (2, 10)
+
+
+def test_a_backbone_without_a_head_does_not_know_any_labels(digits, tmp_path):
+    folder = Path(save_classifier(tmp_path / "vit", ["0", "1"]))
+    tiny_vit(["0", "1"]).vit.save_pretrained(folder)
+    two = replace(digits, label_names=["a", "b"])
+    with pytest.raises(UserError, match="forbids to fit"):
+        prepare(two, tmp_path, teacher_model_name_or_path=str(folder), teacher_num_train_epochs=0)
+
+
+def test_a_damaged_teacher_is_an_error(digits, tmp_path):
+    folder = Path(save_classifier(tmp_path / "vit", DIGITS))
+    weights = (folder / "model.safetensors").read_bytes()
+    (folder / "model.safetensors").write_bytes(weights[: len(weights) // 2])
+    with pytest.raises(UserError, match="from safetensors"):
+        prepare(digits, tmp_path, teacher_model_name_or_path=str(folder))
+
+
+def test_an_image_size_that_the_teacher_cannot_take_is_an_error(digits, tmp_path):
+    folder = save_classifier(tmp_path / "vit", DIGITS)
+    with pytest.raises(UserError, match="cannot take images of 24x24 pixels"):
+        prepare(digits, tmp_path, teacher_model_name_or_path=folder, teacher_image_size=24)

@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -106,7 +107,7 @@ def test_a_run_tells_the_person_what_came_out(finished):
     folder, result = finished
     results = json.loads((folder / "all_results.json").read_text())
     for line in (
-        "fitting test_resnet to digits",
+        "Teacher: test_resnet, fitting for 12 epochs",
         f"{results['teacher_accuracy']:.2%}",
         f"{results['eval_accuracy']:.2%}",
     ):
@@ -229,7 +230,9 @@ def test_nothing_given_is_the_papers_recipe_on_cifar10():
         (["--warmup_steps=-1"], "warmup_steps"),
         (["--dataset_name=./nowhere"], "--dataset_name ./nowhere: there is no such folder"),
         (["--dataset_name=digits", "--label_column_name=kind"], "no such column; there are image, label"),
-        (["--dataset_name=digits", "--resume_from_checkpoint=nowhere"], "nowhere: no complete checkpoint"),
+        (["--dataset_name=digits", "--resume_from_checkpoint=nowhere"], "--resume_from_checkpoint nowhere: there is no"),
+        (["--dataset_name=digits", "--auto_augment=rnd-m9"], "--auto_augment rnd-m9: timm does not know this policy"),
+        (["--dataset_name=digits", "--model_name_or_path=nowhere"], "--model_name_or_path nowhere"),
         (["--dataset_name=digits", "--push_to_hub"], "--push_to_hub: cannot write to the repository"),
     ],
 )
@@ -254,6 +257,40 @@ def test_a_mistake_in_a_recipe_is_named(tmp_path, recipe, message):
     with pytest.raises(UserError) as error:
         train_hf.parse_arguments([f"--config={tmp_path / 'recipe.yaml'}"])
     assert message in str(error.value)
+
+
+def test_a_bare_no_in_a_recipe_is_a_word(tmp_path):
+    (tmp_path / "recipe.yaml").write_text("save_strategy: no\n")
+    *_, training = train_hf.parse_arguments([f"--config={tmp_path / 'recipe.yaml'}"])
+    assert training.save_strategy == "no"
+
+
+def test_only_complete_checkpoints_are_resumed_from(finished, tmp_path):
+    whole = finished[0] / "checkpoint-4"
+    for step in (4, 8, 12, 16):
+        shutil.copytree(whole, tmp_path / f"checkpoint-{step}")
+    (tmp_path / "checkpoint-8" / "optimizer.pt").unlink()
+    weights = tmp_path / "checkpoint-12" / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-100])
+    (tmp_path / "checkpoint-16" / "trainer_state.json").write_text('{"epoch": 1.')
+
+    def resume(value: str):
+        *_, training = train_hf.parse_arguments([f"--output_dir={tmp_path}", f"--resume_from_checkpoint={value}"])
+        return train_hf.checkpoint_to_resume(training)
+
+    assert resume("True") == str(tmp_path / "checkpoint-4")
+    for step, missing in ((8, "no optimizer.pt"), (12, "damaged"), (16, "cut off")):
+        with pytest.raises(UserError, match=f"no complete checkpoint; .*{missing}"):
+            resume(str(tmp_path / f"checkpoint-{step}"))
+    shutil.rmtree(tmp_path / "checkpoint-4")
+    assert resume("True") is None  # nothing complete yet: from the beginning
+
+
+def test_somebody_elses_files_are_not_overwritten(tmp_path):
+    (tmp_path / "README.md").write_text("mine")
+    *_, training = train_hf.parse_arguments([f"--output_dir={tmp_path}"])
+    with pytest.raises(UserError, match="its README.md would be overwritten"):
+        train_hf.checkpoint_to_resume(training)
 
 
 def test_a_finished_or_unfinished_run_is_not_overwritten(finished, teachers, monkeypatch, tmp_path):

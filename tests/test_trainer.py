@@ -1,5 +1,7 @@
 """The trainer: the teacher is in the loss and nowhere else, and what it logs and measures is true."""
 
+import json
+
 import numpy as np
 import pytest
 import torch
@@ -59,7 +61,7 @@ def make_trainer(data, folder, data_args=PLAIN, teacher=True, model_options=None
         DeiTTiConfig(image_size=32, patch_size=8, num_labels=10, **args.mode.network, **config)
     )
     processor = make_image_processor(data_args, 32)
-    train_images, augment = make_train_images(data.train, data_args, 32)
+    train_images, augment = make_train_images(data.train, data_args, processor)
     return DistillationTrainer(
         model=student,
         args=args,
@@ -301,3 +303,18 @@ def test_the_token_is_not_pickled_with_the_arguments(tmp_path):
     assert b"hf_secret" not in (tmp_path / "training_args.bin").read_bytes()
     assert args.hub_token == "hf_secret"
     assert torch.load(tmp_path / "training_args.bin", weights_only=False).learning_rate == args.learning_rate
+
+
+def test_a_loss_that_is_not_a_number_ends_the_run_before_a_checkpoint_holds_it(digits, tmp_path):
+    trainer = make_trainer(digits, tmp_path, learning_rate=1e30, save_strategy="steps", save_steps=1, max_grad_norm=0)
+    with pytest.raises(FloatingPointError, match=r"The loss is (nan|inf) at step \d+ \(learning_rate"):
+        trainer.train()
+    for checkpoint in tmp_path.glob("checkpoint-*"):
+        state = json.loads((checkpoint / "trainer_state.json").read_text())
+        assert all(np.isfinite(entry["loss"]) for entry in state["log_history"] if "loss" in entry)
+
+
+@pytest.mark.parametrize("option", [{"remove_unused_columns": True}, {"do_train": False}, {"do_predict": True}])
+def test_trainer_flags_that_have_no_meaning_here_are_refused(tmp_path, option):
+    with pytest.raises(UserError, match=f"--{next(iter(option))}"):
+        DistillationTrainingArguments(output_dir=str(tmp_path), **option)
