@@ -59,7 +59,16 @@ from modeling_deit_ti.trainer import DistillationTrainer, DistillationTrainingAr
 
 
 # What a card shows of the arguments.
-DATA_HYPERPARAMETERS = ("crop", "horizontal_flip", "auto_augment", "random_erasing", "augment_on", "eval_crop_ratio")
+DATA_HYPERPARAMETERS = (
+    "max_train_samples",
+    "max_eval_samples",
+    "crop",
+    "horizontal_flip",
+    "auto_augment",
+    "random_erasing",
+    "augment_on",
+    "eval_crop_ratio",
+)
 TRAINING_HYPERPARAMETERS = (
     "num_train_epochs",
     "max_steps",
@@ -320,7 +329,10 @@ def _pushed_checkpoint(args: DistillationTrainingArguments) -> str:
         raise UserError(
             f"--resume_from_checkpoint last-checkpoint: it cannot be fetched from {name} ({first_line(error)})."
         ) from error
-    return os.path.join(pushed, "last-checkpoint")
+    pushed = os.path.join(pushed, "last-checkpoint")
+    if not os.path.isdir(pushed):
+        raise UserError(f"--resume_from_checkpoint last-checkpoint: the repository {name} has no such folder.")
+    return pushed
 
 
 def hub_repository(args: DistillationTrainingArguments) -> str:
@@ -447,7 +459,8 @@ def describe_run(
         base_model_on_hub=started_from != "deit_ti" and not os.path.isdir(started_from),
         hub_model_id=training_args.hub_model_id if training_args.push_to_hub else None,
         license=model_args.license,
-        command=["accelerate", "launch", *sys.argv],
+        # `accelerate launch` leaves its settings in the environment.
+        command=[*(["accelerate", "launch"] if "ACCELERATE_MIXED_PRECISION" in os.environ else ["python"]), *sys.argv],
         example_label=example_label,
     )
 
@@ -476,7 +489,7 @@ def push(trainer: DistillationTrainer) -> None:
         excluded = " ".join(f'--exclude "{pattern}"' for pattern in unwanted)
         print(
             f"train_hf.py: the run is finished and saved in {args.output_dir}, but the push failed "
-            f"({first_line(error)}). Push it later with\n\n"
+            f"({first_line(error)}). Push it later, logged in by `hf auth login` or HF_TOKEN, with\n\n"
             f"    hf upload {trainer.hub_model_id} {shlex.quote(args.output_dir)} .{revision} {excluded}\n",
             file=sys.stderr,
         )

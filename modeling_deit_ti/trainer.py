@@ -2,6 +2,7 @@
 
 import math
 import os
+import time
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -135,15 +136,35 @@ class DistillationTrainingArguments(TrainingArguments):
         return self.train_batch_size * self.gradient_accumulation_steps * self.world_size
 
 
-class _SetEpoch(TrainerCallback):
-    """Tells the sampler its epoch. The loaders that accelerate wraps around it do not, where one skips the first
-    batches of a resumed epoch in several processes."""
+class _ResumableRun(TrainerCallback):
+    """What a resumed run needs, beyond what the Trainer does, to go on as if it had never stopped."""
 
     def __init__(self, sampler: TrainSampler):
         self.sampler = sampler
+        self.seconds_before = 0.0
+        self.started = time.monotonic()
+
+    def on_train_begin(self, args, state, control, **kwargs):
+        seconds = [entry["train_seconds"] for entry in state.log_history if "train_seconds" in entry]
+        self.seconds_before = seconds[-1] if seconds else 0.0
+        self.started = time.monotonic()
 
     def on_epoch_begin(self, args, state, control, **kwargs):
+        # The loaders that accelerate wraps around the sampler do not tell it, where one skips the first batches of a
+        # resumed epoch in several processes.
         self.sampler.set_epoch(int(state.epoch or 0))
+
+    def on_step_end(self, args, state, control, **kwargs):
+        # A checkpoint has no sums of what is not logged yet, so nothing is left unlogged when one is written. This
+        # also keeps one from being written when the loss is not finite.
+        control.should_log = control.should_log or control.should_save
+
+    on_epoch_end = on_step_end
+
+    @property
+    def seconds(self) -> float:
+        """Time spent in training, those of earlier processes included, up to their last checkpoints."""
+        return self.seconds_before + time.monotonic() - self.started
 
 
 class DistillationTrainer(Trainer):
@@ -201,8 +222,9 @@ class DistillationTrainer(Trainer):
             self.args.data_seed if self.args.data_seed is not None else self.args.seed,
             self.args.repeated_augmentation,
         )
-        self.remove_callback(_SetEpoch)
-        self.add_callback(_SetEpoch(sampler))
+        self.remove_callback(_ResumableRun)
+        self.resumable_run = _ResumableRun(sampler)
+        self.add_callback(self.resumable_run)
         return sampler
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
@@ -246,7 +268,8 @@ class DistillationTrainer(Trainer):
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """
-        Adds the means since the last log of the loss's parts and of how often teacher and student agree.
+        Adds the means since the last log of the loss's parts and of how often teacher and student agree, and makes the
+        closing numbers those of the whole run, also where it was resumed.
 
         Raises:
             FloatingPointError: if the loss is not finite.
@@ -258,25 +281,31 @@ class DistillationTrainer(Trainer):
             self._step_sums, self._steps_summed = {}, 0
             if self.teacher_accuracy is not None:
                 logs["teacher_accuracy"] = self.teacher_accuracy
+            logs["train_seconds"] = round(self.resumable_run.seconds, 3)
+        if "train_runtime" in logs:
+            seconds, steps = self.resumable_run.seconds, self.state.global_step
+            logs["train_runtime"] = round(seconds, 3)
+            logs["train_steps_per_second"] = round(steps / seconds, 3)
+            logs["train_samples_per_second"] = round(steps * self.args.total_train_batch_size / seconds, 3)
+            logs["train_loss"] = self._mean_logged_loss()
         super().log(logs, start_time)
-        if "loss" in logs:
-            self._check_finite(logs["loss"], logs)
+        if not math.isfinite(logs.get("loss", 0.0)) and not self.args.logging_nan_inf_filter:
+            shown = ("label_loss", "distillation_loss", "learning_rate", "grad_norm")
+            facts = ", ".join(f"{name} {logs[name]:.4g}" for name in shown if name in logs)
+            raise FloatingPointError(
+                f"The loss is {logs['loss']} at step {self.state.global_step} ({facts}). The checkpoints in "
+                f"{self.args.output_dir} are from before. Try a lower --learning_rate, a longer --warmup_steps, or "
+                "--bf16 instead of --fp16."
+            )
 
-    def _save_checkpoint(self, *args, **kwargs) -> None:
-        # Between two logs a checkpoint could hold weights that are lost already, and push out a good one.
-        self._check_finite(self._tr_loss.item(), {"learning_rate": self._get_learning_rate()})
-        super()._save_checkpoint(*args, **kwargs)
-
-    def _check_finite(self, loss: float, facts: dict[str, float]) -> None:
-        if math.isfinite(loss) or self.args.logging_nan_inf_filter:
-            return
-        shown = ("label_loss", "distillation_loss", "learning_rate", "grad_norm")
-        facts = ", ".join(f"{name} {facts[name]:.4g}" for name in shown if name in facts)
-        raise FloatingPointError(
-            f"The loss is {loss} at step {self.state.global_step} ({facts}). The checkpoints in "
-            f"{self.args.output_dir} are from before. Try a lower --learning_rate, a longer --warmup_steps, or --bf16 "
-            "instead of --fp16."
-        )
+    def _mean_logged_loss(self) -> float:
+        """The mean loss of all steps: each log has that of the steps since the one before."""
+        total, last_step = 0.0, 0
+        for entry in self.state.log_history:
+            if "loss" in entry:
+                total += entry["loss"] * (entry["step"] - last_step)
+                last_step = entry["step"]
+        return total / max(1, last_step)
 
     def create_model_card(self, *args, **kwargs) -> None:
         """Nothing: the run writes its own card (model_card.py), which Trainer's pushes would overwrite."""

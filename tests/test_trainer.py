@@ -23,6 +23,15 @@ from modeling_deit_ti.trainer import DistillationTrainer, DistillationTrainingAr
 
 PLAIN = DataArguments(dataset_name="digits", crop="none", horizontal_flip=0, auto_augment="none", random_erasing=0)
 LABELS = [str(digit) for digit in range(10)]
+TIMINGS = (
+    "train_seconds",
+    "train_runtime",
+    "train_samples_per",
+    "train_steps_per",
+    "eval_runtime",
+    "eval_samples_per",
+    "eval_steps_per",
+)
 
 
 @pytest.fixture(scope="module")
@@ -197,6 +206,22 @@ def test_a_resumed_run_ends_with_the_weights_of_one_that_never_stopped(digits, t
     resumed.train(resume_from_checkpoint=str(tmp_path / f"checkpoint-{step}"))
     assert resumed.state.global_step == whole.state.global_step == 8
     assert_same(weights(whole), weights(resumed))
+    histories = [
+        [{name: value for name, value in entry.items() if not name.startswith(TIMINGS)} for entry in log_history]
+        for log_history in (whole.state.log_history, resumed.state.log_history)
+    ]
+    assert histories[0] == histories[1]
+
+
+def test_time_and_rate_of_a_resumed_run_are_those_of_the_whole(digits, tmp_path):
+    recipe = {"num_train_epochs": 2, "save_strategy": "epoch", "logging_strategy": "steps", "logging_steps": 3}
+    make_trainer(digits, tmp_path, **recipe).train()
+    state = json.loads((tmp_path / "checkpoint-4" / "trainer_state.json").read_text())
+    state["log_history"][-1]["train_seconds"] = 1000.0  # what the first process would have taken
+    (tmp_path / "checkpoint-4" / "trainer_state.json").write_text(json.dumps(state))
+    metrics = make_trainer(digits, tmp_path, **recipe).train(resume_from_checkpoint=tmp_path / "checkpoint-4").metrics
+    assert 1000 < metrics["train_runtime"] < 1100
+    assert metrics["train_samples_per_second"] == pytest.approx(8 * 16 / metrics["train_runtime"], rel=1e-2)
 
 
 def test_tokens_positions_norms_and_biases_do_not_decay(digits, tmp_path):
@@ -307,7 +332,7 @@ def test_the_token_is_not_pickled_with_the_arguments(tmp_path):
 
 def test_a_loss_that_is_not_a_number_ends_the_run_before_a_checkpoint_holds_it(digits, tmp_path):
     trainer = make_trainer(digits, tmp_path, learning_rate=1e30, save_strategy="steps", save_steps=1, max_grad_norm=0)
-    with pytest.raises(FloatingPointError, match=r"The loss is (nan|inf) at step \d+ \(learning_rate"):
+    with pytest.raises(FloatingPointError, match=r"The loss is (nan|inf) at step \d+ \(label_loss"):
         trainer.train()
     for checkpoint in tmp_path.glob("checkpoint-*"):
         state = json.loads((checkpoint / "trainer_state.json").read_text())

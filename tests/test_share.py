@@ -1,0 +1,505 @@
+"""Sharing, end to end: the real command pushes to a stand-in for the Hub, and strangers load what arrived.
+
+The processes here are real, and each takes seconds to import torch and transformers: so there are few of them, and
+many tests look at what each one left.
+"""
+
+import contextlib
+import inspect
+import json
+import re
+import shlex
+import shutil
+import subprocess
+import sys
+import urllib.error
+import urllib.request
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import pytest
+import torch
+from datasets import load_dataset
+from hub_stand_in import HubStandIn
+from huggingface_hub import ModelCard
+from safetensors.torch import load_file
+from sklearn.datasets import load_digits
+from transformers import AutoImageProcessor
+
+from modeling_deit_ti import DeiTTiConfig, DeiTTiForImageClassification
+from modeling_deit_ti.data import DataArguments, make_image_processor
+from modeling_deit_ti.distillation import resolve_mode
+from modeling_deit_ti.interop import export_onnx, save_timm, save_transformers
+
+
+REPOSITORY = Path(__file__).resolve().parents[1]
+QUICK = [
+    "--config=recipes/digits.yaml",
+    "--max_train_samples=128",
+    "--max_eval_samples=100",
+    "--num_train_epochs=1",
+    "--per_device_train_batch_size=32",
+    "--disable_tqdm=true",
+    "--push_to_hub",
+]
+# In the form of a real one, so that it meets whatever looks for tokens on the way.
+TOKEN = "hf_" + "Stranger" * 4
+SHARED = "tester/deit-ti.digits-distill"  # a name with all that a module's name must not have
+RESUMED = "tester/deit-ti-resumed"
+
+MODES = {
+    "none": resolve_mode("none"),
+    "soft": resolve_mode("soft"),
+    "hard": resolve_mode("hard"),
+    "class": resolve_mode("class"),
+    "distill": resolve_mode("distill"),
+    "both": resolve_mode("both"),
+    "class-alone": resolve_mode("class", single_token=True),
+    "distill-alone": resolve_mode("distill", single_token=True),
+}
+CIFAR10 = ["airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck"]
+
+
+@pytest.fixture(scope="module")
+def hub(tmp_path_factory):
+    with HubStandIn(tmp_path_factory.mktemp("hub")) as hub:
+        hub.tokens[TOKEN] = "write"
+        yield hub
+
+
+def train(*flags: str, env: dict[str, str]) -> subprocess.CompletedProcess:
+    command = [sys.executable, "train_hf.py", *QUICK, *flags]
+    return subprocess.run(command, cwd=REPOSITORY, env=env, capture_output=True, text=True)
+
+
+def run_alone(function, *arguments, env: dict[str, str], cwd: Path, isolated: bool = True) -> str:
+    """What a function of this file prints in a process of its own, which does not know the file or the project."""
+    code = f"{inspect.getsource(function)}\n{function.__name__}(*{arguments!r})"
+    command = [sys.executable, *["-I"] * isolated, "-c", code]
+    result = subprocess.run(command, cwd=cwd, env=env, capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr
+    return result.stdout
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    return {path.relative_to(folder).as_posix(): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+def without(files: dict[str, bytes], *folders: str) -> dict[str, bytes]:
+    return {path: content for path, content in files.items() if not path.startswith(folders)}
+
+
+# ---- What is pushed ----
+
+
+class Run(NamedTuple):
+    folder: Path
+    repo: str
+    output: subprocess.CompletedProcess
+    home: Path  # its HF_HOME
+
+
+@pytest.fixture(scope="module")
+def shared(hub, tmp_path_factory) -> Run:
+    """A run that is pushed to a public repository, with all exports."""
+    folder, env = tmp_path_factory.mktemp("shared") / "run", hub.env()
+    output = train(
+        *("--distill_mode=distill", "--num_train_epochs=4", "--learning_rate=1e-3"),
+        "--teacher_model_name_or_path=test_resnet",
+        "--teacher_num_train_epochs=12",
+        "--teacher_learning_rate=2e-2",
+        f"--teacher_output_dir={folder.parent / 'teachers'}",
+        f"--output_dir={folder}",
+        f"--hub_model_id={SHARED}",
+        f"--hub_token={TOKEN}",
+        *("--export", "timm", "onnx"),
+        env=env,
+    )
+    assert output.returncode == 0, output.stderr
+    return Run(folder, SHARED, output, Path(env["HF_HOME"]))
+
+
+def test_a_pushed_repository_is_complete_and_holds_what_the_output_folder_holds(hub, shared):
+    stored = hub.files(shared.repo)
+    assert stored.keys() == {
+        ".gitattributes",
+        "README.md",
+        "all_results.json",
+        "config.json",
+        "configuration_deit_ti.py",
+        "eval_results.json",
+        "example.png",
+        "model.onnx",
+        "model.safetensors",
+        "modeling_deit_ti.py",
+        "preprocessor_config.json",
+        "run_record.json",
+        "timm/config.json",
+        "timm/model.safetensors",
+        "train_results.json",
+        "trainer_state.json",
+        "training_args.bin",
+        "training_curves.png",
+        "transformers/config.json",
+        "transformers/model.safetensors",
+        "transformers/preprocessor_config.json",
+    }
+    stored.pop(".gitattributes")
+    assert stored == without(contents(shared.folder), "checkpoint-")
+
+
+def test_the_token_is_nowhere(hub, shared):
+    places = {"repository": hub.files(shared.repo), "folder": contents(shared.folder), "home": contents(shared.home)}
+    for place, files in places.items():
+        for path, content in files.items():
+            assert TOKEN.encode() not in content, f"{place}: {path}"
+    assert TOKEN not in shared.output.stdout + shared.output.stderr
+    arguments = torch.load(shared.folder / "training_args.bin", weights_only=False)
+    assert (arguments.hub_model_id, arguments.hub_token) == (SHARED, None)
+
+
+def test_the_pushed_card_tells_the_hub_and_the_reader_the_runs_numbers(hub, shared):
+    stored = hub.files(shared.repo)
+    results = json.loads(stored["all_results.json"])
+    card = ModelCard(stored["README.md"].decode())
+    assert (card.data.library_name, card.data.pipeline_tag) == ("transformers", "image-classification")
+    values = {result.metric_name: result.metric_value for result in card.data.eval_results}
+    assert values["Accuracy"] == pytest.approx(results["eval_accuracy"], abs=1e-6)
+    assert values["Accuracy, class head"] == pytest.approx(results["eval_accuracy_class"], abs=1e-6)
+    for key in ("eval_accuracy", "eval_accuracy_class", "eval_accuracy_both", "teacher_accuracy"):
+        assert f"{100 * results[key]:.2f} %" in card.text
+    assert str(shared.folder.parent) not in card.content
+
+
+# ---- What a stranger gets ----
+
+
+def load_everywhere(repos: dict[str, str], answers: str, card_of: str) -> None:
+    """
+    Loads each repository in every way that its files offer, and saves the logits for the images of the `.npy` file
+    that `repos` names, (N, 32, 32, 3), as `answers/<owner>/<name>.npz`. Runs the Python of one repository's card.
+    """
+    import contextlib
+    import importlib.util
+    import io
+    import json
+    import re
+    import sys
+    from pathlib import Path
+
+    import numpy as np
+    import onnxruntime
+    import timm
+    import torch
+    from huggingface_hub import ModelCard, snapshot_download
+    from PIL import Image
+    from transformers import AutoImageProcessor, AutoModelForImageClassification, pipeline
+
+    assert importlib.util.find_spec("modeling_deit_ti") is None
+
+    @torch.inference_mode()
+    def logits_of(model, pixel_values) -> np.ndarray:
+        outputs = [model(batch) for batch in pixel_values.split(125)]
+        return torch.cat([output if isinstance(output, torch.Tensor) else output.logits for output in outputs]).numpy()
+
+    for repo, file in repos.items():
+        images = [Image.fromarray(pixels) for pixels in np.load(file)]
+        logits = {}
+
+        processor = AutoImageProcessor.from_pretrained(repo, subfolder="transformers")
+        model = AutoModelForImageClassification.from_pretrained(repo, subfolder="transformers")
+        assert type(model).__module__.startswith("transformers.models.")
+        logits["transformers"] = logits_of(model, processor(images, return_tensors="pt")["pixel_values"])
+
+        processor = AutoImageProcessor.from_pretrained(repo)
+        model = AutoModelForImageClassification.from_pretrained(repo, trust_remote_code=True)
+        assert type(model).__module__.startswith("transformers_modules.")
+        pixel_values = processor(images, return_tensors="pt")["pixel_values"]
+        logits["native"] = logits_of(model, pixel_values)
+
+        folder = Path(snapshot_download(repo, allow_patterns=["timm/*", "model.onnx"]))
+        config = json.loads((folder / "timm" / "config.json").read_text())
+        transform = timm.data.create_transform(
+            **timm.data.resolve_data_config(pretrained_cfg=config["pretrained_cfg"])
+        )
+        model = timm.create_model(
+            config["architecture"],
+            num_classes=config["num_classes"],
+            checkpoint_path=folder / "timm" / "model.safetensors",
+            **config["model_args"],
+        )
+        logits["timm"] = logits_of(model.eval(), torch.stack([transform(image) for image in images]))
+
+        session = onnxruntime.InferenceSession(folder / "model.onnx", providers=["CPUExecutionProvider"])
+        logits["onnx"] = session.run(["logits"], {"pixel_values": pixel_values.numpy()})[0]
+
+        some = images[:8]
+        classifier = pipeline("image-classification", repo, trust_remote_code=True)
+        said = [answer[0]["label"] for answer in classifier(some)]
+        names = classifier.model.config.id2label
+        assert said == [names[row.argmax()] for row in logits["native"][: len(some)]]
+        assert [names[label] for label in range(len(names))] == config["label_names"]
+
+        target = Path(answers, f"{repo}.npz")
+        target.parent.mkdir(parents=True, exist_ok=True)
+        np.savez(target, **logits)
+
+    card = ModelCard.load(card_of)
+    card.validate()
+    printed = []
+    for block in re.findall(r"```python\n(.*?)```", card.text, re.DOTALL):
+        output = io.StringIO()
+        with contextlib.redirect_stdout(output):
+            exec(block, {"__name__": "__main__"})
+        printed.append(output.getvalue())
+    json.dump(printed, sys.stdout)
+
+
+@pytest.fixture(scope="module")
+def cifar10_images(cifar10_dir) -> np.ndarray:
+    """The first 1,000 test images, (1000, 32, 32, 3)."""
+    test = load_dataset("parquet", data_files=str(cifar10_dir / "plain_text" / "test-*.parquet"), split="train[:1000]")
+    return np.stack([np.asarray(image.convert("RGB")) for image in test["img"]])
+
+
+def digits() -> np.ndarray:
+    """The first 100 handwritten digits at the model's size, so that no way of loading has to resize: uint8 RGB."""
+    grey = load_digits().images[:100].repeat(4, axis=1).repeat(4, axis=2) * 255 / 16
+    return grey[..., None].repeat(3, axis=3).astype(np.uint8)
+
+
+def upload(folders: dict[str, str]) -> None:
+    """Pushes folders, by the name of their repository."""
+    from huggingface_hub import HfApi
+
+    for repo, folder in folders.items():
+        HfApi().create_repo(repo)
+        HfApi().upload_folder(repo_id=repo, folder_path=folder)
+
+
+@pytest.fixture(scope="module")
+def modes_on_the_hub(hub, tmp_path_factory) -> dict[str, str]:
+    """
+    An untrained model of every mode, pushed as a run leaves it: mode to repository. Of the blocks, which are the same
+    in all modes, it has one: the trained model has all twelve, and their export to ONNX takes a while.
+    """
+    root = tmp_path_factory.mktemp("modes")
+    processor = make_image_processor(DataArguments(), 32)
+    labels = {"id2label": dict(enumerate(CIFAR10)), "label2id": {label: index for index, label in enumerate(CIFAR10)}}
+    exported = {}  # by network: some modes share one
+    for name, mode in MODES.items():
+        torch.manual_seed(0)
+        config = DeiTTiConfig(image_size=32, patch_size=16, num_hidden_layers=1, **labels, **mode.network)
+        model = DeiTTiForImageClassification(config).eval()
+        with torch.no_grad():  # no parameter stays at a value that an error could hide behind
+            for parameter in model.parameters():
+                parameter.add_(0.1 * torch.randn_like(parameter))
+        folder = root / name
+        model.save_pretrained(folder)
+        processor.save_pretrained(folder)
+        save_transformers(model, processor, folder / "transformers")
+        save_timm(model, processor, folder / "timm")
+        network = (mode.tokens, mode.readout)
+        if network in exported:
+            shutil.copy(exported[network], folder)
+        else:
+            exported[network] = folder / "model.onnx"
+            export_onnx(model, exported[network])
+    repos = {name: f"{hub.user}/{name}" for name in MODES}
+    run_alone(upload, {repos[name]: str(root / name) for name in MODES}, env=hub.env(TOKEN), cwd=root)
+    return repos
+
+
+class Answers(NamedTuple):
+    logits: dict[str, dict[str, np.ndarray]]  # repository, way of loading
+    printed: list[str]  # by each block of the card
+
+
+@pytest.fixture(scope="module")
+def strangers(hub, shared, request, tmp_path_factory) -> Answers:
+    """One fresh process, without token, cache or project, that loads all repositories in all ways."""
+    folder = tmp_path_factory.mktemp("stranger")
+    np.save(folder / "digits.npy", digits())
+    repos = {shared.repo: str(folder / "digits.npy")}
+    with contextlib.suppress(pytest.skip.Exception):  # without CIFAR-10, only the tests of it are skipped
+        np.save(folder / "cifar10.npy", request.getfixturevalue("cifar10_images"))
+        modes = request.getfixturevalue("modes_on_the_hub")
+        repos |= dict.fromkeys(modes.values(), str(folder / "cifar10.npy"))
+    output = run_alone(load_everywhere, repos, str(folder), shared.repo, env=hub.env(), cwd=folder)
+    return Answers({repo: dict(np.load(folder / f"{repo}.npz")) for repo in repos}, json.loads(output))
+
+
+@torch.no_grad()
+def test_a_stranger_gets_the_trained_models_logits_in_every_way_of_loading(shared, strangers):
+    model = DeiTTiForImageClassification.from_pretrained(shared.folder).eval()
+    processor = AutoImageProcessor.from_pretrained(shared.folder)
+    expected = model(**processor(list(digits()), return_tensors="pt")).logits.numpy()
+    assert len(np.unique(expected.argmax(-1))) > 1  # it says something
+    for way, tolerance in {"native": 1e-5, "transformers": 1e-5, "timm": 1e-5, "onnx": 1e-4}.items():
+        logits = strangers.logits[shared.repo][way]
+        np.testing.assert_allclose(logits, expected, atol=tolerance, rtol=0, err_msg=way)
+        np.testing.assert_array_equal(logits.argmax(-1), expected.argmax(-1), err_msg=way)
+
+
+def test_every_block_of_the_pushed_card_runs_for_a_stranger(hub, shared, strangers):
+    card = hub.files(shared.repo)["README.md"].decode()
+    assert len(strangers.printed) == card.count("```python\n")
+    one_line, steps, without_remote_code, with_timm, with_onnx = strangers.printed
+    best = re.match(r"\[{'label': '(\d)'", one_line)[1]
+    assert re.fullmatch(rf"prediction: {best}\nclass head: \d\ndistillation head: {best}\n", steps)
+    assert re.match(r"\[{'label': '(\d)'", without_remote_code)[1] == best
+    assert (with_timm, with_onnx) == (f"{best}\n", f"{best}\n")
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_every_way_of_loading_predicts_the_same_on_1000_cifar10_images(
+    mode, cifar10_images, modes_on_the_hub, strangers
+):
+    logits = strangers.logits[modes_on_the_hub[mode]]
+    assert logits.keys() == {"native", "transformers", "timm", "onnx"}
+    assert len(np.unique(logits["native"].argmax(-1))) > 3  # it says something
+    for way in logits:
+        assert logits[way].shape == (1000, 10)
+        np.testing.assert_allclose(logits[way], logits["native"], atol=1e-4, rtol=0, err_msg=way)
+        np.testing.assert_array_equal(logits[way].argmax(-1), logits["native"].argmax(-1), err_msg=way)
+
+
+# ---- Pushes that may not be ----
+
+
+REFUSED = {
+    "without a token": ({}, "tester/refused"),
+    "with a token that nobody knows": ({"HF_TOKEN": TOKEN[::-1]}, "tester/refused"),
+    "with a token that may only read": ({"HF_TOKEN": "hf_stand_in_read"}, "tester/refused"),
+    "to somebody else's repository": ({"HF_TOKEN": "hf_stand_in_write"}, "somebody/refused"),
+}
+
+
+def run_command_several_times(calls: list[tuple[list[str], dict[str, str]]]) -> None:
+    """Runs `train_hf.py` with each call's flags and variables, in one process, since importing takes seconds."""
+    import contextlib
+    import io
+    import json
+    import os
+    import runpy
+    import sys
+
+    answers = []
+    for flags, variables in calls:
+        os.environ |= variables
+        sys.argv = ["train_hf.py", *flags]
+        output, errors, code = io.StringIO(), io.StringIO(), 0
+        with contextlib.redirect_stdout(output), contextlib.redirect_stderr(errors):
+            try:
+                runpy.run_path("train_hf.py", run_name="__main__")
+            except SystemExit as exit:
+                code = exit.code
+        answers.append({"code": code, "output": output.getvalue(), "errors": errors.getvalue()})
+    json.dump(answers, sys.stdout)
+
+
+@pytest.fixture(scope="module")
+def refused(hub, tmp_path_factory) -> dict[str, dict]:
+    folder, seen = tmp_path_factory.mktemp("refused"), len(hub.requests)
+    flags = [*QUICK, "--distill_mode=none", f"--output_dir={folder / 'run'}"]
+    calls = [([*flags, f"--hub_model_id={repo}"], variables) for variables, repo in REFUSED.values()]
+    answers = json.loads(run_alone(run_command_several_times, calls, env=hub.env(), cwd=REPOSITORY, isolated=False))
+    assert not list(folder.iterdir())
+    assert not [request for request in hub.requests[seen:] if request.operation in ("preupload", "commit")]
+    return dict(zip(REFUSED, answers, strict=True))
+
+
+@pytest.mark.parametrize("push", REFUSED)
+def test_a_push_that_may_not_be_is_refused_before_training_by_one_message_and_exit_code_2(push, hub, refused):
+    answer, repo = refused[push], REFUSED[push][1]
+    assert answer["code"] == 2
+    (message,) = answer["errors"].splitlines()
+    assert message.startswith("train_hf.py: error: --push_to_hub: ")
+    assert "hf auth login" in message or "may only read" in message
+    assert not answer["output"]
+    with pytest.raises(KeyError):
+        hub.files(repo)
+
+
+# ---- A Hub that fails, and a run that moves to another machine ----
+
+
+class Interrupted(NamedTuple):
+    first: Path
+    first_output: subprocess.CompletedProcess
+    second: Path
+    second_output: subprocess.CompletedProcess
+    resumed_from: dict[str, bytes]  # what the repository held
+
+
+@pytest.fixture(scope="module")
+def interrupted(hub, tmp_path_factory) -> Interrupted:
+    """
+    A run of two epochs whose Hub refuses commits after the first one, so that the repository is as if its machine had
+    died there; and the same run, taken up on another machine, whose Hub then fails to store large files.
+    """
+    root = tmp_path_factory.mktemp("interrupted")
+    folders = root / "first machine", root / "second machine"
+    flags = [
+        *("--distill_mode=none", "--num_train_epochs=2", "--mixup=0.8", "--drop_path_rate=0.1"),
+        *(f"--hub_model_id={RESUMED.partition('/')[2]}", "--hub_private_repo=true", "--hub_strategy=checkpoint"),
+    ]
+    hub.fail_next("commit", after=2, times=1000)  # the model and the checkpoint of the first epoch
+    first = train(*flags, f"--output_dir={folders[0]}", env=hub.env(TOKEN))
+    hub.recover()
+    repository = hub.files(RESUMED)
+    hub.fail_next("lfs-upload", status=507, times=1000)
+    resume = "--resume_from_checkpoint=last-checkpoint"
+    second = train(*flags, f"--output_dir={folders[1]}", resume, env=hub.env(TOKEN))
+    hub.recover()
+    return Interrupted(folders[0], first, folders[1], second, repository)
+
+
+@pytest.mark.parametrize("machine", ["first", "second"])
+def test_a_push_that_fails_leaves_a_complete_run_and_says_how_to_push_it_later(hub, interrupted, machine):
+    folder, output = getattr(interrupted, machine), getattr(interrupted, f"{machine}_output")
+    assert output.returncode == 1, output.stderr
+    assert "Traceback" not in output.stderr
+    for file in ("model.safetensors", "README.md", "all_results.json", "transformers/model.safetensors"):
+        assert (folder / file).is_file()
+    assert "the run is finished and saved" in output.stderr
+
+    (command,) = re.findall(r"^ +hf (upload .+)$", output.stderr, re.MULTILINE)
+    hf = [str(Path(sys.executable).with_name("hf")), *shlex.split(command)]
+    result = subprocess.run(hf, cwd=REPOSITORY, env=hub.env(TOKEN), capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr
+    stored = hub.files(RESUMED)
+    stored.pop(".gitattributes")
+    assert without(stored, "last-checkpoint/") == without(contents(folder), "checkpoint-")
+
+
+def test_the_last_checkpoint_on_the_hub_is_enough_to_go_on_elsewhere_to_the_same_weights(interrupted):
+    assert json.loads(interrupted.resumed_from["last-checkpoint/trainer_state.json"])["epoch"] == 1
+    states = [
+        json.loads((folder / "trainer_state.json").read_text()) for folder in (interrupted.first, interrupted.second)
+    ]
+    assert [state["epoch"] for state in states] == [2, 2]
+    uninterrupted, resumed = (
+        load_file(folder / "model.safetensors") for folder in (interrupted.first, interrupted.second)
+    )
+    assert uninterrupted.keys() == resumed.keys()
+    assert all(torch.equal(uninterrupted[name], resumed[name]) for name in resumed)
+
+
+def test_a_private_repository_is_for_its_owner_only(hub, interrupted):
+    def info(**headers: str) -> dict:
+        request = urllib.request.Request(f"{hub.endpoint}/api/models/{RESUMED}", headers=headers)
+        with urllib.request.urlopen(request) as answer:
+            return json.load(answer)
+
+    assert info(Authorization=f"Bearer {TOKEN}")["private"] is True
+    with pytest.raises(urllib.error.HTTPError, match="401"):
+        info()
+
+
+def test_a_token_in_the_environment_is_nowhere_either(hub, interrupted):
+    for files in (interrupted.resumed_from, contents(interrupted.first), contents(interrupted.second)):
+        assert not [path for path, content in files.items() if TOKEN.encode() in content]
+    for output in (interrupted.first_output, interrupted.second_output):
+        assert TOKEN not in output.stdout + output.stderr
