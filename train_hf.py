@@ -145,7 +145,7 @@ def main() -> None:
         data = load_images(data_args, labels_needed=mode.needs_labels)
     image_processor = make_image_processor(data_args, model_args.image_size)
     train_images, augment = make_train_images(data.train, data_args, image_processor)
-    set_seed(training_args.seed)
+    set_seed(training_args.seed)  # the Trainer seeds again before training, so fitting a teacher changes nothing
     student, not_taken_over = make_student(model_args, mode, data.label_names, image_processor)
 
     teacher = teacher_path = teacher_record = None
@@ -433,6 +433,8 @@ def describe_run(
     is_deit_ti = not model_args.is_timm_architecture
     started_from = model_args.model_name_or_path if is_deit_ti else "deit_ti"
     hyperparameters = {name: getattr(training_args, name) for name in TRAINING_HYPERPARAMETERS}
+    if training_args.max_steps < 0:
+        del hyperparameters["max_steps"]  # epochs decide
     hyperparameters |= {name: getattr(data_args, name) for name in DATA_HYPERPARAMETERS}
     hyperparameters |= {"precision": training_args.mixed_precision, "num_processes": training_args.world_size}
     return RunRecord(
