@@ -336,7 +336,7 @@ class DistillationTrainer(Trainer):
         for inputs in self.get_eval_dataloader():
             predicted = self.teacher(inputs["pixel_values"].to(self.args.device)).argmax(dim=-1)
             hits.append(self.accelerator.gather_for_metrics(predicted == inputs["labels"].to(self.args.device)))
-        self.teacher_accuracy = torch.cat(hits).float().mean().item()
+        self.teacher_accuracy = torch.cat(hits).double().mean().item()
         return self.teacher_accuracy
 
 
