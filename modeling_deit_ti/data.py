@@ -95,7 +95,7 @@ class DataArguments:
     crop: str = field(
         default="auto",
         metadata={
-            "help": "Training crops. `resized`: a random part of the image, 8 to 100 % of its area, resized. "
+            "help": "Training crops. `resized`: a random part of the image, 8 to 100 %% of its area, resized. "
             "`padded`: the image with zeros around it, shifted. `none`: the image, resized. `auto`: as DeiT's code, "
             "`padded` up to 32 pixels and `resized` above.",
             "choices": ["auto", "resized", "padded", "none"],

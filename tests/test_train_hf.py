@@ -180,6 +180,15 @@ def test_training_goes_on_from_a_finished_model(finished, teachers, monkeypatch,
 # ---- Flags and recipes ----
 
 
+def test_help_lists_the_flags(capsys):
+    with pytest.raises(SystemExit) as ending:
+        train_hf.parse_arguments(["--help"])
+    assert ending.value.code == 0
+    shown = capsys.readouterr().out
+    for flag in ("--distill_mode", "--teacher_model_name_or_path", "--dataset_name", "--num_train_epochs"):
+        assert f"{flag} " in shown
+
+
 def test_a_recipe_sets_flags_and_the_command_line_wins(tmp_path):
     (tmp_path / "recipe.yaml").write_text("learning_rate: 1e-3\nimage_size: 64\nuse_cpu: true\nmixup: 0\n")
     model, data, _, training = train_hf.parse_arguments([f"--config={tmp_path / 'recipe.yaml'}", "--image_size", "32"])
