@@ -14,16 +14,18 @@ import json
 import os
 import shlex
 import sys
+import time
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import yaml
+from accelerate.utils import broadcast_object_list
 from huggingface_hub import HfApi, snapshot_download
-from safetensors import SafetensorError, safe_open
 from transformers import HfArgumentParser, set_seed
 from transformers.hf_argparser import string_to_bool
 
 from modeling_deit_ti import DeiTTiConfig, DeiTTiForImageClassification
+from modeling_deit_ti.checkpoints import checkpoints_of, flaw_of, last_complete
 from modeling_deit_ti.data import (
     DataArguments,
     EvalImages,
@@ -37,7 +39,14 @@ from modeling_deit_ti.data import (
     read_image,
 )
 from modeling_deit_ti.distillation import DistillMode
-from modeling_deit_ti.interop import export_onnx, load_student, save_timm, save_transformers
+from modeling_deit_ti.interop import (
+    export_onnx,
+    is_timm_architecture,
+    load_student,
+    save_timm,
+    save_transformers,
+)
+from modeling_deit_ti.interruption import Interrupted, interrupt_on_signals
 from modeling_deit_ti.model_card import (
     CURVES_FILE,
     EXAMPLE_FILE,
@@ -51,7 +60,6 @@ from modeling_deit_ti.model_card import (
 from modeling_deit_ti.teacher import (
     TeacherArguments,
     check_better_than_chance,
-    is_timm_architecture,
     new_timm_classifier,
     prepare_teacher,
 )
@@ -128,10 +136,44 @@ class ModelArguments:
 
     @property
     def is_timm_architecture(self) -> bool:
-        return is_timm_architecture(self.model_name_or_path)
+        """To train from scratch. A name with a tag, such as `.fb_in1k`, is one of weights to start from."""
+        return "." not in self.model_name_or_path and is_timm_architecture(self.model_name_or_path)
 
 
 Arguments = tuple[ModelArguments, DataArguments, TeacherArguments, DistillationTrainingArguments]
+
+
+# How a run ended, to the scheduler: a user's mistake, and what is worth starting again (sysexits.h's EX_TEMPFAIL).
+EXIT_USER_ERROR = 2
+EXIT_INTERRUPTED = 75
+
+
+def run() -> int:
+    """`main`, with what ends it told in one message; returns the exit code."""
+    interrupt_on_signals()
+    try:
+        main()
+    except UserError as error:
+        return _told(f"error: {error}", EXIT_USER_ERROR)
+    except FloatingPointError as error:
+        return _told(f"error: {error}", 1)
+    except Interrupted as interruption:
+        return _told(
+            f"{interruption} Go on with the same command and --resume_from_checkpoint True.", EXIT_INTERRUPTED
+        )
+    except Exception as error:  # a fault, of ours or of the machine: the reason first, then where it happened
+        _told(f"process {os.environ.get('RANK', 0)} failed: {first_line(error)}", 1)
+        raise
+    return 0
+
+
+def _told(message: str, exit_code: int) -> int:
+    if int(os.environ.get("LOCAL_RANK", 0)) > 0:
+        # All processes find the same mistake, and the launcher ends them once the first has told it. What only this
+        # one has found is told all the same.
+        time.sleep(3)
+    print(f"train_hf.py: {message}", file=sys.stderr, flush=True)
+    return exit_code
 
 
 def main() -> None:
@@ -262,7 +304,7 @@ def checkpoint_to_resume(args: DistillationTrainingArguments) -> str | None:
 
     Raises:
         UserError: if the output folder holds a finished run, or something that is not to be resumed and would be
-            overwritten; or if the checkpoint is not there or incomplete.
+            overwritten; or if the checkpoint is not there, incomplete or damaged.
     """
     folder, resume = Path(args.output_dir), args.resume_from_checkpoint
     if folder.exists() and not folder.is_dir():
@@ -271,10 +313,8 @@ def checkpoint_to_resume(args: DistillationTrainingArguments) -> str | None:
         raise UserError(
             f"--output_dir {folder} already holds a finished run: name another folder, or delete this one."
         )
-    checkpoints = [path for path in folder.glob("checkpoint-*") if path.name.removeprefix("checkpoint-").isdigit()]
-    checkpoints.sort(key=lambda path: int(path.name.removeprefix("checkpoint-")), reverse=True)
     if resume is None or resume.lower() == "false":
-        if checkpoints:
+        if checkpoints_of(folder):
             raise UserError(
                 f"--output_dir {folder} holds an unfinished run: go on with --resume_from_checkpoint True, or name "
                 "another folder."
@@ -284,33 +324,16 @@ def checkpoint_to_resume(args: DistillationTrainingArguments) -> str | None:
                 raise UserError(f"--output_dir {folder}: its {name} would be overwritten; name another folder.")
         return None
     if resume.lower() == "true":
-        return next((str(path) for path in checkpoints if _missing_of(path) is None), None)
+        # One process decides for all: on another machine the folder may look different.
+        return broadcast_object_list([last_complete(folder)])[0]
     if resume == "last-checkpoint" and not os.path.isdir(resume):
         resume = _pushed_checkpoint(args)
     if not os.path.isdir(resume):
         raise UserError(f"--resume_from_checkpoint {resume}: there is no such folder.")
-    missing = _missing_of(Path(resume))
-    if missing is not None:
-        raise UserError(f"--resume_from_checkpoint {resume}: it is no complete checkpoint; {missing}.")
+    flaw = flaw_of(resume) if args.process_index == 0 else None
+    if flaw is not None:
+        raise UserError(f"--resume_from_checkpoint {resume}: it is no complete checkpoint; {flaw}.")
     return resume
-
-
-def _missing_of(checkpoint: Path) -> str | None:
-    """What a checkpoint lacks that was being written when the run was killed. The Trainer writes its state last."""
-    try:
-        json.loads((checkpoint / "trainer_state.json").read_text())
-    except (OSError, ValueError):
-        return "its trainer_state.json is missing or cut off"
-    if any(checkpoint.glob("pytorch_model_fsdp*")) or any(checkpoint.glob("global_step*")):
-        return None  # FSDP and DeepSpeed have files of their own
-    for name in ("model.safetensors", "optimizer.pt", "scheduler.pt"):
-        if not (checkpoint / name).is_file():
-            return f"it has no {name}"
-    try:
-        with safe_open(checkpoint / "model.safetensors", "pt"):
-            return None
-    except (OSError, SafetensorError) as error:
-        return f"its model.safetensors is damaged ({first_line(error)})"
 
 
 def _pushed_checkpoint(args: DistillationTrainingArguments) -> str:
@@ -519,10 +542,4 @@ def print_summary(trainer: DistillationTrainer, teacher: TeacherRecord | None, r
 
 
 if __name__ == "__main__":
-    try:
-        main()
-    except (UserError, FloatingPointError) as error:
-        # Once a machine: all processes find the same mistake.
-        if int(os.environ.get("LOCAL_RANK", 0)) <= 0:
-            print(f"train_hf.py: error: {error}", file=sys.stderr)
-        sys.exit(2 if isinstance(error, UserError) else 1)
+    sys.exit(run())

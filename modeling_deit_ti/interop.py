@@ -441,8 +441,7 @@ def load_student(
 def read_source(name: str) -> tuple[DeiTTiConfig, StateDict]:
     """A checkpoint's config as a `DeiTTiConfig`, and those of our tensors that it has; raises as [`load_student`]."""
     # A timm architecture goes through the Hub, since timm itself would fall back to a pickled checkpoint.
-    is_architecture = not os.path.isdir(name) and timm.is_model(name.partition(".")[0])
-    hub_id = timm_hub_id(name) if is_architecture else name
+    hub_id = timm_hub_id(name) if is_timm_architecture(name) else name
     try:
         config = AutoConfig.from_pretrained(hub_id, trust_remote_code=False)
         if config.model_type not in ("deit_ti", "vit", "deit", "timm_wrapper"):
@@ -474,6 +473,11 @@ def why_not_loaded(name: str, error: Exception) -> str:
     if os.path.isdir(name):
         return f"{first_line(error)}."
     return f"there is no such folder, and the Hub has no answer ({first_line(error)})."
+
+
+def is_timm_architecture(name: str) -> bool:
+    """Whether `name`, with or without a tag, is one that timm can make, and no folder."""
+    return not os.path.isdir(name) and timm.is_model(name)
 
 
 def timm_hub_id(name: str) -> str:

@@ -4,6 +4,7 @@ It speaks the student's language: it takes the images as the student sees them a
 labels.
 """
 
+import contextlib
 import hashlib
 import json
 import os
@@ -16,6 +17,7 @@ import timm
 import torch
 from accelerate.state import AcceleratorState
 from accelerate.utils import broadcast_object_list
+from filelock import FileLock
 from PIL import Image as PILImage
 from safetensors import SafetensorError
 from torch import nn
@@ -29,6 +31,7 @@ from transformers import (
     set_seed,
 )
 
+from .checkpoints import checkpoints_of, last_complete
 from .configuration_deit_ti import DeiTTiConfig
 from .data import (
     DataArguments,
@@ -40,7 +43,7 @@ from .data import (
     make_image_processor,
     make_train_images,
 )
-from .interop import load_student, timm_hub_id, why_not_loaded
+from .interop import is_timm_architecture, load_student, timm_hub_id, why_not_loaded
 from .trainer import DistillationTrainer, DistillationTrainingArguments
 
 
@@ -137,11 +140,6 @@ class Teacher(nn.Module):
         pixel_values = pixel_values.to(self.scale.dtype, memory_format=torch.channels_last)
         logits = self.model(pixel_values=pixel_values).logits.float()
         return logits if self.label_order is None else logits[:, self.label_order]
-
-
-def is_timm_architecture(name: str) -> bool:
-    """Whether `name` is one that timm can make, and no folder."""
-    return not os.path.isdir(name) and timm.is_model(name)
 
 
 def new_timm_classifier(
@@ -393,49 +391,55 @@ def _fit(
     parts = (re.sub(r"[^\w.-]+", "-", Path(part).name) for part in (name, data.name))
     folder = Path(args.teacher_output_dir) / f"{'-'.join(parts)}-{digest}"
     is_main = training_args.process_index == 0
-    # One process decides for all: on another machine the folder may look different. Fitted beside its place and moved
-    # there whole, so that what is there is always finished, also when two runs fit the same teacher at once.
-    is_fitted, unfinished = broadcast_object_list([_has_recipe(folder, recipe), f"{folder}.unfinished-{os.getpid()}"])
-    if is_fitted and not _has_recipe(folder, recipe):
-        raise UserError(
-            f"--teacher_output_dir {args.teacher_output_dir}: the fitted teacher is there on the first machine, "
-            "not on this one; name a folder on storage that all machines share."
-        )
-    if is_main:
-        how = (
-            "fitted by an earlier run, from"
-            if is_fitted
-            else f"fitting for {args.teacher_num_train_epochs:g} epochs, into"
-        )
-        print(f"Teacher: {name}, {how} {folder}")
-    if is_fitted:
-        return str(folder)
+    # Fitted beside its place and moved there whole, so that what is there is always finished. One run fits at a time:
+    # others that want the same teacher wait for it.
+    Path(args.teacher_output_dir).mkdir(parents=True, exist_ok=True)
+    with FileLock(f"{folder}.lock") if is_main else contextlib.nullcontext():
+        # One process decides for all: on another machine the folder may look different.
+        (is_fitted,) = broadcast_object_list([_has_recipe(folder, recipe)])
+        if is_fitted and not _has_recipe(folder, recipe):
+            raise UserError(
+                f"--teacher_output_dir {args.teacher_output_dir}: the fitted teacher is there on the first machine, "
+                "not on this one; name a folder on storage that all machines share."
+            )
+        if is_main:
+            how = (
+                "fitted by an earlier run, from"
+                if is_fitted
+                else f"fitting for {args.teacher_num_train_epochs:g} epochs, into"
+            )
+            print(f"Teacher: {name}, {how} {folder}")
+        if is_fitted:
+            return str(folder)
 
-    teacher_processor = make_image_processor(light, image_size, mean, std)
-    set_seed(TEACHER_SEED)
-    if pretrained is None:
-        model = new_timm_classifier(name, data.label_names, image_size, teacher_processor)
-    else:
-        model = _with_labels(pretrained, source, data.label_names)
-    train_images, augment = make_train_images(data.train, light, teacher_processor)
-    trainer = DistillationTrainer(
-        model=model,
-        args=_fitting_arguments(args, training_args, unfinished),
-        augment=augment,
-        train_dataset=train_images,
-        eval_dataset=EvalImages(data.evaluation, teacher_processor),
-        processing_class=teacher_processor,
-    )
-    trainer.train()
-    trainer.save_model()
-    if is_main:
-        Path(unfinished, RECIPE_FILE).write_text(json.dumps(recipe, indent=2) + "\n")
-        if _has_recipe(folder, recipe):  # another run was faster
-            shutil.rmtree(unfinished)
+        teacher_processor = make_image_processor(light, image_size, mean, std)
+        set_seed(TEACHER_SEED)
+        if pretrained is None:
+            model = new_timm_classifier(name, data.label_names, image_size, teacher_processor)
         else:
+            model = _with_labels(pretrained, source, data.label_names)
+        train_images, augment = make_train_images(data.train, light, teacher_processor)
+        unfinished = f"{folder}.unfinished"
+        trainer = DistillationTrainer(
+            model=model,
+            args=_fitting_arguments(args, training_args, unfinished),
+            augment=augment,
+            train_dataset=train_images,
+            eval_dataset=EvalImages(data.evaluation, teacher_processor),
+            processing_class=teacher_processor,
+        )
+        (checkpoint,) = broadcast_object_list([last_complete(unfinished)])
+        if is_main and checkpoint is not None:
+            print(f"Teacher: an earlier run was interrupted while it fitted; going on from {checkpoint}")
+        trainer.train(resume_from_checkpoint=checkpoint)
+        trainer.save_model()
+        if is_main:
+            Path(unfinished, RECIPE_FILE).write_text(json.dumps(recipe, indent=2) + "\n")
+            for leftover in checkpoints_of(unfinished):
+                shutil.rmtree(leftover)
             shutil.rmtree(folder, ignore_errors=True)
             os.rename(unfinished, folder)
-    trainer.accelerator.wait_for_everyone()
+        trainer.accelerator.wait_for_everyone()
     if trainer.is_deepspeed_enabled:
         # accelerate takes one DeepSpeed plugin, and the student's Trainer brings its own.
         AcceleratorState._reset_state()
@@ -470,7 +474,7 @@ def _fitting_arguments(
         mixup=0.0,
         cutmix=0.0,
         repeated_augmentation=1,
-        save_strategy="no",
+        save_total_limit=1,
         seed=TEACHER_SEED,
         **{
             name: getattr(training_args, name)
@@ -497,7 +501,6 @@ __all__ = [
     "Teacher",
     "TeacherArguments",
     "check_better_than_chance",
-    "is_timm_architecture",
     "match_labels",
     "new_timm_classifier",
     "prepare_teacher",

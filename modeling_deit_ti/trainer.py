@@ -1,6 +1,5 @@
 """`DistillationTrainer`: transformers' `Trainer` with a teacher in its loss, and its arguments."""
 
-import math
 import os
 import time
 from dataclasses import dataclass, field
@@ -8,12 +7,15 @@ from pathlib import Path
 
 import evaluate
 import torch
+from torch import distributed
 from transformers import Trainer, TrainerCallback, TrainingArguments
-from transformers.trainer_utils import EvalPrediction
+from transformers.trainer_utils import EvalPrediction, rotate_checkpoints
 
+from .checkpoints import seal
 from .configuration_deit_ti import READOUTS
 from .data import TrainSampler, UserError, collate_images, mix_images
 from .distillation import MODES, DistillMode, distillation_loss, label_loss, resolve_mode
+from .interruption import Interrupted, StopRequest, name_of
 from .modeling_deit_ti import DeiTTiForImageClassification
 
 
@@ -82,12 +84,21 @@ class DistillationTrainingArguments(TrainingArguments):
     remove_unused_columns: bool = field(default=False, metadata={"help": "Has to be false here."})
     do_train: bool = field(default=True, metadata={"help": "Has to be true here: this command trains."})
     do_predict: bool = field(default=False, metadata={"help": "Has to be false here: predict.py predicts."})
+    # The Trainer's saves without finishing the step, each process at its own one, and knows no Ctrl-C.
+    enable_jit_checkpoint: bool = field(
+        default=False, metadata={"help": "Has to be false here: SIGTERM and Ctrl-C write a checkpoint anyway."}
+    )
 
     def __post_init__(self):
         self.has_default_output_dir = self.output_dir is None
         if self.output_dir is None:
             self.output_dir = "outputs"
-        for name, needed in (("remove_unused_columns", False), ("do_train", True), ("do_predict", False)):
+        for name, needed in (
+            ("remove_unused_columns", False),
+            ("do_train", True),
+            ("do_predict", False),
+            ("enable_jit_checkpoint", False),
+        ):
             if getattr(self, name) != needed:
                 raise UserError(
                     f"--{name} {getattr(self, name)}: {type(self).__dataclass_fields__[name].metadata['help']}"
@@ -136,35 +147,83 @@ class DistillationTrainingArguments(TrainingArguments):
         return self.train_batch_size * self.gradient_accumulation_steps * self.world_size
 
 
-class _ResumableRun(TrainerCallback):
-    """What a resumed run needs, beyond what the Trainer does, to go on as if it had never stopped."""
+class _RunCallback(TrainerCallback):
+    """
+    What a run needs beyond the Trainer's own flow: to stop where it is told to, to go on as if it had never stopped,
+    and to end where its loss is not finite.
+    """
 
-    def __init__(self, sampler: TrainSampler):
+    def __init__(self, trainer: "DistillationTrainer", sampler: TrainSampler):
+        self.trainer = trainer
         self.sampler = sampler
         self.seconds_before = 0.0
         self.started = time.monotonic()
-
-    def on_train_begin(self, args, state, control, **kwargs):
-        seconds = [entry["train_seconds"] for entry in state.log_history if "train_seconds" in entry]
-        self.seconds_before = seconds[-1] if seconds else 0.0
-        self.started = time.monotonic()
-
-    def on_epoch_begin(self, args, state, control, **kwargs):
-        # The loaders that accelerate wraps around the sampler do not tell it, where one skips the first batches of a
-        # resumed epoch in several processes.
-        self.sampler.set_epoch(int(state.epoch or 0))
-
-    def on_step_end(self, args, state, control, **kwargs):
-        # A checkpoint has no sums of what is not logged yet, so nothing is left unlogged when one is written. This
-        # also keeps one from being written when the loss is not finite.
-        control.should_log = control.should_log or control.should_save
-
-    on_epoch_end = on_step_end
+        self.save_at_epoch_end = False
+        self.stopped_by = 0
+        self.stopped_within_epoch = False
+        self.signal_group = None
 
     @property
     def seconds(self) -> float:
         """Time spent in training, those of earlier processes included, up to their last checkpoints."""
         return self.seconds_before + time.monotonic() - self.started
+
+    def on_train_begin(self, args, state, control, **kwargs):
+        seconds = [entry["train_seconds"] for entry in state.log_history if "train_seconds" in entry]
+        self.seconds_before = seconds[-1] if seconds else 0.0
+        self.started = time.monotonic()
+        if self.trainer.accelerator.scaler is not None:
+            self.trainer.loss_scale = self.trainer.accelerator.scaler.get_scale()
+        if args.world_size > 1:
+            # On the CPU, whatever the gradients take: looking for a signal does not wait for the device.
+            self.signal_group = distributed.new_group(backend="gloo")
+
+    def on_epoch_begin(self, args, state, control, **kwargs):
+        # The loaders that accelerate wraps around the sampler do not tell it, where one skips the first batches of a
+        # resumed epoch in several processes.
+        self.sampler.set_epoch(int(state.epoch or 0))
+        if state.global_step >= state.max_steps:
+            # Resumed at its last step, in the middle of an epoch: the Trainer would take another one.
+            control.should_training_stop = self.stopped_within_epoch = True
+
+    def on_step_end(self, args, state, control, **kwargs):
+        at_epoch_end = float(state.epoch).is_integer() or state.global_step >= state.max_steps
+        if self._is_told_to_stop():
+            control.should_training_stop = control.should_save = True
+            self.stopped_within_epoch = not at_epoch_end
+        if control.should_save and at_epoch_end:
+            # A run resumed from here would not evaluate and log any more what comes at the end of an epoch.
+            control.should_save, self.save_at_epoch_end = False, True
+        # A checkpoint has no sums of what is not logged yet, so nothing is left unlogged when one is written.
+        control.should_log = control.should_log or control.should_save
+        # A device computes behind: its latest loss would be waited for, the one before is there.
+        is_behind = args.device.type != "cpu" and not control.should_log
+        self.trainer.check_losses(state.global_step - 1 if is_behind else state.global_step)
+        self.trainer.count_overflow()
+
+    def on_epoch_end(self, args, state, control, **kwargs):
+        if self.stopped_within_epoch:  # all is written already
+            control.should_log = control.should_evaluate = control.should_save = False
+            return
+        if self._is_told_to_stop():
+            control.should_training_stop = control.should_save = True
+        control.should_save = control.should_save or self.save_at_epoch_end
+        self.save_at_epoch_end = False
+        control.should_log = control.should_log or control.should_save
+        self.trainer.check_losses(state.global_step)
+
+    def on_train_end(self, args, state, control, **kwargs):
+        self._is_told_to_stop()  # in the last evaluation, after which there is no step to stop at
+
+    def _is_told_to_stop(self) -> bool:
+        """Whether any process has received a signal; all processes hear of it in the same step."""
+        signum = self.trainer.stop_request.signum
+        if self.signal_group is not None:
+            highest = torch.tensor(signum)
+            distributed.all_reduce(highest, distributed.ReduceOp.MAX, group=self.signal_group)
+            signum = int(highest)
+        self.stopped_by = signum
+        return signum > 0
 
 
 class DistillationTrainer(Trainer):
@@ -210,10 +269,34 @@ class DistillationTrainer(Trainer):
         self.readouts = ["", *(f"_{name}" for name in READOUTS)] if two_heads else [""]
         self.teacher_accuracy: float | None = None
         self.metric = evaluate.load(str(METRIC), keep_in_memory=True)
+        self.stop_request = StopRequest(announce=False)
         self._step_sums: dict[str, torch.Tensor] = {}
         self._steps_summed = 0
+        self._unchecked_losses: list[tuple[int, float, dict[str, torch.Tensor]]] = []
+        self.loss_scale: torch.Tensor | float = 1.0  # of fp16, after the last step
+        self._overflows: torch.Tensor | int = 0
 
     # ---- Training ----
+
+    def train(self, *args, **kwargs):
+        """
+        As `Trainer.train`.
+
+        Raises:
+            FloatingPointError: if a loss is not finite: before the step's checkpoint, and with its step, parts and
+                learning rate.
+            Interrupted: after a SIGTERM or Ctrl-C: the step is finished and a checkpoint written.
+        """
+        self.stop_request = StopRequest(announce=self.is_local_process_zero())
+        with self.stop_request:
+            output = super().train(*args, **kwargs)
+        if self.run_callback.stopped_by:
+            step, steps = self.state.global_step, self.state.max_steps
+            raise Interrupted(
+                f"stopped by {name_of(self.run_callback.stopped_by)} after step {step} of {steps}; "
+                f"{os.path.join(self.args.output_dir, f'checkpoint-{step}')} is written."
+            )
+        return output
 
     def _get_train_sampler(self, train_dataset=None) -> TrainSampler:
         sampler = TrainSampler(
@@ -222,10 +305,15 @@ class DistillationTrainer(Trainer):
             self.args.data_seed if self.args.data_seed is not None else self.args.seed,
             self.args.repeated_augmentation,
         )
-        self.remove_callback(_ResumableRun)
-        self.resumable_run = _ResumableRun(sampler)
-        self.add_callback(self.resumable_run)
+        self.remove_callback(_RunCallback)
+        self.run_callback = _RunCallback(self, sampler)
+        self.add_callback(self.run_callback)
         return sampler
+
+    def get_batch_samples(self, epoch_iterator, num_batches, device):
+        if self.control.should_training_stop:  # before the first step already, see `on_epoch_begin`
+            return [], None
+        return super().get_batch_samples(epoch_iterator, num_batches, device)
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
         """The mode's loss in training; in evaluation the plain cross-entropy of `logits`, which all modes share."""
@@ -252,6 +340,10 @@ class DistillationTrainer(Trainer):
             label_smoothing=self.args.label_smoothing_factor,
         )
         logged = {"label_loss": parts.label_loss, "distillation_loss": parts.distillation_loss}
+        if not self.args.logging_nan_inf_filter:
+            shown = {"loss": parts.loss, **logged}
+            shown = {name: value.detach() for name, value in shown.items() if value is not None}
+            self._unchecked_losses.append((self.state.global_step + 1, self._get_learning_rate(), shown))
         if teacher_logits is not None:
             agree = outputs["logits"].argmax(dim=-1) == teacher_logits.argmax(dim=-1)
             logged["teacher_agreement"] = agree.float().mean()
@@ -266,13 +358,59 @@ class DistillationTrainer(Trainer):
         names = super().get_decay_parameter_names(model)
         return [name for name in names if not name.endswith(("_token", "position_embeddings", "pos_embed"))]
 
+    def check_losses(self, last_step: int) -> None:
+        """
+        Raises:
+            FloatingPointError: if a loss of the steps up to this one, counted from 1, is not finite.
+        """
+        due = [entry for entry in self._unchecked_losses if entry[0] <= last_step]
+        self._unchecked_losses = [entry for entry in self._unchecked_losses if entry[0] > last_step]
+        if not due or torch.stack([parts["loss"] for _, _, parts in due]).isfinite().all():
+            return
+        step, learning_rate, parts = next(entry for entry in due if not entry[2]["loss"].isfinite())
+        facts = ", ".join(f"{name} {value.item():.4g}" for name, value in parts.items() if name != "loss")
+        raise FloatingPointError(
+            f"The loss is {parts['loss'].item()} at step {step} ({facts}, learning rate {learning_rate:.4g}). The "
+            f"checkpoints in {self.args.output_dir} are from before. Try a lower --learning_rate, a longer "
+            "--warmup_steps, or --bf16 instead of --fp16."
+        )
+
+    def count_overflow(self) -> None:
+        """
+        Counts the steps that fp16's scaler leaves out because a gradient overflowed: it lowers its scale then.
+
+        (`accelerator.optimizer_step_was_skipped` does not see them where the optimizer is fused, as AdamW is here: the
+        step is called, and leaves itself out on the device.)
+        """
+        scaler = self.accelerator.scaler
+        if scaler is not None:
+            scale = scaler._get_scale_async()  # get_scale would wait for the device
+            self._overflows = self._overflows + (scale < self.loss_scale)
+            self.loss_scale = scale.clone()
+
+    def _save_checkpoint(self, model, trial) -> None:
+        """As `Trainer`'s, sealed; older checkpoints are deleted, and this one is pushed, only after that."""
+        args = self.args
+        limit, push_to_hub = args.save_total_limit, args.push_to_hub
+        args.save_total_limit, args.push_to_hub = None, False
+        try:
+            super()._save_checkpoint(model, trial)
+        finally:
+            args.save_total_limit, args.push_to_hub = limit, push_to_hub
+        self.accelerator.wait_for_everyone()  # each process has files of its own in it
+        checkpoint = os.path.join(args.output_dir, f"checkpoint-{self.state.global_step}")
+        if args.should_save:
+            torch.save(args, os.path.join(checkpoint, "training_args.bin"))  # without what was just changed in them
+            seal(checkpoint)
+        if push_to_hub:
+            self._push_from_checkpoint(checkpoint)
+        if args.should_save:
+            rotate_checkpoints(args.output_dir, limit, self.state.best_model_checkpoint, use_mtime=True)
+
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """
-        Adds the means since the last log of the loss's parts and of how often teacher and student agree, and makes the
-        closing numbers those of the whole run, also where it was resumed.
-
-        Raises:
-            FloatingPointError: if the loss is not finite.
+        Adds the means since the last log of the loss's parts and of how often teacher and student agree, the steps
+        that fp16 left out, and makes the closing numbers those of the whole run, also where it was resumed.
         """
         if "loss" in logs and self._steps_summed:
             for name, total in self._step_sums.items():
@@ -281,22 +419,18 @@ class DistillationTrainer(Trainer):
             self._step_sums, self._steps_summed = {}, 0
             if self.teacher_accuracy is not None:
                 logs["teacher_accuracy"] = self.teacher_accuracy
-            logs["train_seconds"] = round(self.resumable_run.seconds, 3)
+            if self.accelerator.scaler is not None:
+                logs["fp16_overflows"], self._overflows = int(self._overflows), 0
+            logs["train_seconds"] = round(self.run_callback.seconds, 3)
         if "train_runtime" in logs:
-            seconds, steps = self.resumable_run.seconds, self.state.global_step
+            seconds, steps = self.run_callback.seconds, self.state.global_step
             logs["train_runtime"] = round(seconds, 3)
             logs["train_steps_per_second"] = round(steps / seconds, 3)
             logs["train_samples_per_second"] = round(steps * self.args.total_train_batch_size / seconds, 3)
             logs["train_loss"] = self._mean_logged_loss()
+            if self.accelerator.scaler is not None:
+                logs["fp16_overflows"] = sum(entry.get("fp16_overflows", 0) for entry in self.state.log_history)
         super().log(logs, start_time)
-        if not math.isfinite(logs.get("loss", 0.0)) and not self.args.logging_nan_inf_filter:
-            shown = ("label_loss", "distillation_loss", "learning_rate", "grad_norm")
-            facts = ", ".join(f"{name} {logs[name]:.4g}" for name in shown if name in logs)
-            raise FloatingPointError(
-                f"The loss is {logs['loss']} at step {self.state.global_step} ({facts}). The checkpoints in "
-                f"{self.args.output_dir} are from before. Try a lower --learning_rate, a longer --warmup_steps, or "
-                "--bf16 instead of --fp16."
-            )
 
     def _mean_logged_loss(self) -> float:
         """The mean loss of all steps: each log has that of the steps since the one before."""

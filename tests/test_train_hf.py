@@ -245,6 +245,11 @@ def test_nothing_given_is_the_papers_recipe_on_cifar10():
         ),
         (["--dataset_name=digits", "--auto_augment=rnd-m9"], "--auto_augment rnd-m9: timm does not know this policy"),
         (["--dataset_name=digits", "--model_name_or_path=nowhere"], "--model_name_or_path nowhere"),
+        # A tag names pretrained weights: they are looked for, and nothing is trained from scratch in their place.
+        (
+            ["--dataset_name=digits", "--model_name_or_path=deit_tiny_distilled_patch16_224.fb_in1k"],
+            "--model_name_or_path deit_tiny_distilled_patch16_224.fb_in1k: cannot start from it",
+        ),
         (["--dataset_name=digits", "--push_to_hub"], "--push_to_hub: cannot write to the repository"),
     ],
 )
@@ -279,20 +284,20 @@ def test_a_bare_no_in_a_recipe_is_a_word(tmp_path):
 
 def test_only_complete_checkpoints_are_resumed_from(finished, tmp_path):
     whole = finished[0] / "checkpoint-4"
-    for step in (4, 8, 12, 16):
+    for step in (4, 8, 12):
         shutil.copytree(whole, tmp_path / f"checkpoint-{step}")
-    (tmp_path / "checkpoint-8" / "optimizer.pt").unlink()
-    weights = tmp_path / "checkpoint-12" / "model.safetensors"
-    weights.write_bytes(weights.read_bytes()[:-100])
-    (tmp_path / "checkpoint-16" / "trainer_state.json").write_text('{"epoch": 1.')
+    (tmp_path / "checkpoint-8" / "checksums.json").unlink()
+    weights = bytearray((tmp_path / "checkpoint-12" / "model.safetensors").read_bytes())
+    weights[len(weights) // 2] ^= 1
+    (tmp_path / "checkpoint-12" / "model.safetensors").write_bytes(weights)
 
     def resume(value: str):
         *_, training = train_hf.parse_arguments([f"--output_dir={tmp_path}", f"--resume_from_checkpoint={value}"])
         return train_hf.checkpoint_to_resume(training)
 
     assert resume("True") == str(tmp_path / "checkpoint-4")
-    for step, missing in ((8, "no optimizer.pt"), (12, "damaged"), (16, "cut off")):
-        with pytest.raises(UserError, match=f"no complete checkpoint; .*{missing}"):
+    for step, flaw in ((8, "was being written when the run ended"), (12, "its model.safetensors is damaged")):
+        with pytest.raises(UserError, match=f"no complete checkpoint; .*{flaw}"):
             resume(str(tmp_path / f"checkpoint-{step}"))
     shutil.rmtree(tmp_path / "checkpoint-4")
     assert resume("True") is None  # nothing complete yet: from the beginning

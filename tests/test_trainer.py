@@ -1,6 +1,7 @@
 """The trainer: the teacher is in the loss and nowhere else, and what it logs and measures is true."""
 
 import json
+import re
 
 import numpy as np
 import pytest
@@ -89,6 +90,14 @@ def weights(trainer: DistillationTrainer) -> dict[str, torch.Tensor]:
 def assert_same(first: dict, second: dict, **tolerance) -> None:
     for name in first:
         torch.testing.assert_close(first[name], second[name], **(tolerance or {"atol": 0, "rtol": 0}), msg=name)
+
+
+def without_timings(trainer: DistillationTrainer) -> list[dict]:
+    """The log."""
+    return [
+        {name: value for name, value in entry.items() if not name.startswith(TIMINGS)}
+        for entry in trainer.state.log_history
+    ]
 
 
 # ---- The loss ----
@@ -206,11 +215,7 @@ def test_a_resumed_run_ends_with_the_weights_of_one_that_never_stopped(digits, t
     resumed.train(resume_from_checkpoint=str(tmp_path / f"checkpoint-{step}"))
     assert resumed.state.global_step == whole.state.global_step == 8
     assert_same(weights(whole), weights(resumed))
-    histories = [
-        [{name: value for name, value in entry.items() if not name.startswith(TIMINGS)} for entry in log_history]
-        for log_history in (whole.state.log_history, resumed.state.log_history)
-    ]
-    assert histories[0] == histories[1]
+    assert without_timings(whole) == without_timings(resumed)
 
 
 def test_time_and_rate_of_a_resumed_run_are_those_of_the_whole(digits, tmp_path):
@@ -330,16 +335,58 @@ def test_the_token_is_not_pickled_with_the_arguments(tmp_path):
     assert torch.load(tmp_path / "training_args.bin", weights_only=False).learning_rate == args.learning_rate
 
 
-def test_a_loss_that_is_not_a_number_ends_the_run_before_a_checkpoint_holds_it(digits, tmp_path):
-    trainer = make_trainer(digits, tmp_path, learning_rate=1e30, save_strategy="steps", save_steps=1, max_grad_norm=0)
-    with pytest.raises(FloatingPointError, match=r"The loss is (nan|inf) at step \d+ \(label_loss"):
+def test_a_loss_that_is_not_a_number_ends_the_run_at_its_step_before_a_checkpoint_holds_it(digits, tmp_path):
+    trainer = make_trainer(
+        digits, tmp_path, learning_rate=1e30, save_strategy="steps", save_steps=1, max_grad_norm=0, num_train_epochs=2
+    )
+    with pytest.raises(FloatingPointError) as error:
         trainer.train()
-    for checkpoint in tmp_path.glob("checkpoint-*"):
-        state = json.loads((checkpoint / "trainer_state.json").read_text())
+    found = re.match(
+        r"The loss is (?:nan|inf) at step (\d+) \(label_loss (\S+), .*learning rate (\S+)\)", str(error.value)
+    )
+    assert float(found[3]) == pytest.approx(1e30 * 0.5 * (1 + np.cos(np.pi * (int(found[1]) - 1) / 8)), rel=1e-3)
+    steps = sorted(int(path.name.split("-")[1]) for path in tmp_path.glob("checkpoint-*"))
+    assert steps == list(range(1, int(found[1])))
+    for step in steps:
+        state = json.loads((tmp_path / f"checkpoint-{step}" / "trainer_state.json").read_text())
         assert all(np.isfinite(entry["loss"]) for entry in state["log_history"] if "loss" in entry)
 
 
-@pytest.mark.parametrize("option", [{"remove_unused_columns": True}, {"do_train": False}, {"do_predict": True}])
+def test_a_step_that_overflows_in_fp16_is_left_out_and_counted(digits, tmp_path):
+    trainer = make_trainer(digits, tmp_path, logging_strategy="steps", logging_steps=2, num_train_epochs=2)
+    # A scale at which the first gradients overflow; it is halved until they do not.
+    trainer.accelerator.scaler = torch.amp.GradScaler("cpu", init_scale=2.0**127, growth_interval=10**6)
+    metrics = trainer.train().metrics
+    counted = [entry["fp16_overflows"] for entry in trainer.state.log_history if "loss" in entry]
+    halvings = 127 - np.log2(trainer.accelerator.scaler.get_scale())
+    assert sum(counted) == metrics["fp16_overflows"] == halvings
+    assert 0 < halvings < 8 and counted[-1] == 0
+    assert all(torch.isfinite(value).all() for value in trainer.model.state_dict().values())
+
+
+@pytest.mark.parametrize("step", [3, 6], ids=["mid-epoch", "the last step"])
+def test_a_run_of_max_steps_is_resumed_to_them_and_no_further(digits, tmp_path, step):
+    recipe = {
+        "num_train_epochs": 2,
+        "max_steps": 6,
+        "save_strategy": "steps",
+        "save_steps": 3,
+        "eval_strategy": "epoch",
+    }
+    whole = make_trainer(digits, tmp_path, **recipe)
+    whole.train()
+    resumed = make_trainer(digits, tmp_path, **recipe)
+    resumed.train(resume_from_checkpoint=str(tmp_path / f"checkpoint-{step}"))
+    assert resumed.state.global_step == 6
+    assert_same(weights(whole), weights(resumed))
+    assert without_timings(whole) == without_timings(resumed)
+    assert sum("eval_loss" in entry for entry in resumed.state.log_history) == 2
+
+
+@pytest.mark.parametrize(
+    "option",
+    [{"remove_unused_columns": True}, {"do_train": False}, {"do_predict": True}, {"enable_jit_checkpoint": True}],
+)
 def test_trainer_flags_that_have_no_meaning_here_are_refused(tmp_path, option):
     with pytest.raises(UserError, match=f"--{next(iter(option))}"):
         DistillationTrainingArguments(output_dir=str(tmp_path), **option)

@@ -1,0 +1,156 @@
+"""`python train_hf.py` in a real process, without the seconds that every fresh process needs to import torch.
+
+Python's fork server imports the command once; every run is a fork of it that executes train_hf.py from its first line
+as `__main__`, with flags, folder, output and exit code of its own. A fault makes the run kill or signal itself at a
+chosen moment, to the call.
+
+As a program (`accelerate launch tests/real_command.py FAULT FLAGS...`) it is the command with a fault given as JSON.
+"""
+
+import functools
+import importlib
+import json
+import multiprocessing
+import os
+import runpy
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+import traceback
+from pathlib import Path
+
+
+REPOSITORY = Path(__file__).resolve().parents[1]
+FORKS = multiprocessing.get_context("forkserver")
+FORKS.set_forkserver_preload(["train_hf"])
+
+
+class Run:
+    """
+    A started command.
+
+    Args:
+        flags: of the command.
+        cwd: where it runs.
+        env: variables on top of the test's.
+        fault (`dict`, *optional*): arguments of [`arm`].
+    """
+
+    def __init__(self, *flags, cwd: os.PathLike = REPOSITORY, env: dict | None = None, fault: dict | None = None):
+        self.flags = [str(flag) for flag in flags]
+        self._output = tempfile.TemporaryDirectory()
+        target = functools.partial(_become_command, self.flags, str(cwd), env or {}, self._output.name, fault)
+        self._process = FORKS.Process(target=target)
+        self._process.start()
+        self.pid = self._process.pid
+
+    def kill(self) -> bool:
+        """Kills it with SIGKILL, all of its processes; `False` if it has ended already."""
+        if self._process.exitcode is not None:
+            return False
+        self.signal_group(signal.SIGKILL)
+        self._process.join()
+        return self._process.exitcode == -signal.SIGKILL
+
+    def signal_group(self, signum: int) -> None:
+        os.killpg(self.pid, signum)
+
+    def wait(self, seconds: float = 180) -> subprocess.CompletedProcess:
+        """Its exit code (negative for a signal) and what it has written; one that hangs is killed."""
+        self._process.join(seconds)
+        if self._process.exitcode is None:
+            self.signal_group(signal.SIGKILL)
+            self._process.join()
+        stdout, stderr = (Path(self._output.name, name) for name in ("stdout", "stderr"))
+        return subprocess.CompletedProcess(
+            ["train_hf.py", *self.flags],
+            self._process.exitcode,
+            stdout.read_text() if stdout.exists() else "",
+            stderr.read_text() if stderr.exists() else "",
+        )
+
+
+def run(*flags, **options) -> subprocess.CompletedProcess:
+    return Run(*flags, **options).wait()
+
+
+def arm(function: str, call: int = 1, moment: str = "before", signum: int = signal.SIGKILL, rank: int = 0) -> None:
+    """
+    Sends this process a signal at a call of a function.
+
+    Args:
+        function (`str`): its dotted name, where it is looked up.
+        call (`int`): at which call, counted from 1.
+        moment (`str`): `before` or `after` the call; `half`: after it, with the file that it has written cut to half,
+            as if the signal had come while it wrote; `failing`: no signal, the call raises an error with the time.
+        rank (`int`): in which process of several.
+    """
+    if int(os.environ.get("RANK", 0)) != rank:
+        return
+    *path, name = function.split(".")
+    for length in range(len(path), 0, -1):
+        try:
+            owner = importlib.import_module(".".join(path[:length]))
+            break
+        except ModuleNotFoundError:
+            continue
+    for attribute in path[length:]:
+        owner = getattr(owner, attribute)
+    original = getattr(owner, name)
+    calls = 0
+
+    @functools.wraps(original)
+    def wrapper(*args, **kwargs):
+        nonlocal calls
+        calls += 1
+        if calls != call:
+            return original(*args, **kwargs)
+        if moment == "failing":
+            raise RuntimeError(f"a fault of the test at {time.time()}")
+        if moment == "before":
+            os.kill(os.getpid(), signum)
+            return original(*args, **kwargs)
+        result = original(*args, **kwargs)
+        if moment == "half":
+            file = next(Path(arg) for arg in args if isinstance(arg, (str, Path)))
+            os.truncate(file, file.stat().st_size // 2)
+        os.kill(os.getpid(), signum)
+        return result
+
+    setattr(owner, name, wrapper)
+
+
+def _become_command(flags: list[str], cwd: str, env: dict[str, str], output: str, fault: dict | None) -> None:
+    os.setpgid(0, 0)  # with its loader's workers
+    for target, name, mode in ((0, os.devnull, "r"), (1, f"{output}/stdout", "w"), (2, f"{output}/stderr", "w")):
+        with open(name, mode) as file:
+            os.dup2(file.fileno(), target)
+    os.environ.update(env)
+    os.chdir(cwd)
+    if fault is not None:
+        arm(**fault)
+    code = _run_command(flags)
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code)  # to take a forked interpreter down in order copies it, which takes seconds
+
+
+def _run_command(flags: list[str]) -> int:
+    """Runs the file as the interpreter does, to the exit code."""
+    sys.argv = [str(REPOSITORY / "train_hf.py"), *flags]
+    try:
+        runpy.run_path(sys.argv[0], run_name="__main__")
+    except SystemExit as ending:
+        return ending.code or 0
+    except BaseException:
+        traceback.print_exc()
+        return 1
+    return 0
+
+
+if __name__ == "__main__":
+    sys.path[0] = str(REPOSITORY)
+    arm(**json.loads(sys.argv[1]))
+    sys.exit(_run_command(sys.argv[2:]))

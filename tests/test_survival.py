@@ -1,0 +1,333 @@
+"""A run that is killed or told to stop, at any moment, ends as one that never was: the real command, real signals."""
+
+import json
+import random
+import shutil
+import signal
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from real_command import Run, run
+from safetensors.torch import load_file
+
+from modeling_deit_ti.checkpoints import checkpoints_of, flaw_of, last_complete, seal
+
+
+# Everything random is on, and checkpoints are written within the epochs (of six steps) as well as at their ends.
+FLAGS = (
+    "--config=recipes/digits.yaml",
+    "--max_train_samples=96",
+    "--max_eval_samples=50",
+    "--num_train_epochs=2",
+    "--per_device_train_batch_size=16",
+    "--per_device_eval_batch_size=25",
+    "--crop=padded",
+    "--auto_augment=rand-m9-mstd0.5-inc1",
+    "--random_erasing=0.25",
+    "--mixup=0.8",
+    "--cutmix=1.0",
+    "--repeated_augmentation=3",
+    "--drop_path_rate=0.1",
+    "--distill_mode=both",
+    "--teacher_num_train_epochs=8",
+    "--teacher_learning_rate=2e-2",
+    "--save_strategy=steps",
+    "--save_steps=3",
+    "--logging_strategy=steps",
+    "--logging_steps=2",
+    "--disable_tqdm=true",
+    "--report_to=none",
+)
+TIMES = ("runtime", "per_second", "seconds", "teacher_path")
+
+
+@pytest.fixture(scope="module")
+def reference(tmp_path_factory) -> Path:
+    """The run that is never interrupted, and its teacher beside it."""
+    folder = tmp_path_factory.mktemp("reference")
+    ended = run(*FLAGS, *places(folder))
+    assert ended.returncode == 0, ended.stderr
+    return folder
+
+
+def places(folder: Path) -> list[str]:
+    return [f"--output_dir={folder / 'run'}", f"--teacher_output_dir={folder / 'teachers'}"]
+
+
+def resume(folder: Path):
+    return run(*FLAGS, *places(folder), "--resume_from_checkpoint=True")
+
+
+def with_teacher(reference: Path, folder: Path) -> Path:
+    shutil.copytree(reference / "teachers", folder / "teachers")
+    return folder
+
+
+def without_times(metrics: dict) -> dict:
+    return {name: value for name, value in metrics.items() if not any(time in name for time in TIMES)}
+
+
+def assert_same_end(reference: Path, folder: Path, logged_alike: bool = True) -> None:
+    """
+    Weights, results and the whole log, bit by bit. A run that was told to stop has logged what it had until then, so
+    its means are those of other steps (`logged_alike=False`); what it measured is the same.
+    """
+    first, second = (load_file(path / "run" / "model.safetensors") for path in (reference, folder))
+    assert first.keys() == second.keys()
+    assert all(torch.equal(first[name], second[name]) for name in first)
+    teachers = [next((path / "teachers").glob("*/model.safetensors")) for path in (reference, folder)]
+    assert teachers[0].read_bytes() == teachers[1].read_bytes()
+    for file in ("all_results.json", "eval_results.json"):
+        first, second = (json.loads((path / "run" / file).read_text()) for path in (reference, folder))
+        first, second = without_times(first), without_times(second)
+        if not logged_alike and "train_loss" in first:
+            assert first.pop("train_loss") == pytest.approx(second.pop("train_loss"), rel=1e-6)
+        assert first == second
+    first, second = (
+        [without_times(entry) for entry in json.loads((path / "run/trainer_state.json").read_text())["log_history"]]
+        for path in (reference, folder)
+    )
+    if not logged_alike:
+        first, second = ([entry for entry in log if "eval_loss" in entry] for log in (first, second))
+    assert first == second
+
+
+# ---- Killed ----
+
+STEP = "modeling_deit_ti.trainer.DistillationTrainer.training_step"
+EVALUATION = "transformers.Trainer.prediction_step"
+WRITE_WEIGHTS = "transformers.modeling_utils.safe_save_file"
+SEAL = "modeling_deit_ti.trainer.seal"
+# Runs that are killed again and again, each time a little later; the calls are counted in each process anew. A
+# checkpoint calls torch.save for arguments, optimizer, schedule, random states, and the arguments again.
+FITTING = {
+    "in a step": (STEP, 20, "after"),
+    "while a checkpoint's weights are written": (WRITE_WEIGHTS, 2, "half"),
+    "before a checkpoint is sealed": (SEAL, 1, "before"),
+    "when it is done, before it is put in its place": ("modeling_deit_ti.teacher.checkpoints_of", 1, "before"),
+    "when it is in its place and not yet measured": (
+        "modeling_deit_ti.trainer.DistillationTrainer.measure_teacher",
+        1,
+        "before",
+    ),
+}
+TRAINING = [
+    {
+        "in the first step, before any checkpoint": (STEP, 1, "after"),
+        "while a checkpoint's weights are written": (WRITE_WEIGHTS, 2, "half"),
+        "in the evaluation after the first epoch": (EVALUATION, 2, "after"),
+        "before a checkpoint is sealed": (SEAL, 3, "before"),
+        "in the last evaluation of training": (EVALUATION, 1, "after"),
+        "while the finished model is exported": ("modeling_deit_ti.interop.save_transformers", 1, "before"),
+    },
+    {
+        "while a checkpoint's optimizer is written": ("torch.save", 7, "half"),
+        "while a checkpoint's random states are written": ("torch.save", 4, "half"),
+        "while a checkpoint's state is written": (
+            "transformers.trainer_callback.TrainerState.save_to_json",
+            2,
+            "half",
+        ),
+        "while a checkpoint is sealed": ("modeling_deit_ti.checkpoints.os.replace", 1, "before"),
+        "before an older checkpoint is deleted": ("modeling_deit_ti.trainer.rotate_checkpoints", 1, "before"),
+        "while the card is written": ("modeling_deit_ti.model_card.write_model_card", 1, "before"),
+    },
+]
+
+
+def kill_and_resume(folder: Path, moments: dict) -> list[str]:
+    """Kills a run at one moment after the other, lets it end, and gives what every process said."""
+    said = []
+    for moment, (function, call, when) in moments.items():
+        fault = {"function": function, "call": call, "moment": when}
+        killed = run(*FLAGS, *places(folder), "--resume_from_checkpoint=True", fault=fault)
+        assert killed.returncode == -signal.SIGKILL, f"{moment}: {killed.stderr}"
+        incomplete = [path for path in checkpoints_of(folder / "run") if flaw_of(path) is not None]
+        assert incomplete or moments is FITTING or "a checkpoint" not in moment, moment
+        said.append(killed.stdout)
+    ended = resume(folder)
+    assert ended.returncode == 0, ended.stderr
+    return [*said, ended.stdout]
+
+
+def test_killed_again_and_again_while_the_teacher_is_fitted(reference, tmp_path):
+    said = kill_and_resume(tmp_path, FITTING)
+    assert ["going on from" in output for output in said] == [False, True, True, True, True, False]
+    assert_same_end(reference, tmp_path)
+
+
+@pytest.mark.parametrize("moments", TRAINING, ids=["first", "second"])
+def test_killed_again_and_again_while_the_student_is_trained(reference, tmp_path, moments):
+    kill_and_resume(with_teacher(reference, tmp_path), moments)
+    assert_same_end(reference, tmp_path)
+
+
+def test_killed_with_one_checkpoint_kept_there_is_always_a_complete_one(reference, tmp_path):
+    """Between a new checkpoint and the end of the old one."""
+    with_teacher(reference, tmp_path)
+    for function, call in ((SEAL, 2), ("modeling_deit_ti.trainer.rotate_checkpoints", 2)):
+        flags = [*FLAGS, *places(tmp_path), "--save_total_limit=1", "--resume_from_checkpoint=True"]
+        killed = run(*flags, fault={"function": function, "call": call})
+        assert killed.returncode == -signal.SIGKILL
+        assert last_complete(tmp_path / "run") is not None
+
+
+@pytest.mark.slow
+def test_killed_again_and_again_at_random_moments(reference, tmp_path):
+    """At least thirty kills, each at a random moment of what is left of a run; REPORT gets what happened."""
+    chance = random.Random(0)
+    started = time.monotonic()
+    whole = run(*FLAGS, *places(tmp_path / "timed"))
+    assert whole.returncode == 0
+    seconds = time.monotonic() - started
+    kills, runs, late = 0, 0, 0
+    while kills < 30:
+        folder = tmp_path / str(runs)
+        for _ in range(chance.randint(1, 4)):
+            command = Run(*FLAGS, *places(folder), "--resume_from_checkpoint=True")
+            time.sleep(chance.uniform(0, seconds))
+            if command.kill():
+                kills += 1
+            else:
+                late += 1
+                break
+        if not (folder / "run" / "all_results.json").exists():
+            ended = resume(folder)
+            assert ended.returncode == 0, ended.stderr
+        assert_same_end(reference, folder)
+        shutil.rmtree(folder)
+        runs += 1
+    print(f"{kills} kills in {runs} runs of {seconds:.0f} s, all ended the same; {late} runs were done before theirs")
+
+
+# ---- Told to stop ----
+
+
+@pytest.mark.parametrize("signum", [signal.SIGTERM, signal.SIGINT], ids=["SIGTERM", "Ctrl-C"])
+def test_told_to_stop_in_a_step(reference, tmp_path, signum):
+    with_teacher(reference, tmp_path)
+    stopped = run(*FLAGS, *places(tmp_path), fault={"function": STEP, "call": 9, "signum": signum})
+    name = {signal.SIGTERM: "SIGTERM", signal.SIGINT: "Ctrl-C"}[signum]
+    checkpoint = tmp_path / "run" / "checkpoint-9"
+    assert stopped.returncode == 75
+    assert f"{name}: finishing the step, then writing a checkpoint." in stopped.stderr
+    assert stopped.stderr.splitlines()[-1] == (
+        f"train_hf.py: stopped by {name} after step 9 of 12; {checkpoint} is written. "
+        "Go on with the same command and --resume_from_checkpoint True."
+    )
+    assert "Traceback" not in stopped.stderr
+    assert last_complete(tmp_path / "run") == str(checkpoint)
+    state = json.loads((checkpoint / "trainer_state.json").read_text())
+    assert state["log_history"][-1]["step"] == 9  # nothing unlogged is left behind
+
+
+def test_what_was_told_to_stop_goes_on_to_the_same_end(reference, tmp_path):
+    with_teacher(reference, tmp_path)
+    for call in (4, 1, 2):  # in steps 4, 5 and 7
+        fault = {"function": STEP, "call": call, "signum": signal.SIGTERM}
+        assert run(*FLAGS, *places(tmp_path), "--resume_from_checkpoint=True", fault=fault).returncode == 75
+    assert resume(tmp_path).returncode == 0
+    assert_same_end(reference, tmp_path, logged_alike=False)
+
+
+@pytest.mark.parametrize(
+    ("function", "call", "step"),
+    [(STEP, 6, 6), (EVALUATION, 3, 12)],
+    ids=["last step of an epoch", "evaluation of the last epoch"],
+)
+def test_told_to_stop_at_the_end_of_an_epoch_it_is_evaluated_first(reference, tmp_path, function, call, step):
+    with_teacher(reference, tmp_path)
+    stopped = run(*FLAGS, *places(tmp_path), fault={"function": function, "call": call, "signum": signal.SIGTERM})
+    assert stopped.returncode == 75 and f"after step {step} of 12" in stopped.stderr
+    log = json.loads((tmp_path / f"run/checkpoint-{step}/trainer_state.json").read_text())["log_history"]
+    assert log[-1]["step"] == step and "eval_accuracy" in log[-1]
+    assert resume(tmp_path).returncode == 0
+    assert_same_end(reference, tmp_path)
+
+
+def test_told_to_stop_while_the_teacher_is_fitted(reference, tmp_path):
+    stopped = run(*FLAGS, *places(tmp_path), fault={"function": STEP, "call": 20, "signum": signal.SIGTERM})
+    assert stopped.returncode == 75 and "stopped by SIGTERM after step 20 of 48" in stopped.stderr
+    assert not (tmp_path / "run").exists()
+    (checkpoint,) = (tmp_path / "teachers").glob("*.unfinished/checkpoint-20")
+    assert flaw_of(checkpoint) is None
+
+
+@pytest.mark.parametrize("signum", [signal.SIGTERM, signal.SIGINT], ids=["SIGTERM", "Ctrl-C"])
+def test_told_to_stop_outside_of_training_it_ends_at_once(reference, tmp_path, signum):
+    with_teacher(reference, tmp_path)
+    measuring = "modeling_deit_ti.trainer.DistillationTrainer.measure_teacher"
+    stopped = run(*FLAGS, *places(tmp_path), fault={"function": measuring, "signum": signum})
+    assert stopped.returncode == 75 and "Traceback" not in stopped.stderr
+    assert stopped.stderr.splitlines()[-1].startswith("train_hf.py: stopped by ")
+
+
+def test_a_group_that_is_signalled_with_its_workers_still_finishes_the_step(reference, tmp_path):
+    """As SLURM and a terminal do: the loader's workers get the signal as well."""
+    with_teacher(reference, tmp_path)
+    command = Run(*FLAGS, *places(tmp_path), "--dataloader_num_workers=2", "--num_train_epochs=50")
+    wait_for(lambda: last_complete(tmp_path / "run"))
+    command.signal_group(signal.SIGTERM)
+    stopped = command.wait()
+    assert stopped.returncode == 75 and "Traceback" not in stopped.stderr, stopped.stderr
+    step = int(stopped.stderr.split("after step ")[1].split()[0])
+    assert last_complete(tmp_path / "run").endswith(f"checkpoint-{step}")
+
+
+def wait_for(condition, seconds: float = 120) -> None:
+    until = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < until
+        time.sleep(0.05)
+
+
+# ---- Checkpoints ----
+
+
+@pytest.fixture
+def checkpoint(tmp_path) -> Path:
+    folder = tmp_path / "checkpoint-4"
+    (folder / "global_step4").mkdir(parents=True)
+    (folder / "model.safetensors").write_bytes(bytes(range(256)) * 8)
+    (folder / "global_step4" / "shard.pt").write_bytes(b"shard")
+    (folder / "trainer_state.json").write_text("{}")
+    return folder
+
+
+def test_a_sealed_checkpoint_has_no_flaw(checkpoint):
+    assert "was being written" in flaw_of(checkpoint)
+    seal(checkpoint)
+    assert flaw_of(checkpoint) is None
+    seal(checkpoint)  # written again under the same name
+    assert flaw_of(checkpoint) is None
+
+
+@pytest.mark.parametrize("file", ["model.safetensors", "global_step4/shard.pt", "trainer_state.json"])
+def test_a_flipped_bit_a_cut_and_a_lost_file_are_found(checkpoint, file):
+    seal(checkpoint)
+    whole = (checkpoint / file).read_bytes()
+    (checkpoint / file).write_bytes(bytes([whole[0] ^ 1]) + whole[1:])
+    assert flaw_of(checkpoint) == f"its {file} is damaged"
+    (checkpoint / file).write_bytes(whole[:-1])
+    assert flaw_of(checkpoint) == f"its {file} is damaged"
+    (checkpoint / file).unlink()
+    assert flaw_of(checkpoint) == f"its {file} is missing or cannot be read"
+
+
+def test_damaged_checksums_are_no_checksums(checkpoint):
+    for content in ("", "[]", '{"model', "3"):
+        (checkpoint / "checksums.json").write_text(content)
+        assert flaw_of(checkpoint) == "its checksums.json is damaged"
+
+
+def test_the_last_complete_checkpoint_is_found_by_its_step(tmp_path, checkpoint):
+    seal(checkpoint)
+    for step in (8, 12, 100):
+        shutil.copytree(checkpoint, tmp_path / f"checkpoint-{step}")
+    (tmp_path / "checkpoint-best").mkdir()
+    (tmp_path / "checkpoint-100" / "model.safetensors").write_bytes(b"")
+    assert [path.name for path in checkpoints_of(tmp_path)] == [f"checkpoint-{step}" for step in (100, 12, 8, 4)]
+    assert last_complete(tmp_path) == str(tmp_path / "checkpoint-12")
+    assert last_complete(tmp_path / "nowhere") is None

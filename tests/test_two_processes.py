@@ -1,0 +1,137 @@
+"""Two processes on the CPU, by `accelerate launch` and the config for it, do what one does."""
+
+import json
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from real_command import REPOSITORY, run
+from safetensors.torch import load_file
+
+
+# Nothing is drawn by the processes themselves (drop path), and nothing is mixed within the batch of each.
+FLAGS = (
+    "--config=recipes/digits.yaml",
+    "--max_train_samples=100",
+    "--max_eval_samples=51",
+    "--num_train_epochs=2",
+    "--per_device_eval_batch_size=10",
+    "--crop=padded",
+    "--auto_augment=rand-m9-mstd0.5-inc1",
+    "--distill_mode=both",
+    "--teacher_num_train_epochs=12",
+    "--teacher_learning_rate=2e-2",
+    "--logging_strategy=steps",
+    "--logging_steps=1",
+    "--disable_tqdm=true",
+    "--use_cpu",
+)
+STEP = "modeling_deit_ti.trainer.DistillationTrainer.training_step"
+
+
+def launch(*flags, script: str = "train_hf.py", quiet: bool = True) -> subprocess.CompletedProcess:
+    launcher = [sys.executable, "-m", "accelerate.commands.launch", *(["--quiet"] if quiet else [])]
+    config = "--config_file=accelerate_configs/cpu_two_processes.yaml"
+    return subprocess.run(
+        [*launcher, config, script, *map(str, flags)], cwd=REPOSITORY, capture_output=True, text=True, timeout=300
+    )
+
+
+@pytest.fixture(scope="module")
+def one(tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("one")
+    ended = run(
+        *FLAGS,
+        f"--output_dir={folder / 'run'}",
+        f"--teacher_output_dir={folder / 'teachers'}",
+        "--per_device_train_batch_size=16",
+    )
+    assert ended.returncode == 0, ended.stderr
+    return folder
+
+
+@pytest.fixture(scope="module")
+def two(one, tmp_path_factory) -> tuple[Path, subprocess.CompletedProcess]:
+    folder = tmp_path_factory.mktemp("two")
+    ended = launch(
+        *FLAGS,
+        f"--output_dir={folder / 'run'}",
+        f"--teacher_output_dir={folder / 'teachers'}",
+        "--per_device_train_batch_size=8",
+    )
+    assert ended.returncode == 0, ended.stderr
+    return folder, ended
+
+
+def log_of(folder: Path) -> list[dict]:
+    return json.loads((folder / "run" / "trainer_state.json").read_text())["log_history"]
+
+
+def test_the_loss_of_every_step_is_that_of_one_process_at_the_same_global_batch(one, two):
+    logs = [[entry for entry in log_of(folder) if "loss" in entry] for folder in (one, two[0])]
+    assert [entry["step"] for entry in logs[1]] == list(range(1, 13))
+    for name in ("loss", "label_loss", "distillation_loss", "grad_norm", "learning_rate"):
+        assert [entry[name] for entry in logs[1]] == pytest.approx([entry[name] for entry in logs[0]], rel=1e-5), name
+    first, second = (load_file(folder / "run" / "model.safetensors") for folder in (one, two[0]))
+    for name in first:
+        torch.testing.assert_close(first[name], second[name], atol=1e-5, rtol=1e-4, msg=name)
+
+
+def test_every_evaluation_image_counts_once(one, two):
+    results = [json.loads((folder / "run" / "all_results.json").read_text()) for folder in (one, two[0])]
+    for name in results[0]:
+        if "accuracy" in name:
+            assert results[1][name] == pytest.approx(results[0][name], abs=1e-12), name
+            assert results[1][name] * 51 == pytest.approx(round(results[1][name] * 51), abs=1e-9), name
+
+
+def test_the_teacher_is_fitted_once_and_every_file_is_written_by_one_process(one, two):
+    folder, ended = two
+    assert ended.stdout.count("fitting for 12 epochs") == 1
+    assert len(list((folder / "teachers").glob("*/model.safetensors"))) == 1
+    assert ended.stdout.count("Trained in") == 1 and ended.stdout.count("is right on") == 1
+    names = [{path.relative_to(root) for path in root.rglob("*")} for root in (one / "run", folder / "run")]
+    assert {path.name for path in names[1] - names[0]} == {"rng_state_0.pth", "rng_state_1.pth"}
+    assert {path.name for path in names[0] - names[1]} == {"rng_state.pth"}
+
+
+def test_the_teacher_is_neither_wrapped_nor_saved(two):
+    saved = load_file(two[0] / "run" / "checkpoint-12" / "model.safetensors")
+    assert not any(name.startswith(("teacher", "module")) for name in saved)
+
+
+def test_a_run_that_is_killed_in_both_processes_goes_on_in_both(one, two, tmp_path):
+    places = [f"--output_dir={tmp_path / 'run'}", f"--teacher_output_dir={two[0] / 'teachers'}"]
+    flags = [*FLAGS, *places, "--per_device_train_batch_size=8", "--save_strategy=steps", "--save_steps=2"]
+    fault = {"function": STEP, "call": 9, "rank": 1}
+    killed = launch(json.dumps(fault), *flags, script="tests/real_command.py")
+    assert killed.returncode != 0
+    ended = launch(*flags, "--resume_from_checkpoint=True")
+    assert ended.returncode == 0, ended.stderr
+    first, second = (load_file(folder / "run" / "model.safetensors") for folder in (two[0], tmp_path))
+    assert all(torch.equal(first[name], second[name]) for name in first)
+
+
+def test_a_failure_of_one_process_ends_the_other_within_seconds_and_says_why_first(two, tmp_path):
+    places = [f"--output_dir={tmp_path / 'run'}", f"--teacher_output_dir={two[0] / 'teachers'}"]
+    fault = {"function": STEP, "call": 3, "rank": 1, "moment": "failing"}
+    failed = launch(json.dumps(fault), *FLAGS, *places, script="tests/real_command.py")
+    ended_at = time.time()
+    assert failed.returncode == 1
+    first = failed.stderr.strip().splitlines()[0]
+    assert first.startswith("train_hf.py: process 1 failed: RuntimeError: a fault of the test at ")
+    assert ended_at - float(first.rpartition(" ")[2]) < 30
+    assert not (tmp_path / "run" / "all_results.json").exists()
+
+
+def test_a_signal_to_one_process_stops_both_after_the_same_step(two, tmp_path):
+    places = [f"--output_dir={tmp_path / 'run'}", f"--teacher_output_dir={two[0] / 'teachers'}"]
+    fault = {"function": STEP, "call": 5, "rank": 1, "signum": 15}
+    flags = [*FLAGS, *places, "--per_device_train_batch_size=8"]
+    stopped = launch(json.dumps(fault), *flags, script="tests/real_command.py")
+    assert stopped.returncode == 1  # accelerate's, for whatever goes wrong
+    assert "train_hf.py: stopped by SIGTERM after step 5 of 12" in stopped.stderr
+    assert (tmp_path / "run" / "checkpoint-5" / "checksums.json").is_file()
