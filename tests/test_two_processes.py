@@ -1,6 +1,8 @@
 """Two processes on the CPU, by `accelerate launch` and the config for it, do what one does."""
 
 import json
+import shutil
+import signal
 import subprocess
 import sys
 import time
@@ -10,6 +12,8 @@ import pytest
 import torch
 from real_command import REPOSITORY, run
 from safetensors.torch import load_file
+
+from modeling_deit_ti.checkpoints import flaw_of
 
 
 # Nothing is drawn by the processes themselves (drop path), and nothing is mixed within the batch of each.
@@ -55,7 +59,9 @@ def one(tmp_path_factory) -> Path:
 
 @pytest.fixture(scope="module")
 def two(one, tmp_path_factory) -> tuple[Path, subprocess.CompletedProcess]:
+    """With the teacher of the other: a batch norm in two processes has other statistics."""
     folder = tmp_path_factory.mktemp("two")
+    shutil.copytree(one / "teachers", folder / "teachers")
     ended = launch(
         *FLAGS,
         f"--output_dir={folder / 'run'}",
@@ -88,10 +94,8 @@ def test_every_evaluation_image_counts_once(one, two):
             assert results[1][name] * 51 == pytest.approx(round(results[1][name] * 51), abs=1e-9), name
 
 
-def test_the_teacher_is_fitted_once_and_every_file_is_written_by_one_process(one, two):
+def test_every_file_is_written_and_everything_said_by_one_process(one, two):
     folder, ended = two
-    assert ended.stdout.count("fitting for 12 epochs") == 1
-    assert len(list((folder / "teachers").glob("*/model.safetensors"))) == 1
     assert ended.stdout.count("Trained in") == 1 and ended.stdout.count("is right on") == 1
     names = [{path.relative_to(root) for path in root.rglob("*")} for root in (one / "run", folder / "run")]
     assert {path.name for path in names[1] - names[0]} == {"rng_state_0.pth", "rng_state_1.pth"}
@@ -127,11 +131,17 @@ def test_a_failure_of_one_process_ends_the_other_within_seconds_and_says_why_fir
     assert not (tmp_path / "run" / "all_results.json").exists()
 
 
-def test_a_signal_to_one_process_stops_both_after_the_same_step(two, tmp_path):
-    places = [f"--output_dir={tmp_path / 'run'}", f"--teacher_output_dir={two[0] / 'teachers'}"]
-    fault = {"function": STEP, "call": 5, "rank": 1, "signum": 15}
-    flags = [*FLAGS, *places, "--per_device_train_batch_size=8"]
+def test_the_teacher_is_fitted_once_and_a_signal_to_one_process_stops_both_after_the_same_step(tmp_path):
+    places = [f"--output_dir={tmp_path / 'run'}", f"--teacher_output_dir={tmp_path / 'teachers'}"]
+    flags = [*FLAGS, *places, "--per_device_train_batch_size=8", "--num_train_epochs=1"]
+    fault = {"function": STEP, "call": 5, "rank": 1, "signum": signal.SIGTERM}
     stopped = launch(json.dumps(fault), *flags, script="tests/real_command.py")
     assert stopped.returncode == 1  # accelerate's, for whatever goes wrong
-    assert "train_hf.py: stopped by SIGTERM after step 5 of 12" in stopped.stderr
-    assert (tmp_path / "run" / "checkpoint-5" / "checksums.json").is_file()
+    assert "train_hf.py: stopped by SIGTERM after step 5 of 72" in stopped.stderr
+    (checkpoint,) = (tmp_path / "teachers").glob("*.unfinished/checkpoint-*")
+    assert checkpoint.name == "checkpoint-5" and flaw_of(checkpoint) is None
+    ended = launch(*flags, "--resume_from_checkpoint=True")
+    assert ended.returncode == 0, ended.stderr
+    assert ended.stdout.count("going on from") == 1 and ended.stdout.count("'epoch': '12'") > 0
+    assert [path.name for path in (tmp_path / "teachers").glob("*.unfinished")] == []
+    assert len(list((tmp_path / "teachers").glob("*/model.safetensors"))) == 1
