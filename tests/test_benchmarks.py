@@ -1,0 +1,244 @@
+"""The benchmarks measure what they say, and their tables say what was measured."""
+
+import json
+import time
+
+import pytest
+import torch
+from markdown_it import MarkdownIt
+
+from benchmarks import inference, report, throughput
+from modeling_deit_ti.data import UserError
+
+
+@pytest.fixture(scope="module")
+def setting() -> throughput.Setting:
+    setting = throughput.Setting(
+        dataset_name="digits",
+        image_size=32,
+        patch_size=16,
+        batch_size=4,
+        teacher="test_resnet",
+        device="cpu",
+        steps=1,
+        warmup_steps=1,
+        threads=1,
+    )
+    throughput.resolve(setting)
+    return setting
+
+
+@pytest.fixture(scope="module")
+def teacher_folder(setting, tmp_path_factory) -> str:
+    data = throughput.load_images(throughput.data_arguments(setting))
+    return throughput.save_teacher(setting, data, str(tmp_path_factory.mktemp("teacher")))
+
+
+@pytest.mark.parametrize("contender", throughput.CONTENDERS)
+def test_contender_trains_and_reports_each_part_of_a_step(contender, setting, teacher_folder, tmp_path):
+    backward = torch.Tensor.backward
+    found = throughput.measure(
+        throughput.Job(contender, setting, teacher_folder, str(tmp_path), time.time(), split=True)
+    )
+    assert found["images_per_second"] == pytest.approx(4 / (found["step_ms"] / 1000))
+    assert found["startup_seconds"] > 0
+    assert found["peak_host_bytes"] > 1e8 and found["peak_device_bytes"] is None
+    assert list(found["split_ms"]) == ["data", "teacher", "student", "optimizer", "other"]
+    assert all(milliseconds > 0 for milliseconds in found["split_ms"].values())
+    # Forward and backward through 5.5 million parameters, against a forward of 0.4 million.
+    assert found["split_ms"]["student"] > found["split_ms"]["teacher"]
+    assert torch.Tensor.backward is backward  # the hooks are gone
+
+
+def test_memory_is_read_after_every_epoch(setting, teacher_folder, tmp_path, monkeypatch):
+    monkeypatch.setattr(throughput, "MEMORY_EPOCHS", 2)
+    monkeypatch.setattr(throughput, "MEMORY_IMAGES", 16)
+    monkeypatch.setattr(throughput, "MEMORY_BATCH_SIZE", 8)
+    job = throughput.Job(
+        throughput.MEMORY, throughput.Setting(**vars(setting)), teacher_folder, str(tmp_path), time.time(), split=False
+    )
+    epochs = throughput.measure(job)["host_bytes_by_epoch"]
+    assert len(epochs) == 2 and min(epochs) > 1e8
+
+
+def test_throughput_command_measures_in_processes_of_their_own_and_writes_the_tables(tmp_path):
+    flags = "--dataset_name digits --image_size 32 --patch_size 16 --batch_size 4 --teacher test_resnet --device cpu"
+    flags += " --steps 1 --repeats 1 --threads 1 --no_measure_memory --recipe light"
+    code = throughput.main([*flags.split(), "--contenders", "bare step", "--output_dir", str(tmp_path)])
+    assert code == 0
+    name = next(tmp_path.glob("*.json")).stem
+    assert name.endswith("threads-1-32-16-fp32-batch-4-test_resnet-recipe-light-digits")
+    result = json.loads((tmp_path / f"{name}.json").read_text())
+    assert result["versions"]["torch"] == torch.__version__.partition("+")[0]
+    assert result["hardware"] and result["setting"]["warmup_steps"] == 1
+    (header, row) = table_in((tmp_path / f"{name}.md").read_text())
+    assert dict(zip(header, row, strict=True))["contender"] == "bare step"
+    assert float(row[header.index("images/s")].replace(",", "")) == pytest.approx(
+        result["rows"][0]["images_per_second"]["median"], abs=0.06
+    )
+    assert float(row[header.index("peak host, MB")].replace(",", "")) > 100
+    assert "(" + name + ".md)" in (tmp_path / "README.md").read_text()
+
+
+@pytest.mark.parametrize(
+    "flags, message",
+    [
+        ("--image_size 30 --patch_size 4", "--patch_size 4 does not divide --image_size 30."),
+        ("--teacher no_such_net", "--teacher no_such_net: timm has no such architecture."),
+        ("--device cpu --precision fp16", "--precision fp16 needs a GPU: take fp32 or bf16."),
+        ("--repeats 0", "--steps, --warmup_steps, --repeats and --batch_size are 1 or more."),
+    ],
+)
+def test_mistakes_are_named_before_anything_is_measured(flags, message):
+    with pytest.raises(UserError) as error:
+        throughput.main(flags.split())
+    assert str(error.value) == message
+
+
+def test_inference_compares_models_that_agree_on_the_logits(tmp_path):
+    flags = "--patch_size 16 --device cpu --batch_sizes 1 3 --repeats 1 --seconds 0 --threads 1"
+    models = ["native", "transformers", "timm", "ONNX Runtime"]  # compiling takes a minute
+    assert inference.main([*flags.split(), "--models", *models, "--output_dir", str(tmp_path)]) == 0
+    result = json.loads(next(tmp_path.glob("inference-*.json")).read_text())
+    assert [(row["name"], row["batch_size"]) for row in result["rows"]] == [
+        (name, size) for size in (1, 3) for name in models
+    ]
+    for row in result["rows"]:
+        assert row["max_abs_difference"] < 1e-4
+        assert row["latency_ms"]["calls"] == 2
+        assert row["latency_ms"]["p95"] >= row["latency_ms"]["median"] > 0
+    header, *rows = table_in(next(tmp_path.glob("inference-*.md")).read_text())
+    assert header[0] == "model" and [row[0] for row in rows] == models * 2
+
+
+def test_inference_does_not_time_a_model_that_predicts_something_else():
+    setting = inference.Setting(device="cpu", batch_sizes=[2], repeats=1, seconds=0.0, image_size=4)
+    models = {
+        "native": lambda images: images.flatten(1)[:, :3],
+        "timm": lambda images: images.flatten(1)[:, :3] + 0.1,
+        "ONNX Runtime": "UserError: no such provider",
+    }
+    native, other, missing = inference.measure(setting, models)
+    assert native["failed"] is None and native["max_abs_difference"] == 0
+    assert other["failed"].startswith("its logits are 1.0e-01 from") and "latency_ms" not in other
+    assert missing["failed"] == "UserError: no such provider"
+
+
+# ---- Tables, from made-up results ----
+
+
+def table_in(markdown: str, index: int = 0) -> list[list[str]]:
+    """The cells of a Markdown text's table, as a reader of Markdown sees them; every row as long as the first."""
+    tables: list[list[list[str]]] = []
+    inside = False
+    for token in MarkdownIt("commonmark").enable("table").parse(markdown):
+        if token.type == "table_open":
+            tables.append([])
+        inside = (inside or token.type == "table_open") and token.type != "table_close"
+        if inside and token.type == "tr_open":
+            tables[-1].append([])
+        elif inside and token.type == "inline":
+            tables[-1][-1].append(token.content)
+    assert all(len(row) == len(tables[index][0]) for row in tables[index])
+    return tables[index]
+
+
+def made_up_result(where: dict, speeds: dict[str, float], **changes) -> dict:
+    setting = {"precision": "fp32", "recipe": "paper", "threads": 2, "torch_compile": False, "dataset_name": "digits"}
+    rows = [
+        {
+            "name": name,
+            "failed": None,
+            "images_per_second": report.spread([speed - 1, speed, speed + 1]),
+            "step_ms": report.spread([100.0]),
+            "startup_seconds": report.spread([10.0]),
+            "peak_host_bytes": report.spread([10**9]),
+            "peak_device_bytes": report.spread([39 * 10**9]) if where["device"] == "cuda" else None,
+            "split_ms": None,
+        }
+        for name, speed in speeds.items()
+    ]
+    return {
+        "benchmark": "throughput",
+        "device": where["device"],
+        "hardware": "1 x Some GPU" if where["device"] == "cuda" else "2 CPU cores (x86_64)",
+        "versions": {"torch": "2.0"},
+        "date": "2026-01-01",
+        "setting": setting | where,
+        "rows": rows,
+        "host_bytes_by_epoch": None,
+        **changes,
+    }
+
+
+def verdicts(folder) -> dict[str, tuple[str, str]]:
+    header, *rows = table_in((folder / "README.md").read_text(), 0)
+    assert header[:3] == ["target", "value", "verdict"]
+    return {row[0]: (row[1], row[2]) for row in rows}
+
+
+def test_without_results_every_target_is_not_measured_and_names_its_command(tmp_path):
+    report.write_index(tmp_path)
+    assert set(verdicts(tmp_path).values()) == {("not measured", "not measured")}
+    assert all(
+        "`python benchmarks/throughput.py" in row[-1] for row in table_in((tmp_path / "README.md").read_text())[1:]
+    )
+    header, *rows = table_in((tmp_path / "README.md").read_text(), 1)
+    assert [row[0] for row in rows] == [report.CPU_NAME, report.GPU_224_NAME, report.GPU_32_NAME]
+    assert all(set(row[1:]) == {"not measured"} for row in rows)
+
+
+def test_targets_are_met_or_missed_by_the_faster_of_our_two_ways(tmp_path):
+    speeds = {"bare step": 100.0, report.OURS[0]: 90.0, report.OURS[1]: 96.0, "timm": 97.0, "transformers": 80.0}
+    report.write_result(made_up_result(report.CPU_32, speeds, host_bytes_by_epoch=[100, 200, 201]), tmp_path, ["why"])
+    found = verdicts(tmp_path)
+    assert found[f"{report.CPU_NAME}: at least 95 % of the bare step"] == ("96.0%", "met")
+    assert found[f"{report.CPU_NAME}: at least level with timm"] == ("0.99", "missed")
+    assert found[f"{report.CPU_NAME}: at least 1.1 x plain transformers"] == ("1.20", "met")
+    assert found["host memory does not grow with the epochs (at most 1 %)"] == ("+0.50%", "met")
+    assert found[f"{report.GPU_224_NAME}: at least 2 x timm"] == ("not measured", "not measured")
+    _, row, *others = table_in((tmp_path / "README.md").read_text(), 1)
+    assert row[1:] == [
+        "100.0 (99.0 to 101.0)",
+        "90.0 (89.0 to 91.0)",
+        "96.0 (95.0 to 97.0)",
+        "97.0 (96.0 to 98.0)",
+        "80.0 (79.0 to 81.0)",
+        "not measured",
+    ]
+    assert [other[0] for other in others] == [report.GPU_224_NAME, report.GPU_32_NAME]
+
+
+def test_targets_of_a_gpu(tmp_path):
+    speeds = {
+        "bare step": 20_000.0,
+        report.OURS[0]: 3_000.0,
+        report.OURS[1]: 16_000.0,
+        "timm": 8_000.0,
+        "seed's loop": 1_700.0,
+    }
+    result = made_up_result(report.GPU_224, speeds)
+    report.write_result(result, tmp_path, [])
+    found = verdicts(tmp_path)
+    assert found[f"{report.GPU_224_NAME}: at least 2 x timm"] == ("2.00", "met")
+    assert found[f"{report.GPU_224_NAME}: at least 10 x the seed's loop"] == ("9.4", "missed")
+    assert found[f"{report.GPU_224_NAME}: at least 15,000 images/s with the teacher"] == ("16,000", "met")
+    assert found[f"{report.GPU_224_NAME}: at least 85 % of the bare step"] == ("80.0%", "missed")
+    assert found[f"{report.GPU_224_NAME}: at most 40 GB on the device"] == ("39.0", "met")
+    assert found[f"{report.GPU_32_NAME}: at least 40,000 images/s"] == ("not measured", "not measured")
+
+
+def test_a_contender_that_failed_says_so_and_leaves_its_targets_not_measured(tmp_path):
+    result = made_up_result(report.CPU_32, {"bare step": 100.0, report.OURS[0]: 99.0})
+    result["rows"].append({"name": "timm", "failed": "OutOfMemoryError: 40 GB"})
+    file = report.write_result(result, tmp_path, [])
+    assert table_in(file.read_text())[-1][:2] == ["timm", "failed: OutOfMemoryError: 40 GB"]
+    assert verdicts(tmp_path)[f"{report.CPU_NAME}: at least level with timm"] == ("not measured", "not measured")
+
+
+def test_the_targets_of_two_cores_are_not_for_other_settings(tmp_path):
+    speeds = {"bare step": 100.0, report.OURS[0]: 99.0}
+    for change in ({"threads": 8}, {"recipe": "light"}, {"teacher": "test_resnet"}, {"batch_size": 64}):
+        report.write_result(made_up_result(report.CPU_32 | change, speeds), tmp_path, [])
+    assert len(list(tmp_path.glob("*.json"))) == 4  # none has replaced another
+    assert verdicts(tmp_path)[f"{report.CPU_NAME}: at least 95 % of the bare step"] == ("not measured",) * 2
