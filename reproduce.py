@@ -499,15 +499,15 @@ def train(run: Run, budget: Budget, progress: Progress, stop: threading.Event, d
 def _end(process: subprocess.Popen) -> None:
     """Asks a run to write a checkpoint and stop; kills it, and what it has started, if it takes too long."""
     patience = time.monotonic() + STOP_SECONDS
-    os.killpg(process.pid, signal.SIGTERM)
-    while time.monotonic() < patience:
-        process.poll()  # takes the process itself off the group
-        try:
-            os.killpg(process.pid, 0)  # a launcher ends before those that it has launched
-        except ProcessLookupError:
-            return
-        time.sleep(0.2)
-    os.killpg(process.pid, signal.SIGKILL)
+    try:
+        os.killpg(process.pid, signal.SIGTERM)
+        while time.monotonic() < patience:
+            time.sleep(0.2)
+            process.poll()  # takes the process itself off its group; a launcher ends before those that it launched
+            os.killpg(process.pid, 0)
+        os.killpg(process.pid, signal.SIGKILL)
+    except ProcessLookupError:
+        pass  # all of them have ended
     process.wait()
 
 
@@ -722,9 +722,17 @@ def make_curves(runs: list[Run]) -> dict:
 
 
 def plot_curves(curves: dict, table: dict, file: Path) -> Figure:
-    """Accuracy over the epochs, all rows in one picture of 1500 x 900 pixels; the seeds' mean, and their range."""
+    """
+    Accuracy over the epochs, all rows in one picture of 1500 x 900 pixels; of several seeds their mean and range.
+
+    Args:
+        curves (`dict`): see `make_curves`.
+        table (`dict`): see `make_table`.
+        file (`Path`): where to.
+    """
     figure = Figure(figsize=(10, 6), dpi=150, layout="constrained")
     axes = figure.subplots()
+    top1 = {row["row"]: row["top1"] for row in table["rows"]}
     handles = []
     for line in LINES:
         if line.name not in curves:
@@ -735,8 +743,7 @@ def plot_curves(curves: dict, table: dict, file: Path) -> Figure:
         epochs, means = of_seeds[0]["epochs"][:points], [statistics.mean(values) for values in by_epoch]
         if line.row == "teacher":
             # Not its curve: it was trained before its students, maybe for other epochs.
-            (handle,) = axes.plot([0, 1], [means[-1]] * 2, color="#000000", linestyle=":", linewidth=1.4)
-            handle.set_transform(axes.get_yaxis_transform())
+            handle = axes.axhline(top1[line.name], color="#000000", linestyle=":", linewidth=1.4)
         else:
             marker = "o" if points <= 30 else None
             (handle,) = axes.plot(
@@ -745,20 +752,24 @@ def plot_curves(curves: dict, table: dict, file: Path) -> Figure:
             if len(of_seeds) > 1:
                 low, high = [min(values) for values in by_epoch], [max(values) for values in by_epoch]
                 axes.fill_between(epochs, low, high, color=line.colour, alpha=0.15, linewidth=0)
-        handle.set_label(f"{100 * means[-1]:.1f} %  {line.name}")
-        handles.append((means[-1], handle))
+        handle.set_label(f"{100 * top1[line.name]:.1f} %  {line.name}")
+        handles.append((top1[line.name], handle))
     facts = [fact for row in table["rows"] for fact in row["runs"]]
     images = " / ".join(_distinct(f"{fact['validation_images']:,}" for fact in facts))
-    axes.set_title(f"{table['budget']}: accuracy on {images} test images during training", loc="left")
+    split = " / ".join(_distinct(fact["test_split"] for fact in facts))
+    axes.set_title(f"{table['budget']}: accuracy during training, {images} images of the split {split}", loc="left")
     axes.set_xlabel("epoch")
+    axes.set_xlim(left=0)
     axes.xaxis.set_major_locator(MaxNLocator(integer=True))
-    axes.yaxis.set_major_formatter(PercentFormatter(xmax=1, symbol=" %"))
+    axes.yaxis.set_major_formatter(PercentFormatter(xmax=1, decimals=0, symbol=" %"))
     axes.grid(color="#E6E6E6", linewidth=0.8)
     axes.set_axisbelow(True)
     axes.spines[["top", "right"]].set_visible(False)
-    # Beside the axes, so that it covers no curve, and in the curves' order.
+    # Beside the axes, so that it covers no curve; sorted, so that it reads as the curves end.
     handles = [handle for _, handle in sorted(handles, key=lambda pair: -pair[0])]
-    axes.legend(handles=handles, loc="center left", bbox_to_anchor=(1.01, 0.5), frameon=False, handlelength=3)
+    legend = axes.legend(handles=handles, loc="center left", bbox_to_anchor=(1.01, 0.5), frameon=False, handlelength=3)
+    legend.set_title("top-1 after the last epoch, as in the table")
+    legend.set_alignment("left")
     figure.savefig(file)
     return figure
 
