@@ -28,7 +28,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator, PercentFormatter
 
 import train_hf
-from modeling_deit_ti.data import DataArguments, UserError
+from modeling_deit_ti.data import UserError
 from modeling_deit_ti.distillation import DistillMode
 from modeling_deit_ti.model_card import (
     CURVES_FILE,
@@ -136,13 +136,12 @@ class Budget:
     @property
     def settings(self) -> dict:
         """What rows that are compared have to have in common, as plain data."""
-        config = Path(self.accelerate_config).read_text() if self.accelerate_config else ""
         return {
             "dataset": folder_name(self.dataset_name),
             "recipe": yaml.safe_load(self.recipe.read_text()),
             "extra_flags": self.extra_flags,
             "cnn": self.cnn,
-            "accelerate_config": yaml.safe_load(config),
+            "accelerate_config": Path(self.accelerate_config).read_text() if self.accelerate_config else None,
         }
 
 
@@ -293,8 +292,7 @@ def parse_arguments(argv: list[str]) -> tuple[argparse.Namespace, Budget]:
         if flag.startswith("--") and flag[2:].partition("=")[0].replace("-", "_") in RESERVED:
             raise UserError(f"{flag.partition('=')[0]} after `--`: every row has its own; it cannot be given to all.")
 
-    dataset_name = args.dataset_name or (yaml.safe_load(recipe.read_text()) or {}).get("dataset_name")
-    dataset_name = dataset_name or DataArguments.dataset_name
+    dataset_name = args.dataset_name or train_hf.parse_arguments([f"--config={recipe}"])[1].dataset_name
     budget = args.budget if args.budget in BUDGETS else recipe.stem
     name = re.sub(r"[^\w.-]+", "-", f"{folder_name(dataset_name)}-{budget}")
     return args, Budget(
@@ -329,7 +327,7 @@ def make_runs(budget: Budget) -> list[Run]:
     runs = []
     for seed in budget.seeds:
         # The teacher's architecture is in the folder's name, which the cards of its students show.
-        folders = {"teacher": f"teacher-{teacher}-seed{seed}", "cnn": f"cnn-{budget.cnn}-seed{seed}"}
+        folders = {"teacher": f"teacher-{teacher}-seed{seed}", "cnn": f"cnn-{folder_name(budget.cnn)}-seed{seed}"}
         folders = {row: budget.output_dir / folders.get(row, f"{row}-seed{seed}") for row in ROWS}
         for row, own in ROWS.items():
             flags = [*shared, *own]

@@ -36,10 +36,10 @@ repeated_augmentation: 1
 max_train_samples: 128
 max_validation_samples: 100
 per_device_train_batch_size: 32
-num_train_epochs: 4
+num_train_epochs: 3
 learning_rate: 5e-4
 teacher_model_name_or_path: test_resnet
-teacher_num_train_epochs: 10
+teacher_num_train_epochs: 8
 teacher_learning_rate: 2e-2
 """
 FLAGS = ["--budget=tiny.yaml", "--cnn_model_name_or_path=test_resnet"]
@@ -49,6 +49,7 @@ FLAGS = ["--budget=tiny.yaml", "--cnn_model_name_or_path=test_resnet"]
 def folder(tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("project")
     (folder / "tiny.yaml").write_text(RECIPE)
+    (folder / "broken.yaml").write_text("- a list")
     (folder / "results").mkdir()
     shutil.copy(REPOSITORY / "results" / "README.md", folder / "results")
     return folder
@@ -96,7 +97,7 @@ def test_an_interrupted_row_goes_on_where_it_was(folder, call):
     printed = process.communicate()[0]
     assert process.returncode == 75, printed
     assert "none, seed 0: asked to stop" in printed
-    assert "none, seed 0: interrupted after " in printed and " of 4 epochs" in printed
+    assert "none, seed 0: interrupted after " in printed and " of 3 epochs" in printed
     assert "0 of 1 runs are finished" in printed and "Left: none, seed 0. The same command goes on." in printed
     log = runs / "none-seed0.log"
     with open(log) as file:
@@ -108,12 +109,12 @@ def test_an_interrupted_row_goes_on_where_it_was(folder, call):
     code, printed = call("--rows", "none")
     assert code == 0 and "1 of 1 runs are finished" in printed
     gone_on = log.read_text()[first:]
-    assert "'epoch': '4'" in gone_on and "'epoch': '1'" not in gone_on
+    assert "'epoch': '3'" in gone_on and "'epoch': '1'" not in gone_on
     results = read(runs / "none-seed0" / "all_results.json")
-    assert results["epoch"] == 4
+    assert results["epoch"] == 3
     assert f"no distillation {100 * results['eval_accuracy']:.2f} %" in printed
     row = next(row for row in read(folder / "results/digits-tiny/table.json")["rows"] if row["run"] == "none")
-    assert row["runs"][0]["images_seen"] == 4 * 128
+    assert row["runs"][0]["images_seen"] == 3 * 128
 
 
 def test_a_students_row_trains_the_teachers_row_first(folder, call):
@@ -126,7 +127,7 @@ def test_a_students_row_trains_the_teachers_row_first(folder, call):
     teacher, hard = rows["teacher"]["runs"][0], rows["hard"]["runs"][0]
     # The row and the teacher of the students are one model, measured on the same images.
     assert hard["teacher_top1"] == pytest.approx(teacher["top1"]) and teacher["top1"] > 0.5
-    assert (teacher["epochs"], teacher["images_seen"], hard["epochs"]) == (10, 1280, 4)
+    assert (teacher["epochs"], teacher["images_seen"], hard["epochs"]) == (8, 1024, 3)
     assert (teacher["architecture"], hard["architecture"]) == ("test_resnet", "deit_ti")
     assert (rows["hard"]["mode"], rows["hard"]["teacher_targets"], rows["hard"]["readout"]) == (
         "hard",
@@ -144,13 +145,13 @@ def test_results_are_of_all_images_and_curves_of_the_validation_images(folder):
     """After the test above."""
     run = folder / "outputs" / "reproduce" / "digits-tiny" / "hard-seed0"
     log = [entry for entry in read(run / "trainer_state.json")["log_history"] if "eval_accuracy" in entry]
-    assert [entry["epoch"] for entry in log] == [1, 2, 3, 4, 4]
+    assert [entry["epoch"] for entry in log] == [1, 2, 3, 3]
     for entry in log[:-1]:
         assert entry["eval_accuracy"] * 100 == pytest.approx(round(entry["eval_accuracy"] * 100))
     assert log[-1]["eval_accuracy"] * 359 == pytest.approx(round(log[-1]["eval_accuracy"] * 359))
     assert read(run / "all_results.json")["eval_accuracy"] == log[-1]["eval_accuracy"]
     curve = read(folder / "results/digits-tiny/curves.json")["hard distillation"]["0"]
-    assert curve == {"epochs": [1, 2, 3, 4], "accuracy": [entry["eval_accuracy"] for entry in log[:-1]]}
+    assert curve == {"epochs": [1, 2, 3], "accuracy": [entry["eval_accuracy"] for entry in log[:-1]]}
 
 
 def test_what_is_committed_names_every_finished_row(folder):
@@ -226,6 +227,7 @@ def test_a_mistake_that_train_hf_finds_is_passed_on(call):
     ("flags", "message"),
     [
         (["--budget=huge"], "--budget huge: it is one of seed, native, cpu, long, or a YAML file"),
+        (["--budget=broken.yaml"], "--config broken.yaml: it has to hold `flag: value` lines"),
         (["--rows", "medium"], "argument --rows: invalid choice: 'medium'"),
         (["--minutes=1"], "--minutes 1: a row takes up to 2 minutes"),
         (["--minutes=soon"], "argument --minutes: invalid float value: 'soon'"),
@@ -296,10 +298,10 @@ def test_the_teachers_row_is_the_teacher_that_train_hf_would_fit(tmp_path):
 # ---- The table and the curves, of recorded results ----
 
 
-@pytest.fixture
-def recorded(tmp_path, monkeypatch) -> tuple[reproduce.Budget, list[reproduce.Run]]:
+@pytest.fixture(scope="module")
+def all_recorded(tmp_path_factory) -> tuple[Path, reproduce.Budget, list[reproduce.Run]]:
     """All rows of CIFAR-10 with three seeds, as runs leave them: accuracies that rise, and end 0.01 a seed apart."""
-    monkeypatch.chdir(tmp_path)
+    folder = tmp_path_factory.mktemp("recorded")
     _, budget = reproduce.parse_arguments(["--budget=cpu", "--seeds", "0", "1", "2", "--", "--weight_decay=0.1"])
     runs = reproduce.make_runs(budget)
     labels = ["airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck"]
@@ -326,11 +328,21 @@ def recorded(tmp_path, monkeypatch) -> tuple[reproduce.Budget, list[reproduce.Ru
             hyperparameters={"precision": "no", "max_validation_samples": 1000},
             hardware="2 CPU cores (x86_64)",
         )
-        run.save_record({"seconds": 120.0, "commits": ["0123456789ab"]})
-        record.save(run.folder)
-        (run.folder / "README.md").write_text("---\nlicense: unknown\n---\n# card\n\n![Curves](training_curves.png)\n")
-        (run.folder / "trainer_state.json").write_text(json.dumps({"log_history": log}))
-        (run.folder / "all_results.json").write_text(json.dumps(metrics))
+        place = folder / run.folder
+        place.mkdir(parents=True)
+        record.save(place)
+        (place / reproduce.RECORD).write_text(json.dumps({"seconds": 120.0, "commits": ["0123456789ab"]}))
+        (place / "README.md").write_text("---\nlicense: unknown\n---\n# card\n\n![Curves](training_curves.png)\n")
+        (place / "trainer_state.json").write_text(json.dumps({"log_history": log}))
+        (place / "all_results.json").write_text(json.dumps(metrics))
+    return folder, budget, runs
+
+
+@pytest.fixture
+def recorded(all_recorded, tmp_path, monkeypatch) -> tuple[reproduce.Budget, list[reproduce.Run]]:
+    folder, budget, runs = all_recorded
+    shutil.copytree(folder, tmp_path, dirs_exist_ok=True)
+    monkeypatch.chdir(tmp_path)
     return budget, runs
 
 
