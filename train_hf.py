@@ -36,6 +36,7 @@ from modeling_deit_ti.data import (
     load_images,
     make_image_processor,
     make_train_images,
+    random_rows,
     read_image,
 )
 from modeling_deit_ti.distillation import DistillMode
@@ -70,6 +71,7 @@ from modeling_deit_ti.trainer import DistillationTrainer, DistillationTrainingAr
 DATA_HYPERPARAMETERS = (
     "max_train_samples",
     "max_eval_samples",
+    "max_validation_samples",
     "crop",
     "horizontal_flip",
     "auto_augment",
@@ -196,13 +198,17 @@ def main() -> None:
             teacher_args, data, data_args, training_args, image_processor
         )
 
+    evaluation = validation = EvalImages(data.evaluation, image_processor)
+    if data_args.max_validation_samples is not None:
+        rows = random_rows(len(data.evaluation), data_args.max_validation_samples)
+        validation = EvalImages(data.evaluation.select(rows), image_processor)
     trainer = DistillationTrainer(
         model=student,
         args=training_args,
         teacher=teacher,
         augment=augment,
         train_dataset=train_images,
-        eval_dataset=EvalImages(data.evaluation, image_processor),
+        eval_dataset=validation,
         processing_class=image_processor,
     )
     is_main = trainer.is_world_process_zero()
@@ -210,13 +216,13 @@ def main() -> None:
         print("Student:", *not_taken_over)
 
     if teacher is not None:
-        accuracy = trainer.measure_teacher()
+        accuracy = trainer.measure_teacher(evaluation)
         if is_main:
             print(f"Teacher: {teacher_facts['name']} is right on {accuracy:.2%} of the split {data.eval_split}")
         check_better_than_chance(accuracy, data.evaluation["label"][:], teacher_facts["name"])
         teacher_record = TeacherRecord(accuracy=accuracy, **teacher_facts)
 
-    results = {"train": trainer.train(resume_from_checkpoint=checkpoint).metrics, "eval": trainer.evaluate()}
+    results = {"train": trainer.train(resume_from_checkpoint=checkpoint).metrics, "eval": trainer.evaluate(evaluation)}
     results["all"] = results["train"] | results["eval"]
     if teacher is not None:
         results["all"] |= {"teacher_accuracy": accuracy, "teacher_path": teacher_path}
@@ -257,6 +263,10 @@ def parse_arguments(argv: list[str]) -> Arguments:
             f"--model_name_or_path {model_args.model_name_or_path} has one head, and --distill_mode "
             f"{training_args.distill_mode} needs a class and a distillation token: use deit_ti, or mode none, soft "
             "or hard."
+        )
+    if data_args.max_validation_samples is not None and training_args.dataloader_persistent_workers:
+        raise UserError(
+            "--max_validation_samples: it does not go with --dataloader_persistent_workers; leave one out."
         )
     if "onnx" in model_args.export and importlib.util.find_spec("onnxscript") is None:
         raise UserError("--export onnx: ONNX needs packages that are missing; pip install onnx onnxscript.")

@@ -90,8 +90,22 @@ class DataArguments:
     train_val_split: float = field(
         default=0.1, metadata={"help": "Share of the training images to evaluate on where the dataset has one split."}
     )
+    validation_from_train: bool = field(
+        default=False,
+        metadata={
+            "help": "Evaluate on --train_val_split of the training images although the dataset has another split: to "
+            "choose a recipe without looking at the test images."
+        },
+    )
     max_train_samples: int | None = field(default=None, metadata={"help": "Train on a random subset of this size."})
     max_eval_samples: int | None = field(default=None, metadata={"help": "Evaluate on a random subset of this size."})
+    max_validation_samples: int | None = field(
+        default=None,
+        metadata={
+            "help": "While training goes on, evaluate on a random subset of this size; at its end on all images that "
+            "there are to evaluate on."
+        },
+    )
     crop: str = field(
         default="auto",
         metadata={
@@ -123,7 +137,7 @@ class DataArguments:
     )
 
     def __post_init__(self):
-        for name in ("max_train_samples", "max_eval_samples"):
+        for name in ("max_train_samples", "max_eval_samples", "max_validation_samples"):
             if getattr(self, name) is not None and getattr(self, name) < 1:
                 raise UserError(f"--{name} {getattr(self, name)}: it has to be at least 1.")
         for name in ("horizontal_flip", "random_erasing"):
@@ -253,7 +267,7 @@ def _train_and_evaluation(splits: DatasetDict, args: DataArguments) -> tuple[Dat
     if "train" not in splits:
         raise UserError(f"{args.dataset_name} has no split `train`; it has {', '.join(splits)}.")
     for name in ("validation", "valid", "val", "dev", "test"):
-        if name in splits:
+        if name in splits and not args.validation_from_train:
             evaluation, eval_split = splits[name], name
             train = splits["train"]
             break
@@ -395,8 +409,7 @@ def _checked(
         )
     rows = None
     if max_samples is not None and max_samples < len(split):
-        # Shuffled: image folders come class by class. Sorted: reading goes forward through the file.
-        rows = sorted(np.random.default_rng(SUBSET_SEED).permutation(len(split))[:max_samples].tolist())
+        rows = random_rows(len(split), max_samples)
         split = split.select(rows)
     split = split.select_columns([image_column, label_column]).cast_column(image_column, Image(decode=False))
 
@@ -434,6 +447,12 @@ def _checked(
     if not labels_needed and -1 in checked.unique("label"):
         checked = checked.remove_columns("label")
     return checked
+
+
+def random_rows(num_rows: int, size: int) -> list[int]:
+    """So many of the rows of a split, the same in every run; all of them where there are no more."""
+    # Shuffled: image folders come class by class. Sorted: reading goes forward through the file.
+    return sorted(np.random.default_rng(SUBSET_SEED).permutation(num_rows)[:size].tolist())
 
 
 def _check_rows(

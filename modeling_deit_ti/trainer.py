@@ -8,6 +8,7 @@ from pathlib import Path
 import evaluate
 import torch
 from torch import distributed
+from torch.utils.data import Dataset
 from transformers import Trainer, TrainerCallback, TrainingArguments
 from transformers.trainer_utils import EvalPrediction, rotate_checkpoints
 
@@ -464,10 +465,10 @@ class DistillationTrainer(Trainer):
         return metrics
 
     @torch.no_grad()
-    def measure_teacher(self) -> float:
-        """Top-1 accuracy of the teacher on the evaluation split, on the images as the student sees them."""
+    def measure_teacher(self, images: Dataset | None = None) -> float:
+        """Top-1 accuracy of the teacher on `images` (default: `eval_dataset`), as the student sees them."""
         hits = []
-        for inputs in self.get_eval_dataloader():
+        for inputs in self.get_eval_dataloader(images):
             predicted = self.teacher(inputs["pixel_values"].to(self.args.device)).argmax(dim=-1)
             hits.append(self.accelerator.gather_for_metrics(predicted == inputs["labels"].to(self.args.device)))
         self.teacher_accuracy = torch.cat(hits).double().mean().item()

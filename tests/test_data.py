@@ -85,6 +85,15 @@ def test_a_folder_of_images_by_class_loads_and_holds_a_share_out(tmp_path):
     assert (len(data.train), len(data.evaluation)) == (15, 5)
 
 
+def test_a_recipe_can_be_chosen_without_the_test_images():
+    test = {row["pixels"] for row in load("digits").evaluation}
+    data = load("digits", validation_from_train=True, train_val_split=0.25)
+    assert data.eval_split == "train (held out)"
+    assert (len(data.train), len(data.evaluation)) == (1078, 360)
+    train, held_out = ({row["pixels"] for row in split} for split in (data.train, data.evaluation))
+    assert not held_out & train and not (held_out | train) & test
+
+
 def test_what_save_to_disk_wrote_loads(tmp_path):
     features = Features({"image": Image(), "label": ClassLabel(names=["a", "b"])})
     split = Dataset.from_dict({"image": [picture(0), picture(1)], "label": [0, 1]}, features=features)

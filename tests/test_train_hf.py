@@ -237,6 +237,10 @@ def test_nothing_given_is_the_papers_recipe_on_cifar10():
         (["--config=nowhere.yaml"], "--config nowhere.yaml: the file cannot be read"),
         (["--distill_mode=both", "--model_name_or_path=resnet18"], "has one head"),
         (["--warmup_steps=-1"], "warmup_steps"),
+        (
+            ["--max_validation_samples=9", "--dataloader_persistent_workers=true", "--dataloader_num_workers=1"],
+            "--max_validation_samples: it does not go with --dataloader_persistent_workers",
+        ),
         (["--dataset_name=./nowhere"], "--dataset_name ./nowhere: there is no such folder"),
         (["--dataset_name=digits", "--label_column_name=kind"], "no such column; there are image, label"),
         (
