@@ -64,6 +64,7 @@ from modeling_deit_ti.teacher import (
     new_timm_classifier,
     prepare_teacher,
 )
+from modeling_deit_ti.teacher_cache import make_teacher_cache
 from modeling_deit_ti.trainer import DistillationTrainer, DistillationTrainingArguments
 
 
@@ -192,11 +193,12 @@ def main() -> None:
     set_seed(training_args.seed)  # the Trainer seeds again before training, so fitting a teacher changes nothing
     student, not_taken_over = make_student(model_args, mode, data.label_names, image_processor)
 
-    teacher = teacher_path = teacher_record = None
+    teacher = teacher_path = teacher_record = teacher_cache = None
     if mode.has_teacher:
         teacher, teacher_path, teacher_facts = prepare_teacher(
             teacher_args, data, data_args, training_args, image_processor
         )
+        teacher_cache = make_teacher_cache(teacher_args, teacher, data, data_args, training_args, image_processor)
 
     evaluation = validation = EvalImages(data.evaluation, image_processor)
     if data_args.max_validation_samples is not None:
@@ -206,6 +208,7 @@ def main() -> None:
         model=student,
         args=training_args,
         teacher=teacher,
+        teacher_cache=teacher_cache,
         augment=augment,
         train_dataset=train_images,
         eval_dataset=validation,
@@ -226,6 +229,8 @@ def main() -> None:
     results["all"] = results["train"] | results["eval"]
     if teacher is not None:
         results["all"] |= {"teacher_accuracy": accuracy, "teacher_path": teacher_path}
+    if teacher_cache is not None:
+        results["all"]["teacher_cached"] = teacher_cache.share_read
 
     trainer.save_model(_internal_call=True)  # else it pushes what is not complete yet, and ends the run if it cannot
     trainer.save_state()
@@ -541,10 +546,12 @@ def print_summary(trainer: DistillationTrainer, teacher: TeacherRecord | None, r
         name = {"": "student", "_both": "  mean of both heads"}.get(readout, f"  {readout[1:]} head")
         print(f"{name:34}{metrics[f'eval_accuracy{readout}']:8.2%}{metrics[f'eval_accuracy{readout}_top5']:9.2%}")
     minutes, seconds = divmod(round(metrics["train_runtime"]), 60)
+    cached = metrics.get("teacher_cached", 0)
+    cached = f", {cached:.0%} of the teacher's logits read from its cache" if cached else ""
     remote_code = ", trust_remote_code=True" if isinstance(trainer.model.config, DeiTTiConfig) else ""
     print(
-        f"\nTrained in {minutes} min {seconds} s, {metrics['train_samples_per_second']:.0f} images/s. The model, its "
-        f"card (README.md) and its curves are in {folder}\n"
+        f"\nTrained in {minutes} min {seconds} s, {metrics['train_samples_per_second']:.0f} images/s{cached}.\n"
+        f"The model, its card (README.md) and its curves are in {folder}\n"
         + (f"The teacher is in {metrics['teacher_path']}\n" if teacher is not None else "")
         + "\n    from transformers import pipeline\n"
         f'    print(pipeline("image-classification", "{folder}"{remote_code})("image.png"))\n'

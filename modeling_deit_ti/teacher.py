@@ -82,6 +82,14 @@ class TeacherArguments:
         default=20.0, metadata={"help": "Epochs of fitting; 0: do not fit, take the teacher as it is or not at all."}
     )
     teacher_learning_rate: float = field(default=1e-3, metadata={"help": "Peak learning rate of fitting."})
+    teacher_cache: str = field(
+        default="auto",
+        metadata={
+            "help": "Store the teacher's logits under --teacher_output_dir, in half precision, for later epochs and "
+            "runs that show it the same images. `auto`: where they take no more than 1 GiB.",
+            "choices": ["auto", "on", "off"],
+        },
+    )
 
     def __post_init__(self):
         if self.teacher_num_train_epochs < 0:

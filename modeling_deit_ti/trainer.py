@@ -238,6 +238,7 @@ class DistillationTrainer(Trainer):
         args ([`DistillationTrainingArguments`])
         teacher (`Callable`, *optional*): maps `pixel_values` as the student sees them to logits `(B, num_labels)` in
             the student's order of labels; `teacher.Teacher` is one. Needed where `args.mode` has a teacher.
+        teacher_cache (`teacher_cache.TeacherCache`, *optional*): answers for the teacher in training.
         augment (`Callable`, *optional*): maps a training batch's `pixel_values` and seeds to augmented
             `pixel_values`; `augmentation.BatchAugmentation` is one. Where it is missing, the images come augmented.
 
@@ -247,7 +248,7 @@ class DistillationTrainer(Trainer):
     # The loss is a mean over each batch, so the Trainer has to divide it by the number of accumulated batches.
     loss_is_scaled_for_ga = False
 
-    def __init__(self, *args, teacher=None, augment=None, **kwargs):
+    def __init__(self, *args, teacher=None, teacher_cache=None, augment=None, **kwargs):
         super().__init__(
             *args,
             data_collator=collate_images,
@@ -259,6 +260,7 @@ class DistillationTrainer(Trainer):
         self.mode: DistillMode = self.args.mode
         self.num_labels: int = self.model.config.num_labels
         self.teacher = teacher
+        self.teacher_cache = teacher_cache
         self.augment = augment
         if teacher is not None:
             dtype = {"fp16": torch.float16, "bf16": torch.bfloat16}.get(self.args.mixed_precision, torch.float32)
@@ -330,7 +332,7 @@ class DistillationTrainer(Trainer):
             pixel_values, labels, int(inputs["seeds"][0]), self.num_labels, self.args.mixup, self.args.cutmix
         )
         pixel_values = self._prepare_input(pixel_values)  # DeepSpeed wants its own precision
-        teacher_logits = self.teacher(pixel_values) if self.mode.has_teacher else None
+        teacher_logits = self._teacher_logits(pixel_values, inputs["seeds"]) if self.mode.has_teacher else None
         outputs = model(pixel_values=pixel_values)
         parts = distillation_loss(
             self.mode,
@@ -353,6 +355,11 @@ class DistillationTrainer(Trainer):
                 self._step_sums[name] = self._step_sums.get(name, 0) + value.detach()
         self._steps_summed += 1
         return (parts.loss, outputs) if return_outputs else parts.loss
+
+    def _teacher_logits(self, pixel_values, seeds) -> torch.Tensor:
+        if self.teacher_cache is None:
+            return self.teacher(pixel_values)
+        return self.teacher_cache(self.teacher, pixel_values, seeds, self.resumable_run.sampler)
 
     def get_decay_parameter_names(self, model) -> list[str]:
         """As DeiT's `no_weight_decay`: tokens and positions do not decay either."""

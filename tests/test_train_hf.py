@@ -152,6 +152,8 @@ def test_the_same_command_with_one_seed_gives_the_same_numbers(finished, teacher
     first, second = (load_file(path / "model.safetensors") for path in (folder, tmp_path / "again"))
     assert all(torch.equal(first[name], second[name]) for name in first)
     numbers = [json.loads((path / "all_results.json").read_text()) for path in (folder, tmp_path / "again")]
+    # The second has taken the teacher's logits from the first.
+    assert [metrics.pop("teacher_cached") for metrics in numbers] == [0, 1]
     timings = {name for name in numbers[0] if "runtime" in name or "per_second" in name or "seconds" in name}
     assert {k: v for k, v in numbers[0].items() if k not in timings} == {
         k: v for k, v in numbers[1].items() if k not in timings

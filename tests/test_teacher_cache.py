@@ -1,0 +1,523 @@
+"""The teacher's cache: the network is not asked twice, nothing comes out differently, and no wrong row is believed."""
+
+import json
+import os
+import resource
+import signal
+import sys
+import time
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+import train_hf
+from modeling_deit_ti import DeiTTiConfig, DeiTTiForImageClassification
+from modeling_deit_ti import teacher_cache as module
+from modeling_deit_ti.data import (
+    DataArguments,
+    TrainSampler,
+    UserError,
+    load_images,
+    make_image_processor,
+    make_train_images,
+)
+from modeling_deit_ti.teacher import Teacher, TeacherArguments, new_timm_classifier
+from modeling_deit_ti.teacher_cache import TeacherCache, make_teacher_cache
+from modeling_deit_ti.trainer import DistillationTrainer, DistillationTrainingArguments
+
+
+LABELS = [str(digit) for digit in range(10)]
+NOTHING_RANDOM = {"crop": "none", "horizontal_flip": 0.0, "auto_augment": "none", "random_erasing": 0.0}
+PLAIN = DataArguments(dataset_name="digits", **NOTHING_RANDOM)
+AUGMENTED = DataArguments(dataset_name="digits")
+ON_DEVICE = DataArguments(dataset_name="digits", augment_on="device")
+UNMIXED = {"mixup": 0, "cutmix": 0, "repeated_augmentation": 1}
+TIMINGS = ("train_seconds", "train_runtime", "train_samples_per", "train_steps_per")
+
+
+@pytest.fixture(scope="module")
+def digits():
+    return load_images(DataArguments(dataset_name="digits", max_train_samples=64, max_eval_samples=50))
+
+
+def make_teacher(**changes) -> Teacher:
+    torch.manual_seed(5)
+    processor = make_image_processor(PLAIN, 32)
+    model = new_timm_classifier("test_resnet", LABELS, 32, processor)
+    mean, std = list(processor.image_mean), list(processor.image_std)
+    settings = {"image_size": 32, "image_mean": mean, "image_std": std, "student_mean": mean, "student_std": std}
+    return Teacher(model, **{**settings, **changes})
+
+
+def training_arguments(folder: Path, **options) -> DistillationTrainingArguments:
+    settings = {
+        "distill_mode": "both",
+        "per_device_train_batch_size": 16,
+        "num_train_epochs": 2,
+        "learning_rate": 1e-3,
+        "save_strategy": "no",
+        "eval_strategy": "no",
+        "disable_tqdm": True,
+        **options,
+    }
+    return DistillationTrainingArguments(output_dir=str(folder / "run"), **settings)
+
+
+def make_cache(data, folder, data_args=PLAIN, *, teacher=None, image_size=32, teacher_cache="auto", **options):
+    return make_teacher_cache(
+        TeacherArguments("test_resnet", teacher_output_dir=str(folder), teacher_cache=teacher_cache),
+        teacher or make_teacher(),
+        data,
+        data_args,
+        training_arguments(folder, **options),
+        make_image_processor(data_args, image_size),
+    )
+
+
+def make_trainer(data, folder, data_args, **options) -> DistillationTrainer:
+    """Four steps an epoch. Its `teacher_calls` lists the sizes of the batches that the network has seen."""
+    args = training_arguments(folder, **options)
+    torch.manual_seed(3)
+    config = DeiTTiConfig(
+        image_size=32, patch_size=16, num_labels=10, num_hidden_layers=1, drop_path_rate=0.0, **args.mode.network
+    )
+    processor = make_image_processor(data_args, 32)
+    train_images, augment = make_train_images(data.train, data_args, processor)
+    teacher, calls = make_teacher(), []
+    teacher.register_forward_hook(lambda module, args, output: calls.append(len(output)))
+    trainer = DistillationTrainer(
+        model=DeiTTiForImageClassification(config),
+        args=args,
+        teacher=teacher,
+        teacher_cache=make_cache(data, folder, data_args, **options),
+        augment=augment,
+        train_dataset=train_images,
+        processing_class=processor,
+    )
+    trainer.teacher_calls = calls
+    return trainer
+
+
+def result(trainer: DistillationTrainer) -> tuple[dict[str, torch.Tensor], list[dict]]:
+    log = [
+        {name: value for name, value in entry.items() if not name.startswith(TIMINGS)}
+        for entry in trainer.state.log_history
+    ]
+    return {name: value.detach().clone() for name, value in trainer.model.state_dict().items()}, log
+
+
+def assert_same(first: tuple, second: tuple) -> None:
+    for name, value in first[0].items():
+        torch.testing.assert_close(value, second[0][name], atol=0, rtol=0, msg=name)
+    assert first[1] == second[1]
+
+
+# ---- The network is not asked twice ----
+
+
+def test_with_nothing_random_every_image_is_computed_once_for_all_epochs_and_runs(digits, tmp_path):
+    first = make_trainer(digits, tmp_path, PLAIN, **UNMIXED, num_train_epochs=3)
+    first.train()
+    assert first.teacher_calls == [16] * 4  # of the first epoch's four steps
+    assert first.teacher_cache.share_read == pytest.approx(2 / 3)
+    other = {"seed": 7, "distill_mode": "soft", "num_train_epochs": 1, "per_device_train_batch_size": 32}
+    second = make_trainer(digits, tmp_path, PLAIN, **UNMIXED, **other)
+    second.train()
+    assert second.teacher_calls == [] and second.teacher_cache.share_read == 1
+    assert any("teacher_agreement" in entry for entry in second.state.log_history)
+
+
+@pytest.mark.parametrize(
+    ("data_args", "options"),
+    [
+        (PLAIN, UNMIXED),
+        (AUGMENTED, UNMIXED),
+        (AUGMENTED, {"mixup": 0.8, "cutmix": 1.0, "repeated_augmentation": 3}),
+        (ON_DEVICE, {"mixup": 0.8, "cutmix": 0, "repeated_augmentation": 1, "gradient_accumulation_steps": 2}),
+    ],
+    ids=["static", "augmented", "the paper's recipe", "on the device"],
+)
+def test_a_run_from_the_cache_is_the_run_that_filled_it(digits, tmp_path, data_args, options):
+    runs = [make_trainer(digits, tmp_path, data_args, **options) for _ in range(2)]
+    for trainer in runs:
+        trainer.train()
+    assert len(runs[0].teacher_calls) == (4 if data_args is PLAIN else 8) and runs[1].teacher_calls == []
+    assert_same(*map(result, runs))
+    soft = make_trainer(digits, tmp_path, data_args, **options, distill_mode="soft", learning_rate=1e-4)
+    soft.train()
+    assert soft.teacher_calls == []
+
+
+def test_the_rounded_logits_are_the_teachers_and_its_decision_is_the_same_read_or_computed(digits, tmp_path):
+    cache, again = (make_cache(digits, tmp_path, **UNMIXED) for _ in range(2))
+    teacher, sampler = make_teacher(), TrainSampler(64, 16, seed=42)
+    images, seeds = torch.randn(16, 3, 32, 32), np.array([seed for _, seed in sampler][:16])
+    computed = cache(teacher, images, seeds, sampler)
+    assert computed.dtype == torch.float32
+    assert torch.equal(computed, teacher(images).half().float())
+    read = again(None, images, seeds, sampler)
+    assert torch.equal(read, computed) and torch.equal(read.argmax(-1), computed.argmax(-1))
+
+
+def test_a_longer_run_reads_the_epochs_of_a_shorter_one(digits, tmp_path):
+    make_trainer(digits, tmp_path, AUGMENTED, num_train_epochs=1).train()
+    longer = make_trainer(digits, tmp_path, AUGMENTED, num_train_epochs=2)
+    longer.train()
+    assert len(longer.teacher_calls) == 4 and longer.teacher_cache.share_read == 0.5
+
+
+@pytest.mark.parametrize("data_args", [PLAIN, AUGMENTED], ids=["static", "augmented"])
+def test_a_run_resumed_in_mid_epoch_ends_as_one_that_never_stopped(digits, tmp_path, data_args):
+    options = {**UNMIXED, "save_strategy": "steps", "save_steps": 2, "save_total_limit": None}
+    if data_args is AUGMENTED:
+        options |= {"mixup": 0.8, "cutmix": 1.0}
+    whole = make_trainer(digits, tmp_path / "whole", data_args, **options)
+    whole.train()
+    stopped = make_trainer(digits, tmp_path / "stopped", data_args, **options)
+
+    def stop(module, args, output):
+        if len(stopped.teacher_calls) == 4:
+            raise InterruptedError
+
+    stopped.teacher.register_forward_hook(stop)
+    with pytest.raises(InterruptedError):
+        stopped.train()
+    resumed = make_trainer(digits, tmp_path / "stopped", data_args, **options)
+    resumed.train(resume_from_checkpoint=str(tmp_path / "stopped" / "run" / "checkpoint-2"))
+    # The third step had been stored; the fourth had not, nor had the second epoch.
+    assert len(resumed.teacher_calls) == (1 if data_args is PLAIN else 5)
+    assert_same(result(whole), result(resumed))
+
+
+# ---- No wrong row is believed ----
+
+
+class Epoch:
+    """Four batches of eight images, what a made-up teacher says of them, and caches on one folder."""
+
+    def __init__(self, folder: Path):
+        self.folder, self.calls = folder, 0
+        self.sampler = TrainSampler(32, 8, seed=1)
+        keys = list(self.sampler)
+        self.images = torch.randn(32, 3, 2, 2, generator=torch.Generator().manual_seed(0))
+        self.batches = [keys[start : start + 8] for start in range(0, 32, 8)]
+
+    def teacher(self, pixel_values):
+        self.calls += 1
+        return pixel_values.flatten(1)[:, :10] * 3
+
+    def cache(self, key="key", is_static=False, mixes=True) -> TeacherCache:
+        return TeacherCache(self.folder, key, 10, is_static, mixes)
+
+    def read(self, cache: TeacherCache, batches=None) -> list[torch.Tensor]:
+        """The logits of all batches, all checked."""
+        self.calls = 0
+        for keys in batches or self.batches:
+            images = self.images[[index for index, _ in keys]]
+            logits = cache(self.teacher, images, np.array([seed for _, seed in keys]), self.sampler)
+            assert torch.equal(logits, (images.flatten(1)[:, :10] * 3).half().float())
+
+
+@pytest.fixture
+def epoch(tmp_path) -> Epoch:
+    return Epoch(tmp_path / "logits")
+
+
+@pytest.mark.parametrize("is_static", [True, False])
+@pytest.mark.parametrize("offset", [0, 4, 11, 12, 31], ids=["checksum", "tag", "tag's end", "logits", "logits' end"])
+def test_a_flipped_byte_costs_its_row_and_is_mended(epoch, is_static, offset):
+    epoch.read(epoch.cache(is_static=is_static))
+    (file,) = epoch.folder.iterdir()
+    content = bytearray(file.read_bytes())
+    assert len(content) == 32 * 32  # 4 + 8 + 2 x 10 bytes a row
+    content[5 * 32 + offset] ^= 0x10
+    file.write_bytes(content)
+    epoch.read(epoch.cache(is_static=is_static))
+    assert epoch.calls == 1
+    epoch.read(epoch.cache(is_static=is_static))
+    assert epoch.calls == 0
+
+
+@pytest.mark.parametrize("kept", [0, 1, 8 * 32, 9 * 32 + 17, 32 * 32 - 1])
+def test_of_a_file_that_is_cut_off_the_whole_rows_are_used(epoch, kept):
+    epoch.read(epoch.cache())
+    (file,) = epoch.folder.iterdir()
+    os.truncate(file, kept)
+    epoch.read(epoch.cache())
+    assert epoch.calls == 4 - kept // (8 * 32)
+
+
+@pytest.mark.parametrize("garbage", [b"\0", b"\xff", bytes(range(256))])
+def test_a_file_of_anything_else_is_not_used(epoch, garbage):
+    epoch.folder.mkdir()
+    (epoch.folder / "epoch-0000.bin").write_bytes(garbage * 5000)
+    epoch.read(epoch.cache())
+    assert epoch.calls == 4
+
+
+def test_rows_of_another_key_seed_epoch_or_batch_are_not_used(epoch):
+    epoch.read(epoch.cache())
+    epoch.read(epoch.cache(key="another"))
+    assert epoch.calls == 4
+    epoch.read(epoch.cache())  # which those of the other key have overwritten
+    assert epoch.calls == 4
+    halves = [batch[start : start + 4] for batch in epoch.batches for start in (0, 4)]
+    epoch.read(epoch.cache(), halves)  # mixed in another company, the same image is another
+    assert epoch.calls == 8
+    (epoch.folder / "epoch-0000.bin").rename(epoch.folder / "epoch-0001.bin")
+    epoch.sampler.set_epoch(1)
+    keys = list(epoch.sampler)
+    epoch.read(epoch.cache(), [keys[start : start + 8] for start in range(0, 32, 8)])
+    assert epoch.calls == 4
+
+
+def test_a_row_of_the_same_seed_and_another_image_is_not_used(epoch):
+    cache = epoch.cache(mixes=False)
+    epoch.read(cache)
+    shifted = [(31 - index, seed) for index, seed in epoch.sampler]
+    epoch.sampler = type("Sampler", (), {"epoch": 0, "num_samples": 32, "__iter__": lambda self: iter(shifted)})()
+    epoch.read(epoch.cache(mixes=False), [shifted[:8]])
+    assert epoch.calls == 1
+
+
+def test_a_batch_that_is_not_of_the_epoch_turns_the_cache_off(epoch, capsys):
+    cache = epoch.cache()
+    epoch.read(cache)
+    later = TrainSampler(32, 8, seed=1)
+    later.set_epoch(1)
+    epoch.read(cache, [list(later)[:8]])
+    assert epoch.calls == 1 and "seeds that are not of its epoch" in capsys.readouterr().out
+
+
+def test_two_processes_fill_one_file_each_with_its_own_rows(epoch):
+    parts = [[batch[start : start + 4] for batch in epoch.batches] for start in (0, 4)]
+    first, second = epoch.cache(), epoch.cache()
+    for step in range(4):
+        epoch.read(first, parts[0][step : step + 1])
+        epoch.read(second, parts[1][step : step + 1])
+        assert epoch.calls == 1
+    for part in parts:
+        epoch.read(epoch.cache(), part)
+        assert epoch.calls == 0
+
+
+def test_what_a_killed_process_leaves_is_right_or_not_used(epoch):
+    child = os.fork()
+    if child == 0:
+        cache = epoch.cache()
+        while True:  # over and over, so that the end comes in the middle of something
+            (epoch.folder / "epoch-0000.bin").unlink(missing_ok=True)
+            cache._opened = None, -1
+            epoch.read(cache)
+    while not list(epoch.folder.glob("*.bin")):
+        time.sleep(0.001)
+    time.sleep(0.02)
+    os.kill(child, signal.SIGKILL)
+    os.waitpid(child, 0)
+    epoch.read(epoch.cache())  # compares every logit
+    epoch.read(epoch.cache())
+    assert epoch.calls == 0
+
+
+# ---- What cannot be stored ----
+
+
+@pytest.mark.parametrize("value", [7e4, float("inf"), float("nan")])
+def test_logits_outside_of_half_precision_are_used_as_they_are_and_not_stored(epoch, value):
+    def teacher(pixel_values):
+        return torch.full((8, 10), 1 / 3).index_fill(1, torch.tensor([2]), value)
+
+    seeds = np.array([seed for _, seed in epoch.batches[0]])
+    for _ in range(2):
+        logits = epoch.cache()(teacher, epoch.images[:8], seeds, epoch.sampler)
+        torch.testing.assert_close(logits, teacher(None), atol=0, rtol=0, equal_nan=True)
+    assert not any((epoch.folder / "epoch-0000.bin").read_bytes())
+
+
+@pytest.mark.parametrize("rows", [0, 10, 20])
+def test_on_a_full_disk_the_run_goes_on_and_says_so(epoch, capsys, rows):
+    """A limit on a file's size is the error of a full disk without one: the file cannot be made, or not filled."""
+    cache = epoch.cache()
+    if rows:
+        epoch.folder.mkdir()
+        (epoch.folder / "epoch-0000.bin").write_bytes(bytes(32 * 32))
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (rows * 32 + 3, limits[1]))
+    try:
+        epoch.read(cache)
+        calls = epoch.calls
+        epoch.read(cache)  # off, and rounded as before
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert calls == epoch.calls == 4
+    out = capsys.readouterr().out
+    assert out.count("\n") == 1 and f"cannot be stored in {epoch.folder}" in out
+    epoch.read(epoch.cache())  # there is room again, and what was written whole is used
+    assert epoch.calls == 4 - rows // 8
+
+
+def test_a_folder_that_cannot_be_made_turns_the_cache_off(epoch, capsys):
+    epoch.folder.write_text("a file")
+    epoch.read(epoch.cache())
+    assert epoch.calls == 4 and "cannot be stored" in capsys.readouterr().out
+
+
+# ---- Keys and limits ----
+
+
+def changed_weights() -> Teacher:
+    teacher = make_teacher()
+    next(teacher.model.parameters()).data.view(-1)[0] += 1e-3
+    return teacher
+
+
+STATIC_CHANGES = {
+    "weights": {"teacher": changed_weights},
+    "teacher's input size": {"teacher": lambda: make_teacher(image_size=64)},
+    "teacher's normalisation": {"teacher": lambda: make_teacher(image_mean=[0.5, 0.5, 0.5])},
+    "order of labels": {"teacher": lambda: make_teacher(label_order=[1, 0, *range(2, 10)])},
+    "image size": {"image_size": 48},
+    "precision": {"bf16": True, "use_cpu": True},
+    "where images are prepared": {"data_args": replace(PLAIN, augment_on="device")},
+}
+REPLAY_CHANGES = {
+    "crop": {"data_args": replace(AUGMENTED, crop="none")},
+    "flip": {"data_args": replace(AUGMENTED, horizontal_flip=0.4)},
+    "policy": {"data_args": replace(AUGMENTED, auto_augment="rand-m8-mstd0.5-inc1")},
+    "erasing": {"data_args": replace(AUGMENTED, random_erasing=0.1)},
+    "mixup": {"mixup": 0.2},
+    "cutmix": {"cutmix": 0.5},
+    "repeats": {"repeated_augmentation": 2},
+    "seed": {"seed": 3},
+    "data seed": {"data_seed": 3},
+    "batch size": {"per_device_train_batch_size": 8},
+}
+
+
+@pytest.mark.parametrize(
+    ("base", "change"),
+    [({"data_args": PLAIN, **UNMIXED}, change) for change in STATIC_CHANGES.values()]
+    + [({"data_args": AUGMENTED}, change) for change in (STATIC_CHANGES | REPLAY_CHANGES).values()],
+    ids=[*STATIC_CHANGES, *(f"augmented, {name}" for name in STATIC_CHANGES | REPLAY_CHANGES)],
+)
+def test_what_changes_the_logits_changes_the_key(digits, tmp_path, base, change):
+    changed = {**base, **change}
+    if callable(changed.get("teacher")):
+        changed["teacher"] = changed["teacher"]()
+    assert make_cache(digits, tmp_path, **base).folder != make_cache(digits, tmp_path, **changed).folder
+
+
+def test_other_images_libraries_and_code_change_the_key(digits, tmp_path, monkeypatch):
+    folders = {make_cache(digits, tmp_path).folder, make_cache(replace(digits, fingerprint="f"), tmp_path).folder}
+    for library in module.LIBRARIES:
+        with monkeypatch.context() as patch:
+            real = module.importlib.metadata.version
+            patch.setattr(
+                module.importlib.metadata,
+                "version",
+                lambda name, library=library, real=real: "0" if name == library else real(name),
+            )
+            folders.add(make_cache(digits, tmp_path).folder)
+    with monkeypatch.context() as patch:
+        (tmp_path / "package").mkdir()
+        (tmp_path / "package" / "augmentation.py").write_text("# another")
+        patch.setattr(module, "__file__", str(tmp_path / "package" / "teacher_cache.py"))
+        folders.add(make_cache(digits, tmp_path).folder)
+    assert len(folders) == 3 + len(module.LIBRARIES)
+
+
+@pytest.mark.parametrize(
+    ("base", "changes"),
+    [
+        (
+            {"data_args": PLAIN, **UNMIXED},
+            {"seed": 3, "per_device_train_batch_size": 8, "num_train_epochs": 9, "distill_mode": "soft"},
+        ),
+        (
+            {"data_args": AUGMENTED},
+            {
+                "num_train_epochs": 9,
+                "distill_mode": "distill",
+                "single_token": True,
+                "learning_rate": 1,
+                "bf16": False,
+            },
+        ),
+    ],
+    ids=["static", "augmented"],
+)
+def test_what_does_not_change_the_logits_does_not_change_the_key(digits, tmp_path, base, changes):
+    folder = make_cache(digits, tmp_path, **base).folder
+    assert make_cache(digits, tmp_path, **{**base, **changes}).folder == folder
+    assert json.loads((folder / "recipe.json").read_text())["images"] == digits.fingerprint
+
+
+@pytest.mark.parametrize(
+    ("data_args", "options", "is_static"),
+    [
+        (PLAIN, {}, True),
+        (replace(PLAIN, augment_on="device"), {}, True),
+        (replace(PLAIN, crop="auto"), {}, False),
+        (replace(PLAIN, horizontal_flip=0.5), {}, False),
+        (replace(PLAIN, auto_augment="rand-m1"), {}, False),
+        (replace(PLAIN, random_erasing=0.1), {}, False),
+        (PLAIN, {"mixup": 0.1}, False),
+        (PLAIN, {"cutmix": 0.1}, False),
+        (PLAIN, {"repeated_augmentation": 2}, False),
+    ],
+)
+def test_logits_are_shared_by_all_epochs_only_where_nothing_is_random(digits, tmp_path, data_args, options, is_static):
+    assert make_cache(digits, tmp_path, data_args, **{**UNMIXED, **options}).is_static == is_static
+
+
+def test_auto_stores_no_more_than_its_limit_and_on_stores_all_the_same(digits, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(module, "MAX_AUTO_BYTES", 2 * 64 * 32)
+    assert make_cache(digits, tmp_path, AUGMENTED) is not None  # two epochs of 64 rows of 32 bytes
+    capsys.readouterr()
+    assert make_cache(digits, tmp_path, AUGMENTED, num_train_epochs=2.5) is None
+    assert "--teacher_cache on" in capsys.readouterr().out
+    assert make_cache(digits, tmp_path, AUGMENTED, max_steps=9) is None
+    assert make_cache(digits, tmp_path, PLAIN, **UNMIXED, num_train_epochs=100) is not None  # one file, whatever
+    assert make_cache(digits, tmp_path, AUGMENTED, num_train_epochs=3, teacher_cache="on") is not None
+
+
+def test_off_and_streams_have_no_cache(digits, tmp_path, capsys):
+    assert make_cache(digits, tmp_path, teacher_cache="off") is None
+    stream = replace(digits, train=digits.train.to_iterable_dataset())
+    assert make_cache(stream, tmp_path) is None
+    assert capsys.readouterr().out == ""
+    with pytest.raises(UserError, match="--teacher_cache on"):
+        make_cache(stream, tmp_path, teacher_cache="on")
+
+
+# ---- The command ----
+
+
+def test_the_second_run_of_the_command_reads_what_the_first_stored(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(Path(train_hf.__file__).parent)
+    flags = [
+        "--config=recipes/digits.yaml",
+        "--max_train_samples=128",
+        "--max_eval_samples=100",
+        "--num_train_epochs=1",
+        "--teacher_num_train_epochs=12",
+        "--teacher_learning_rate=2e-2",
+        "--disable_tqdm=true",
+        "--save_strategy=no",
+        "--mixup=0.2",
+        f"--teacher_output_dir={tmp_path / 'teachers'}",
+    ]
+    shares, outputs = [], []
+    for name, more in {"first": [], "second": ["--distill_mode=soft"]}.items():
+        monkeypatch.setattr(sys, "argv", ["train_hf.py", *flags, f"--output_dir={tmp_path / name}", *more])
+        train_hf.main()
+        shares.append(json.loads((tmp_path / name / "all_results.json").read_text())["teacher_cached"])
+        outputs.append(capsys.readouterr().out)
+    assert shares == [0, 1]
+    folder = str(tmp_path / "teachers" / "logits" / "test_resnet-digits-")
+    assert f"its logits are stored for later runs, in {folder}" in outputs[0]
+    assert f"stored logits are taken from {folder}" in outputs[1] and "(epochs: 1)" in outputs[1]
+    assert "100% of the teacher's logits read from its cache" in outputs[1]
