@@ -126,8 +126,11 @@ class ModelArguments:
     )
 
     def __post_init__(self):
-        if self.image_size < 1 or self.patch_size < 1:
-            raise UserError("--image_size and --patch_size are 1 or more.")
+        if self.image_size < 2 or self.patch_size < 1:  # torch's resizing dies of a result of one pixel
+            raise UserError(
+                f"--image_size {self.image_size} --patch_size {self.patch_size}: an image has 2 or more a side, a "
+                "patch 1 or more."
+            )
         if self.image_size % self.patch_size and not self.is_timm_architecture:
             raise UserError(
                 f"--patch_size {self.patch_size} does not divide --image_size {self.image_size}: take a multiple, "
@@ -148,10 +151,9 @@ def main() -> None:
     groups = model_args, data_args, teacher_args, training_args = parse_arguments(sys.argv[1:])
     mode = training_args.mode
     checkpoint = checkpoint_to_resume(training_args)
+    check_folders(groups)
     if training_args.push_to_hub and training_args.process_index == 0:
         check_hub_access(training_args)
-
-    check_folders(groups)
 
     cache = datasets.config.HF_DATASETS_CACHE
     with (
@@ -165,7 +167,6 @@ def main() -> None:
     train_images, augment = make_train_images(data.train, data_args, image_processor)
     set_seed(training_args.seed)  # the Trainer seeds again before training, so fitting a teacher changes nothing
     student, not_taken_over = make_student(model_args, mode, data.label_names, image_processor)
-
     check_training(training_args, student)
     if model_args.is_timm_architecture:
         check_takes_images(
@@ -463,12 +464,12 @@ def check_training(args: DistillationTrainingArguments, student: PreTrainedModel
         UserError: if the optimizer, the schedule, `torch.compile` or a reporting integration does not take its flags.
     """
     number = [torch.nn.Parameter(torch.zeros(1))]
-    flags = f"--optim {args.optim}, with --learning_rate, --weight_decay, --adam_* and --optim_args"
+    flags = f"--optim {args.optim.value}, with --learning_rate, --weight_decay, --adam_* and --optim_args"
     try:
         kind, options = Trainer.get_optimizer_cls_and_kwargs(args, student)
         if kind in vars(torch.optim).values():
             kind(number, weight_decay=args.weight_decay, **options)
-        flags = f"--lr_scheduler_type {args.lr_scheduler_type}, with --lr_scheduler_kwargs"
+        flags = f"--lr_scheduler_type {args.lr_scheduler_type.value}, with --lr_scheduler_kwargs"
         optimizer = torch.optim.SGD(number, args.learning_rate)
         get_scheduler(args.lr_scheduler_type, optimizer, 1, 2, args.lr_scheduler_kwargs)
         flags = f"--torch_compile_backend {args.torch_compile_backend} --torch_compile_mode {args.torch_compile_mode}"
@@ -494,7 +495,13 @@ def make_student(model_args: ModelArguments, mode: DistillMode, label_names: lis
         **mode.network,
     )
     if model_args.model_name_or_path == "deit_ti":
-        return DeiTTiForImageClassification(config), []
+        try:
+            return DeiTTiForImageClassification(config), []
+        except (RuntimeError, TypeError, OverflowError) as error:
+            raise UserError(
+                f"--image_size {model_args.image_size} --patch_size {model_args.patch_size}: there is no room for so "
+                f"many patches ({first_line(error)})."
+            ) from error
     return load_student(model_args.model_name_or_path, config)
 
 

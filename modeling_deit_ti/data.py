@@ -99,7 +99,7 @@ def _why_not_stored(error: BaseException | None) -> str | None:
         for number in numbers:
             if f"(os error {number})" in str(error):
                 return os.strerror(number)
-        if "PytorchStreamWriter failed writing" in str(error) or "inline_container.cc" in str(error):
+        if "PytorchStreamWriter failed" in str(error) or "unexpected pos" in str(error):
             return "torch could not write all of it; is the disk full?"
         error = error.__cause__ or error.__context__
     return None

@@ -90,8 +90,8 @@ class TeacherArguments:
             raise UserError(f"--teacher_learning_rate {self.teacher_learning_rate}: it is 0 or more.")
         if self.teacher_num_train_epochs < 0:
             raise UserError(f"--teacher_num_train_epochs {self.teacher_num_train_epochs}: it is 0 or more.")
-        if self.teacher_image_size is not None and self.teacher_image_size < 1:
-            raise UserError(f"--teacher_image_size {self.teacher_image_size}: it is 1 or more.")
+        if self.teacher_image_size is not None and self.teacher_image_size < 2:
+            raise UserError(f"--teacher_image_size {self.teacher_image_size}: it is 2 or more.")
 
 
 class Teacher(nn.Module):
@@ -204,7 +204,8 @@ def check_takes_images(model: PreTrainedModel, name: str, image_size: int, batch
     except (ValueError, RuntimeError, AssertionError) as error:
         raise UserError(
             f"{name} cannot be trained on batches of {batch_size} images of {image_size}x{image_size} pixels "
-            f"({first_line(error)}). Take larger images (--image_size, --teacher_image_size) or more of them."
+            f"({first_line(error)}). Take larger images (--image_size, --teacher_image_size) or larger batches "
+            "(--per_device_train_batch_size)."
         ) from error
 
 
@@ -285,10 +286,10 @@ def prepare_teacher(
     image_size, mean, std = _input_format(model, path, args.trust_remote_code)
     image_size = args.teacher_image_size or image_size
     student_mean, student_std = list(image_processor.image_mean), list(image_processor.image_std)
-    teacher = Teacher(model, image_size, mean, std, student_mean, student_std, label_order)
     try:
+        teacher = Teacher(model, image_size, mean, std, student_mean, student_std, label_order)
         teacher(torch.zeros(1, 3, image_size, image_size))
-    except (ValueError, RuntimeError, AssertionError) as error:
+    except Exception as error:  # of any architecture, and of whatever its config says of size, mean and deviation
         raise UserError(
             f"The teacher {name} cannot take images of {image_size}x{image_size} pixels ({first_line(error)})."
         ) from error

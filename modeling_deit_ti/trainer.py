@@ -38,7 +38,8 @@ WITHOUT_USE = (
     "batch_eval_metrics",
     "prediction_loss_only",
     "dataloader_drop_last",
-    "neftune_noise_alpha",  # noise of word embeddings
+    "neftune_noise_alpha",  # this and the next are for language models
+    "use_liger_kernel",
 )
 METRIC = Path(__file__).parent / "metrics" / "top_k_accuracy.py"
 
