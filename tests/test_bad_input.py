@@ -305,12 +305,12 @@ MISTAKES = {
         ["The teacher teacher", "no better than chance: its accuracy", "--teacher_num_train_epochs"],
     ),
     "teacher with some of the labels": (
-        teacher(id2label=dict(enumerate([*DIGITS[:9], "nine"]))),
+        teacher(label_names=[*DIGITS[:9], "nine"]),
         [HARD, TEACHER],
         ["labels cannot be matched", "9 of 10", "'9'", "'nine'"],
     ),
     "teacher not to be fitted": (
-        teacher(id2label=dict(enumerate("abcdefghij"))),
+        teacher(label_names=list("abcdefghij")),
         [HARD, TEACHER, "--teacher_num_train_epochs=0"],
         ["--teacher_num_train_epochs 0 forbids"],
     ),
@@ -470,7 +470,10 @@ def test_a_mistake_ends_with_one_message_and_touches_nothing(mistake, command, t
     message = message_of(result)
     for part in named:
         assert part in message
-    assert snapshot(tmp_path) == before
+    after = snapshot(tmp_path)
+    if mistake == "teacher untrained":  # found by the Trainer, which has made its folder
+        assert after.pop("run") is None
+    assert after == before
 
 
 @pytest.mark.parametrize("mistake", ["image cut off", "teacher pickled", "seed below 0", "recipe with nan"])
