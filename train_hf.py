@@ -8,9 +8,11 @@ the dataset's, measure it, refuse it if it knows nothing), train the student, ev
 `from_pretrained` loads.
 """
 
+import argparse
 import difflib
 import importlib.util
 import json
+import math
 import os
 import shlex
 import sys
@@ -18,11 +20,14 @@ import time
 from dataclasses import dataclass, field
 from pathlib import Path
 
+import datasets
+import torch
 import yaml
 from accelerate.utils import broadcast_object_list
 from huggingface_hub import HfApi, snapshot_download
-from transformers import HfArgumentParser, set_seed
+from transformers import HfArgumentParser, PreTrainedModel, Trainer, get_scheduler, set_seed
 from transformers.hf_argparser import string_to_bool
+from transformers.integrations import get_reporting_integration_callbacks
 
 from modeling_deit_ti import DeiTTiConfig, DeiTTiForImageClassification
 from modeling_deit_ti.checkpoints import checkpoints_of, flaw_of, last_complete
@@ -30,7 +35,9 @@ from modeling_deit_ti.data import (
     DataArguments,
     EvalImages,
     ImageData,
+    StorageError,
     UserError,
+    check_writable,
     first_line,
     label_maps,
     load_images,
@@ -38,6 +45,8 @@ from modeling_deit_ti.data import (
     make_train_images,
     random_rows,
     read_image,
+    some,
+    storing,
 )
 from modeling_deit_ti.distillation import DistillMode
 from modeling_deit_ti.interop import (
@@ -61,6 +70,7 @@ from modeling_deit_ti.model_card import (
 from modeling_deit_ti.teacher import (
     TeacherArguments,
     check_better_than_chance,
+    check_takes_images,
     new_timm_classifier,
     prepare_teacher,
 )
@@ -127,8 +137,11 @@ class ModelArguments:
     )
 
     def __post_init__(self):
-        if self.image_size < 1 or self.patch_size < 1:
-            raise UserError("--image_size and --patch_size are 1 or more.")
+        if self.image_size < 2 or self.patch_size < 1:  # torch's resizing dies of a result of one pixel
+            raise UserError(
+                f"--image_size {self.image_size} --patch_size {self.patch_size}: an image has 2 or more a side, a "
+                "patch 1 or more."
+            )
         if self.image_size % self.patch_size and not self.is_timm_architecture:
             raise UserError(
                 f"--patch_size {self.patch_size} does not divide --image_size {self.image_size}: take a multiple, "
@@ -158,7 +171,7 @@ def run() -> int:
         main()
     except UserError as error:
         return _told(f"error: {error}", EXIT_USER_ERROR)
-    except FloatingPointError as error:
+    except (FloatingPointError, StorageError) as error:
         return _told(f"error: {error}", 1)
     except Interrupted as interruption:
         return _told(
@@ -183,37 +196,56 @@ def main() -> None:
     groups = model_args, data_args, teacher_args, training_args = parse_arguments(sys.argv[1:])
     mode = training_args.mode
     checkpoint = checkpoint_to_resume(training_args)
+    check_folders(groups)
     if training_args.push_to_hub and training_args.process_index == 0:
         check_hub_access(training_args)
 
-    with training_args.main_process_first(desc="loading the images"):
+    cache = datasets.config.HF_DATASETS_CACHE
+    with (
+        storing(cache, "Make room, or set HF_DATASETS_CACHE to a folder on another disk.", UserError),
+        training_args.main_process_first(desc="loading the images"),
+    ):
         data = load_images(data_args, labels_needed=mode.needs_labels)
+    if data.unseen_labels and training_args.process_index == 0:
+        print(f"Images: no training image has a label of {some(data.unseen_labels)}")
     image_processor = make_image_processor(data_args, model_args.image_size)
     train_images, augment = make_train_images(data.train, data_args, image_processor)
     set_seed(training_args.seed)  # the Trainer seeds again before training, so fitting a teacher changes nothing
     student, not_taken_over = make_student(model_args, mode, data.label_names, image_processor)
+    check_training(training_args, student)
+    if model_args.is_timm_architecture:
+        check_takes_images(
+            student,
+            model_args.model_name_or_path,
+            model_args.image_size,
+            min(training_args.train_batch_size, len(train_images)),
+        )
 
     teacher = teacher_path = teacher_record = teacher_cache = None
     if mode.has_teacher:
-        teacher, teacher_path, teacher_facts = prepare_teacher(
-            teacher_args, data, data_args, training_args, image_processor
-        )
-        teacher_cache = make_teacher_cache(teacher_args, teacher, data, data_args, training_args, image_processor)
+        with storing(teacher_args.teacher_output_dir, "Make room, and run the same command again."):
+            teacher, teacher_path, teacher_facts = prepare_teacher(
+                teacher_args, data, data_args, training_args, image_processor
+            )
+            teacher_cache = make_teacher_cache(teacher_args, teacher, data, data_args, training_args, image_processor)
 
     evaluation = validation = EvalImages(data.evaluation, image_processor)
     if data_args.max_validation_samples is not None:
         rows = random_rows(len(data.evaluation), data_args.max_validation_samples)
         validation = EvalImages(data.evaluation.select(rows), image_processor)
-    trainer = DistillationTrainer(
-        model=student,
-        args=training_args,
-        teacher=teacher,
-        teacher_cache=teacher_cache,
-        augment=augment,
-        train_dataset=train_images,
-        eval_dataset=validation,
-        processing_class=image_processor,
-    )
+    try:
+        trainer = DistillationTrainer(
+            model=student,
+            args=training_args,
+            teacher=teacher,
+            teacher_cache=teacher_cache,
+            augment=augment,
+            train_dataset=train_images,
+            eval_dataset=validation,
+            processing_class=image_processor,
+        )
+    except (ValueError, ImportError) as error:  # of flags that only the Trainer looks at
+        raise UserError(str(error)) from error
     is_main = trainer.is_world_process_zero()
     if is_main and not_taken_over:
         print("Student:", *not_taken_over)
@@ -225,20 +257,40 @@ def main() -> None:
         check_better_than_chance(accuracy, data.evaluation["label"][:], teacher_facts["name"])
         teacher_record = TeacherRecord(accuracy=accuracy, **teacher_facts)
 
+    with storing(
+        training_args.output_dir,
+        "What was written before is intact: make room, and give the same command with --resume_from_checkpoint True. "
+        "It goes on from the last complete checkpoint, or from the beginning where there is none.",
+    ):
+        results = train_and_save(trainer, groups, data, evaluation, checkpoint, teacher_record, teacher_path)
+    if is_main:
+        print_summary(trainer, teacher_record, results)
+        push(trainer)
+
+
+def train_and_save(
+    trainer: DistillationTrainer,
+    groups: Arguments,
+    data: ImageData,
+    evaluation: EvalImages,
+    checkpoint: str | None,
+    teacher: TeacherRecord | None,
+    teacher_path: str | None,
+) -> dict[str, dict]:
+    """Trains and evaluates the student, and writes all that a run leaves; returns the results, by their file."""
     results = {"train": trainer.train(resume_from_checkpoint=checkpoint).metrics, "eval": trainer.evaluate(evaluation)}
     results["all"] = results["train"] | results["eval"]
     if teacher is not None:
-        results["all"] |= {"teacher_accuracy": accuracy, "teacher_path": teacher_path}
-    if teacher_cache is not None:
-        results["all"]["teacher_cached"] = teacher_cache.share_read
+        results["all"] |= {"teacher_accuracy": teacher.accuracy, "teacher_path": teacher_path}
+    if trainer.teacher_cache is not None:
+        results["all"]["teacher_cached"] = trainer.teacher_cache.share_read
 
     trainer.save_model(_internal_call=True)  # else it pushes what is not complete yet, and ends the run if it cannot
     trainer.save_state()
-    if is_main:
-        save_exports(trainer, model_args)
-        write_reports(trainer, groups, data, teacher_record, results)
-        print_summary(trainer, teacher_record, results)
-        push(trainer)
+    if trainer.is_world_process_zero():
+        save_exports(trainer, groups[0])
+        write_reports(trainer, groups, data, teacher, results)
+    return results
 
 
 def parse_arguments(argv: list[str]) -> Arguments:
@@ -248,6 +300,9 @@ def parse_arguments(argv: list[str]) -> Arguments:
         description=__doc__.splitlines()[0],
         allow_abbrev=False,
     )
+    for action in parser._actions:
+        if action.type is float:
+            action.type = finite_float
     parser.add_argument("--config", help="A YAML file that sets any of the flags; the command line wins.")
     if "--config" in argv or any(argument.startswith("--config=") for argument in argv):
         file = parser.parse_known_args(argv)[0].config
@@ -256,8 +311,10 @@ def parse_arguments(argv: list[str]) -> Arguments:
         *groups, _, unknown = parser.parse_args_into_dataclasses(argv, return_remaining_strings=True)
     except UserError:
         raise
-    except ValueError as error:  # of TrainingArguments or of a combination of options
+    except ValueError as error:  # of a combination of options
         raise UserError(str(error)) from error
+    except Exception as error:  # whatever TrainingArguments and what it configures make of the flags
+        raise UserError(f"the flags cannot be used: {first_line(error)}.") from error
     if unknown:
         raise UserError(f"unknown flag {unknown[0]}{_closest(unknown[0].split('=')[0], parser)}")
     model_args, data_args, _, training_args = groups
@@ -287,11 +344,28 @@ class _Parser(HfArgumentParser):
         raise UserError(message)  # without the usage text of more than a hundred flags
 
 
+def finite_float(text: str) -> float:
+    """A flag's value. Trained with nan or inf, a model is worth nothing, and most code takes them without a word."""
+    try:
+        value = float(text)
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(f"invalid float value: {text!r}") from error
+    if not math.isfinite(value):
+        raise argparse.ArgumentTypeError(f"{text} is no finite number")
+    return value
+
+
 def _flags_of_recipe(file: str, parser: _Parser) -> list[str]:
     """A recipe as flags, so that one parser checks the types of both."""
     try:
-        recipe = yaml.safe_load(Path(file).read_text())
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        recipe = yaml.safe_load(Path(file).read_text(encoding="utf-8"))
+    except (
+        OSError,
+        ValueError,
+        OverflowError,
+        RecursionError,
+        yaml.YAMLError,
+    ) as error:  # a 13th month is a ValueError
         raise UserError(f"--config {file}: the file cannot be read as YAML ({error}).") from error
     if not isinstance(recipe, dict):
         raise UserError(f"--config {file}: it has to hold `flag: value` lines.")
@@ -304,7 +378,12 @@ def _flags_of_recipe(file: str, parser: _Parser) -> list[str]:
         elif value is not None:
             if isinstance(value, bool) and parser._option_string_actions[f"--{key}"].type is not string_to_bool:
                 value = "yes" if value else "no"  # YAML reads a bare `no` as false: save_strategy: no
-            flags.append(f"--{key}={json.dumps(value) if isinstance(value, dict) else value}")
+            if isinstance(value, dict):
+                try:
+                    value = json.dumps(value, default=str)
+                except (TypeError, ValueError, RecursionError) as error:  # of its keys, or it holds itself
+                    raise UserError(f"--config {file}: {key} has no such value ({first_line(error)}).") from error
+            flags.append(f"--{key}={value}")
     return flags
 
 
@@ -405,6 +484,43 @@ def check_hub_access(args: DistillationTrainingArguments) -> None:
         ) from error
 
 
+def check_folders(groups: Arguments) -> None:
+    """Raises a `UserError` where a run could not write what it has to: found now, not after hours of training."""
+    _, _, teacher_args, training_args = groups
+    if training_args.local_process_index == 0:  # the datasets' cache is each machine's own
+        check_writable("HF_DATASETS_CACHE", datasets.config.HF_DATASETS_CACHE)
+    if training_args.process_index == 0:
+        check_writable("--output_dir", training_args.output_dir)
+        if training_args.mode.has_teacher:
+            check_writable("--teacher_output_dir", teacher_args.teacher_output_dir)
+
+
+def check_training(args: DistillationTrainingArguments, student: PreTrainedModel) -> None:
+    """
+    Tries out, on one number, what the Trainer makes only when training starts: after a teacher is fitted.
+
+    Raises:
+        UserError: if the optimizer, the schedule, `torch.compile` or a reporting integration does not take its flags.
+    """
+    number = [torch.nn.Parameter(torch.zeros(1))]
+    flags = f"--optim {args.optim.value}, with --learning_rate, --weight_decay, --adam_* and --optim_args"
+    try:
+        kind, options = Trainer.get_optimizer_cls_and_kwargs(args, student)
+        if kind in vars(torch.optim).values():
+            kind(number, weight_decay=args.weight_decay, **options)
+        flags = f"--lr_scheduler_type {args.lr_scheduler_type.value}, with --lr_scheduler_kwargs"
+        optimizer = torch.optim.SGD(number, args.learning_rate)
+        get_scheduler(args.lr_scheduler_type, optimizer, 1, 2, args.lr_scheduler_kwargs)
+        flags = f"--torch_compile_backend {args.torch_compile_backend} --torch_compile_mode {args.torch_compile_mode}"
+        if args.torch_compile:
+            torch.compile(student, backend=args.torch_compile_backend, mode=args.torch_compile_mode)
+        flags = f"--report_to {' '.join(args.report_to)}"
+        for callback in get_reporting_integration_callbacks(args.report_to):
+            callback()
+    except Exception as error:  # of many libraries, each with its own
+        raise UserError(f"{flags}: {first_line(error)}.") from error
+
+
 def make_student(model_args: ModelArguments, mode: DistillMode, label_names: list[str], image_processor):
     """The network to train, with random weights or those of `--model_name_or_path`, and what was not taken over."""
     if model_args.is_timm_architecture:
@@ -418,7 +534,13 @@ def make_student(model_args: ModelArguments, mode: DistillMode, label_names: lis
         **mode.network,
     )
     if model_args.model_name_or_path == "deit_ti":
-        return DeiTTiForImageClassification(config), []
+        try:
+            return DeiTTiForImageClassification(config), []
+        except (RuntimeError, TypeError, OverflowError) as error:
+            raise UserError(
+                f"--image_size {model_args.image_size} --patch_size {model_args.patch_size}: there is no room for so "
+                f"many patches ({first_line(error)})."
+            ) from error
     return load_student(model_args.model_name_or_path, config)
 
 

@@ -7,12 +7,15 @@ the workers, the processes or where a run was resumed.
 """
 
 import contextlib
+import errno
 import hashlib
 import io
 import os
 import random
+import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -44,6 +47,8 @@ from .augmentation import BatchAugmentation
 # Where a data set is decoded once for all epochs: above this size it stays encoded, as it came.
 MAX_DECODED_BYTES = 8 * 2**30
 MAX_BATCH_BYTES = 128 * 2**20
+# Longer ones are refused: the other side alone, brought to the model's size, would fill the memory.
+MAX_ASPECT_RATIO = 200
 # Bump when images or labels come out differently than before: what `datasets` has cached is then made anew.
 CHECK_VERSION = 1
 # The subsets that --max_train_samples and --train_val_split take are the same in every run, whatever its --seed:
@@ -52,7 +57,73 @@ SUBSET_SEED = 0
 
 
 class UserError(ValueError):
-    """A mistake in what the user gave: one message that names it, what was found and what to do."""
+    """A mistake in what the user gave: one message that names it, what was found and what to do, in one line."""
+
+    def __init__(self, message: str):
+        super().__init__(" ".join(line.strip() for line in message.splitlines()))
+
+
+class StorageError(OSError):
+    """What a run had to write could not be written: no mistake of the user's, so the exit code is 1."""
+
+
+@contextlib.contextmanager
+def storing(
+    folder: str | os.PathLike, way_out: str, kind: type[StorageError] | type[UserError] = StorageError
+) -> Iterator[None]:
+    """
+    Turns what libraries raise where a disk is full, a quota or a limit is reached or a folder is read-only into one
+    message.
+
+    Args:
+        folder (`str` or `os.PathLike`): where the code inside writes.
+        way_out (`str`): what is left, and what to do.
+        kind (`type`, *optional*, defaults to `StorageError`): what is raised in place of such an error, whichever
+            class the library gives it; `UserError` before training.
+    """
+    try:
+        yield
+    except Exception as error:
+        reason = _why_not_stored(error)
+        if reason is None:
+            raise
+        raise kind(f"{folder} cannot be written ({reason}). {way_out}") from error
+
+
+def _why_not_stored(error: BaseException | None) -> str | None:
+    """The system's reason, where a write is what failed. Rust's and C++'s writers tell it in their text alone."""
+    numbers = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS)
+    while error is not None:
+        if isinstance(error, OSError) and error.errno in numbers:
+            return os.strerror(error.errno)
+        for number in numbers:
+            if f"(os error {number})" in str(error):
+                return os.strerror(number)
+        if "PytorchStreamWriter failed" in str(error) or "unexpected pos" in str(error):
+            return "torch could not write all of it; is the disk full?"
+        error = error.__cause__ or error.__context__
+    return None
+
+
+def check_writable(setting: str, folder: str | os.PathLike) -> None:
+    """
+    Writes a file without a name into the folder, or into the one it will be made in: permissions do not tell of a
+    read-only or full disk, and mean nothing to root.
+
+    Raises:
+        UserError: with the setting that names the folder.
+    """
+    existing = Path(folder).absolute()
+    while not existing.exists() and existing != existing.parent:
+        existing = existing.parent
+    try:
+        with tempfile.TemporaryFile(dir=existing) as file:
+            file.write(b"\0")
+    except OSError as error:
+        raise UserError(
+            f"{setting} {folder}: nothing can be written there ({existing}: {error.strerror}). Name a folder on a "
+            "disk that has room and may be written to."
+        ) from error
 
 
 def first_line(error: Exception) -> str:
@@ -170,6 +241,14 @@ class ImageData:
     eval_split: str
     fingerprint: str  # of the training images, their labels and the label names: the content, not where it lies
 
+    @property
+    def unseen_labels(self) -> list[str]:
+        """Labels without a training image: no mistake, since a subset may lack them, but worth telling."""
+        if "label" not in self.train.column_names:
+            return []
+        seen = set(self.train.unique("label"))
+        return [name for index, name in enumerate(self.label_names) if index not in seen]
+
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Loading and checking
@@ -193,7 +272,8 @@ def load_images(args: DataArguments, labels_needed: bool = True) -> ImageData:
     train, evaluation, eval_split = _train_and_evaluation(splits, args)
     image_column = _image_column(train, args)
     label_column = _label_column(evaluation, args)
-    train, evaluation, label_names = _with_label_ids(train, evaluation, label_column, labels_needed)
+    is_held_out = eval_split not in splits
+    train, evaluation, label_names = _with_label_ids(train, evaluation, label_column, labels_needed, is_held_out)
     if len(label_names) < 2:
         raise UserError(
             f"{args.dataset_name}: column {label_column!r} has the one label {label_names}; classifying takes two."
@@ -221,9 +301,11 @@ def _load_splits(name: str, config_name: str | None) -> tuple[DatasetDict, str]:
     """The dataset's splits, and where they come from."""
     if name == "digits" and not os.path.isdir(name):
         return _digits(), "scikit-learn"
-    if (name.startswith((".", "/", "~")) or name.count("/") > 1) and not os.path.isdir(os.path.expanduser(name)):
-        raise UserError(f"--dataset_name {name}: there is no such folder.")
     folder = os.path.expanduser(name)
+    if os.path.isfile(folder):  # else `datasets` would look for a cached dataset of that name
+        raise UserError(f"--dataset_name {name}: it is a file, not a folder.")
+    if (name.startswith((".", "/", "~")) or name.count("/") > 1) and not os.path.isdir(folder):
+        raise UserError(f"--dataset_name {name}: there is no such folder.")
     try:
         if os.path.isfile(os.path.join(folder, "dataset_dict.json")):
             return load_from_disk(folder), "local"
@@ -334,7 +416,7 @@ def _kind(feature) -> str:
 
 
 def _with_label_ids(
-    train: Dataset, evaluation: Dataset, column: str, labels_needed: bool
+    train: Dataset, evaluation: Dataset, column: str, labels_needed: bool, is_held_out: bool
 ) -> tuple[Dataset, Dataset, list[str]]:
     """Both splits with ids in the label column (missing ones stay `None`), and the names of the ids."""
     if column not in train.column_names:
@@ -350,8 +432,8 @@ def _with_label_ids(
         differ = set(names) ^ set(kinds[1].names)
         if differ:
             raise UserError(
-                f"The splits' labels differ: {_some(sorted(differ))} in one only. Training has {_some(names)}, "
-                f"evaluation {_some(kinds[1].names)}."
+                f"The splits' labels differ: {some(sorted(differ))} in one only. Training has {some(names)}, "
+                f"evaluation {some(kinds[1].names)}."
             )
         if names != kinds[1].names:
             evaluation = evaluation.align_labels_with_mapping({name: i for i, name in enumerate(names)}, column)
@@ -362,12 +444,13 @@ def _with_label_ids(
         raise UserError(f"Column {column!r} holds {_kind(kinds[0])} in one split and {_kind(kinds[1])} in the other.")
     # A negative number stands for a missing label, and is told with its row.
     found = [{label for label in labels if isinstance(label, str) or label >= 0} for labels in found]
-    names = sorted(found[0] or found[1])
+    # A label of one image may well be held out; that two splits differ is a mistake.
+    names = sorted(found[0] | found[1] if is_held_out else found[0] or found[1])
     unknown = sorted(found[1] - set(names))
     if unknown:
         raise UserError(
-            f"The splits' labels differ: evaluation has {_some(unknown)} in column {column!r}, which training lacks "
-            f"(it has {_some(names)})."
+            f"The splits' labels differ: evaluation has {some(unknown)} in column {column!r}, which training lacks "
+            f"(it has {some(names)})."
         )
     train, evaluation = (
         split.map(
@@ -387,7 +470,7 @@ def _encode_labels(rows: dict, column: str, names: list) -> dict:
     return {column: [None if name is None else ids.get(name, -1) for name in rows[column]]}
 
 
-def _some(names: list) -> str:
+def some(names: list) -> str:
     """Names for a message: all of them, or the first few of many."""
     shown = ", ".join(repr(name) for name in names[:10])
     return shown if len(names) <= 10 else f"{shown} and {len(names) - 10} more"
@@ -486,7 +569,8 @@ def _check_rows(
             image = decode_image(encoded)
         except Exception as error:  # PIL raises many kinds for what is not an image, or half of one
             raise UserError(
-                f"Split `{split_name}`, row {row}: the image in column {image_column!r} cannot be decoded ({error})."
+                f"Split `{split_name}`, row {row}: the image in column {image_column!r} cannot be decoded "
+                f"({first_line(error)})."
             ) from error
         pixels = image.tobytes()
         digest = hashlib.blake2b(pixels, digest_size=8, salt=label.to_bytes(8, "little", signed=True))
@@ -520,6 +604,10 @@ def decode_image(encoded: dict) -> PILImage.Image:
     if encoded is None:
         raise ValueError("it is missing")
     with _open(encoded) as image:
+        if max(image.size) > MAX_ASPECT_RATIO * min(image.size):
+            raise ValueError(
+                f"it has {image.width}x{image.height} pixels, one side over {MAX_ASPECT_RATIO} times the other"
+            )
         image.load()
         return to_rgb(ImageOps.exif_transpose(image))
 

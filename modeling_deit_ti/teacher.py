@@ -5,6 +5,7 @@ labels.
 """
 
 import contextlib
+import copy
 import hashlib
 import json
 import os
@@ -19,7 +20,6 @@ from accelerate.state import AcceleratorState
 from accelerate.utils import broadcast_object_list
 from filelock import FileLock
 from PIL import Image as PILImage
-from safetensors import SafetensorError
 from torch import nn
 from torch.nn import functional as F
 from transformers import (
@@ -90,12 +90,19 @@ class TeacherArguments:
             "choices": ["auto", "on", "off"],
         },
     )
+    trust_remote_code: bool = field(
+        default=False, metadata={"help": "Run the code that a teacher of another project brings along."}
+    )
 
     def __post_init__(self):
+        if not self.teacher_output_dir:
+            raise UserError("--teacher_output_dir: the name of a folder is missing.")
+        if self.teacher_learning_rate < 0:
+            raise UserError(f"--teacher_learning_rate {self.teacher_learning_rate}: it is 0 or more.")
         if self.teacher_num_train_epochs < 0:
             raise UserError(f"--teacher_num_train_epochs {self.teacher_num_train_epochs}: it is 0 or more.")
-        if self.teacher_image_size is not None and self.teacher_image_size < 1:
-            raise UserError(f"--teacher_image_size {self.teacher_image_size}: it is 1 or more.")
+        if self.teacher_image_size is not None and self.teacher_image_size < 2:
+            raise UserError(f"--teacher_image_size {self.teacher_image_size}: it is 2 or more.")
 
 
 class Teacher(nn.Module):
@@ -183,6 +190,31 @@ def new_timm_classifier(
     return model
 
 
+def check_takes_images(model: PreTrainedModel, name: str, image_size: int, batch_size: int) -> None:
+    """
+    Trains a copy of the network on nothing but noise for half a step: timm's do not say which sizes they can take.
+
+    Args:
+        model (`PreTrainedModel`): an image classifier; stays as it is.
+        name (`str`): what the user calls it.
+        image_size (`int`): in pixels.
+        batch_size (`int`): images of a step on one device: of one, batch norm may have nothing to compare.
+
+    Raises:
+        UserError: if it cannot be trained on such batches.
+    """
+    trial = copy.deepcopy(model).train()
+    try:
+        with torch.no_grad(), torch.random.fork_rng(devices=[]):
+            trial(pixel_values=torch.zeros(min(batch_size, 2), 3, image_size, image_size))
+    except (ValueError, RuntimeError, AssertionError) as error:
+        raise UserError(
+            f"{name} cannot be trained on batches of {batch_size} images of {image_size}x{image_size} pixels "
+            f"({first_line(error)}). Take larger images (--image_size, --teacher_image_size) or larger batches "
+            "(--per_device_train_batch_size)."
+        ) from error
+
+
 def match_labels(teacher_names: list[str], names: list[str]) -> list[int] | None:
     """
     For each of the dataset's labels its id in the teacher, matched by name (case, `_` and `-` do not count). A teacher
@@ -249,21 +281,21 @@ def prepare_teacher(
     path, fitted = timm_hub_id(name) if is_timm and args.teacher_pretrained else name, None
     model = label_order = None
     if not is_timm or args.teacher_pretrained:
-        model, has_head = _load(path)
+        model, has_head = _load(path, args.trust_remote_code)
         if has_head:
             names = [model.config.id2label[index] for index in range(model.config.num_labels)]
             label_order = match_labels(names, data.label_names)
     if label_order is None:
         fitted = "scratch" if model is None else "pretrained"
         path = _fit(args, model, path, data, data_args, training_args, image_processor)
-        model, _ = _load(path)
-    image_size, mean, std = _input_format(model, path)
+        model, _ = _load(path, args.trust_remote_code)
+    image_size, mean, std = _input_format(model, path, args.trust_remote_code)
     image_size = args.teacher_image_size or image_size
     student_mean, student_std = list(image_processor.image_mean), list(image_processor.image_std)
-    teacher = Teacher(model, image_size, mean, std, student_mean, student_std, label_order)
     try:
+        teacher = Teacher(model, image_size, mean, std, student_mean, student_std, label_order)
         teacher(torch.zeros(1, 3, image_size, image_size))
-    except (ValueError, RuntimeError, AssertionError) as error:
+    except Exception as error:  # of any architecture, and of whatever its config says of size, mean and deviation
         raise UserError(
             f"The teacher {name} cannot take images of {image_size}x{image_size} pixels ({first_line(error)})."
         ) from error
@@ -302,13 +334,21 @@ def check_better_than_chance(accuracy: float, labels: list[int], name: str) -> N
         )
 
 
-def _load(name: str, **kwargs) -> tuple[PreTrainedModel, bool]:
-    """The classifier, and whether its head came with it. No pickles, no remote code: they could do anything."""
+def _load(name: str, trust_remote_code: bool, **kwargs) -> tuple[PreTrainedModel, bool]:
+    """
+    The classifier, and whether its head came with it. No pickles, and remote code only where the user trusts it: they
+    could do anything.
+    """
     try:
         model, info = AutoModelForImageClassification.from_pretrained(
-            name, use_safetensors=True, trust_remote_code=False, output_loading_info=True, **kwargs
+            name, use_safetensors=True, trust_remote_code=trust_remote_code, output_loading_info=True, **kwargs
         )
-    except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
+    except Exception as error:  # whatever transformers or the model's own code raises, it is about what the user named
+        if "trust_remote_code" in str(error):
+            raise UserError(
+                f"--teacher_model_name_or_path {name}: the model runs code of its own. If you trust its author, add "
+                "--trust_remote_code."
+            ) from error
         raise UserError(
             f"--teacher_model_name_or_path {name}: it is neither a timm architecture, nor a local folder or Hub model "
             f"that AutoModelForImageClassification loads from safetensors: {why_not_loaded(name, error)} Offline, "
@@ -317,14 +357,16 @@ def _load(name: str, **kwargs) -> tuple[PreTrainedModel, bool]:
     return model, not info["missing_keys"]
 
 
-def _input_format(model: PreTrainedModel, path: str) -> tuple[int, list[float], list[float]]:
+def _input_format(
+    model: PreTrainedModel, path: str, trust_remote_code: bool = False
+) -> tuple[int, list[float], list[float]]:
     """Input size, mean and standard deviation of a classifier, from its timm config or its image processor."""
     pretrained_cfg = getattr(model.config, "pretrained_cfg", None)
     if pretrained_cfg:
         data_config = timm.data.resolve_data_config(pretrained_cfg=pretrained_cfg, verbose=False)
         return data_config["input_size"][-1], list(data_config["mean"]), list(data_config["std"])
     try:
-        processor = AutoImageProcessor.from_pretrained(path, trust_remote_code=False)
+        processor = AutoImageProcessor.from_pretrained(path, trust_remote_code=trust_remote_code)
     except (OSError, ValueError) as error:
         raise UserError(
             f"--teacher_model_name_or_path {path}: the model has no image processor ({first_line(error)})."
@@ -371,7 +413,7 @@ def _fit(
         image_size = student_processor.crop_size["height"]
         mean, std = list(student_processor.image_mean), list(student_processor.image_std)
     else:
-        image_size, mean, std = _input_format(pretrained, source)
+        image_size, mean, std = _input_format(pretrained, source, args.trust_remote_code)
     image_size = args.teacher_image_size or image_size
     # Crops and flips alone: a CNN that has a few epochs to learn in does not need to be slowed down.
     light = DataArguments(
@@ -425,7 +467,8 @@ def _fit(
         if pretrained is None:
             model = new_timm_classifier(name, data.label_names, image_size, teacher_processor)
         else:
-            model = _with_labels(pretrained, source, data.label_names)
+            model = _with_labels(pretrained, source, data.label_names, args.trust_remote_code)
+        check_takes_images(model, name, image_size, min(training_args.train_batch_size, len(data.train)))
         train_images, augment = make_train_images(data.train, light, teacher_processor)
         unfinished = f"{folder}.unfinished"
         trainer = DistillationTrainer(
@@ -461,14 +504,16 @@ def _has_recipe(folder: Path, recipe: dict) -> bool:
         return False
 
 
-def _with_labels(pretrained: PreTrainedModel, source: str, label_names: list[str]) -> PreTrainedModel:
+def _with_labels(
+    pretrained: PreTrainedModel, source: str, label_names: list[str], trust_remote_code: bool
+) -> PreTrainedModel:
     """The classifier with a new head for these labels."""
     labels = label_maps(label_names)
     if isinstance(pretrained.config, DeiTTiConfig):
         # With a class token alone, whatever it had: it is fitted without a teacher, and no other head would learn.
         size = {name: getattr(pretrained.config, name) for name in ("image_size", "patch_size")}
         return load_student(source, DeiTTiConfig(**size, **labels))[0]
-    return _load(source, ignore_mismatched_sizes=True, num_labels=len(label_names), **labels)[0]
+    return _load(source, trust_remote_code, ignore_mismatched_sizes=True, num_labels=len(label_names), **labels)[0]
 
 
 def _fitting_arguments(
@@ -509,6 +554,7 @@ __all__ = [
     "Teacher",
     "TeacherArguments",
     "check_better_than_chance",
+    "check_takes_images",
     "match_labels",
     "new_timm_classifier",
     "prepare_teacher",

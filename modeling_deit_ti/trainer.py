@@ -20,6 +20,30 @@ from .interruption import Interrupted, StopRequest, name_of
 from .modeling_deit_ti import DeiTTiForImageClassification
 
 
+# The least that each may be: TrainingArguments takes anything, and training would stumble over it later.
+AT_LEAST = {
+    "per_device_train_batch_size": 1,
+    "per_device_eval_batch_size": 1,
+    "gradient_accumulation_steps": 1,
+    "eval_accumulation_steps": 1,
+    "dataloader_num_workers": 0,
+    "learning_rate": 0,
+    "max_grad_norm": 0,
+    "seed": 0,
+    "data_seed": 0,
+    "mixup": 0,
+    "cutmix": 0,
+    "repeated_augmentation": 1,
+}
+# Every image of the evaluation split counts, by its label, towards the accuracies of the read-outs.
+WITHOUT_USE = (
+    "label_names",
+    "batch_eval_metrics",
+    "prediction_loss_only",
+    "dataloader_drop_last",
+    "neftune_noise_alpha",  # this and the next are for language models
+    "use_liger_kernel",
+)
 METRIC = Path(__file__).parent / "metrics" / "top_k_accuracy.py"
 
 
@@ -111,11 +135,20 @@ class DistillationTrainingArguments(TrainingArguments):
             alpha=self.distillation_alpha,
             temperature=self.distillation_temperature,
         )
-        for name in ("mixup", "cutmix"):
-            if getattr(self, name) < 0:
-                raise UserError(f"--{name} {getattr(self, name)}: an alpha is 0 or more.")
-        if self.repeated_augmentation < 1:
-            raise UserError(f"--repeated_augmentation {self.repeated_augmentation}: it is 1 or more.")
+        if self.output_dir == "":
+            raise UserError("--output_dir: the name of a folder is missing.")
+        for name, least in AT_LEAST.items():
+            if getattr(self, name) is not None and getattr(self, name) < least:
+                raise UserError(f"--{name} {getattr(self, name)}: it is {least} or more.")
+        if self.seed >= 2**32:
+            raise UserError(f"--seed {self.seed}: it is below 2**32, as NumPy wants it.")
+        if self.num_train_epochs <= 0 and self.max_steps <= 0:
+            raise UserError(f"--num_train_epochs {self.num_train_epochs}: it is above 0, unless --max_steps is.")
+        for name in WITHOUT_USE:
+            if getattr(self, name):
+                raise UserError(f"--{name} {getattr(self, name)}: it has no use here; leave it out.")
+        if self.dataloader_persistent_workers and self.dataloader_num_workers == 0:
+            raise UserError("--dataloader_persistent_workers: there are no workers without --dataloader_num_workers.")
         if not 0 <= self.label_smoothing_factor < 1:
             raise UserError(f"--label_smoothing_factor {self.label_smoothing_factor}: it is 0 or more and below 1.")
         if not (self.fp16 or self.bf16):  # of the accelerate config; DeepSpeed wants both to say the same
@@ -125,6 +158,7 @@ class DistillationTrainingArguments(TrainingArguments):
             # A head that no term of the loss reaches has no gradient; elsewhere looking for it costs time for nothing.
             self.ddp_find_unused_parameters = len(self.mode.tokens) == 2 and self.mode.alpha in (0.0, 1.0)
         super().__post_init__()
+        self._check_metric_for_best_model()
         if self.device.type == "cpu":
             self.dataloader_pin_memory = False  # there is no device to copy to; torch would warn
         if self.device.type == "cpu" and self.fp16:
@@ -136,6 +170,18 @@ class DistillationTrainingArguments(TrainingArguments):
             raise UserError(
                 f"{os.environ['WORLD_SIZE']} processes were launched, and they do not know of each other: without a "
                 "GPU each, they need --use_cpu."
+            )
+
+    def _check_metric_for_best_model(self) -> None:
+        """Raises a `UserError` where no evaluation will have that metric: the Trainer would tell after an epoch."""
+        if not self.load_best_model_at_end and self.save_strategy != "best":
+            return
+        readouts = ["", *(f"_{name}" for name in READOUTS)] if len(self.mode.tokens) == 2 else [""]
+        metrics = ["loss", *(f"accuracy{readout}{ending}" for readout in readouts for ending in ("", "_top5"))]
+        if str(self.metric_for_best_model).removeprefix("eval_") not in metrics:
+            raise UserError(
+                f"--metric_for_best_model {self.metric_for_best_model}: there is no such metric; there are "
+                f"{', '.join(metrics)}."
             )
 
     def __getstate__(self) -> dict:
@@ -359,7 +405,7 @@ class DistillationTrainer(Trainer):
     def _teacher_logits(self, pixel_values, seeds) -> torch.Tensor:
         if self.teacher_cache is None:
             return self.teacher(pixel_values)
-        return self.teacher_cache(self.teacher, pixel_values, seeds, self.resumable_run.sampler)
+        return self.teacher_cache(self.teacher, pixel_values, seeds, self.run_callback.sampler)
 
     def get_decay_parameter_names(self, model) -> list[str]:
         """As DeiT's `no_weight_decay`: tokens and positions do not decay either."""

@@ -1,0 +1,640 @@
+"""Every mistake that we thought of, made with the real command: how it ends, what it says, what it leaves alone."""
+
+import io
+import json
+import os
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import yaml
+from datasets import ClassLabel, Dataset, Features, Image, Value
+from forked_command import REPOSITORY, ForkedCommand
+from PIL import Image as PILImage
+from safetensors.torch import load_file
+from transformers import ResNetConfig, ResNetForImageClassification, ViTImageProcessor
+
+from modeling_deit_ti.data import DataArguments, make_image_processor
+from modeling_deit_ti.teacher import new_timm_classifier
+
+
+QUICK = [
+    "--dataset_name=digits",
+    "--max_train_samples=64",
+    "--max_eval_samples=32",
+    "--image_size=32",
+    "--model_name_or_path=test_resnet",
+    "--num_train_epochs=1",
+    "--per_device_train_batch_size=32",
+    "--teacher_model_name_or_path=test_resnet",
+    "--teacher_num_train_epochs=1",
+    "--disable_tqdm=true",
+    "--save_strategy=no",
+    "--output_dir=run",
+]
+HARD = "--distill_mode=hard"
+DIGITS = [str(digit) for digit in range(10)]
+
+
+@pytest.fixture(scope="module")
+def command():
+    forked = ForkedCommand()
+    yield forked
+    forked.close()
+
+
+def fresh(*flags: str, cwd: Path, launcher: tuple[str, ...] = (), **env: str) -> subprocess.CompletedProcess:
+    """The command in a process that is not forked."""
+    return subprocess.run(
+        [sys.executable, *launcher, str(REPOSITORY / "train_hf.py"), *flags],
+        cwd=cwd,
+        env={**os.environ, **env},
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+
+
+def snapshot(folder: Path) -> dict[str, bytes | None]:
+    """Every file's bytes, and every folder."""
+    return {str(path.relative_to(folder)): path.read_bytes() if path.is_file() else None for path in folder.rglob("*")}
+
+
+def message_of(result: subprocess.CompletedProcess) -> str:
+    """What the command said, which has to be one line, the last."""
+    assert "Traceback" not in result.stderr, result.stderr
+    lines = result.stderr.strip().splitlines()
+    assert [line for line in lines if "train_hf.py: error:" in line] == lines[-1:], result.stderr
+    return lines[-1].removeprefix("train_hf.py: error: ")
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# What stands in the folder where the command is started
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def picture(seed: int, size: tuple[int, int] = (12, 10)) -> bytes:
+    """A PNG of so many rows and columns."""
+    file = io.BytesIO()
+    PILImage.fromarray(np.random.default_rng(seed).integers(0, 256, (*size, 3), dtype=np.uint8)).save(file, "PNG")
+    return file.getvalue()
+
+
+def parquet(labels=(0, 1) * 8, kind=None, names=("cat", "dog"), images=None, splits=("train", "test")) -> Callable:
+    """`data/` with a Parquet file a split."""
+
+    def write(folder: Path) -> None:
+        (folder / "data").mkdir(exist_ok=True)
+        features = Features({"image": Image(decode=False), "label": kind or ClassLabel(names=list(names))})
+        encoded = images if images is not None else [picture(index) for index in range(len(labels))]
+        encoded = [image if image is None else {"bytes": image, "path": None} for image in encoded]
+        rows = Dataset.from_dict({"image": encoded, "label": list(labels)}, features=features)
+        for split in splits:
+            rows.cast_column("image", Image()).to_parquet(folder / "data" / f"{split}-00000-of-00001.parquet")
+
+    return write
+
+
+def files(**contents: bytes) -> Callable:
+    """These files; `__` in a name stands for the slash, a trailing one for an empty folder."""
+
+    def write(folder: Path) -> None:
+        for name, content in contents.items():
+            path = folder / name.replace("__", "/")
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.mkdir() if name.endswith("__") else path.write_bytes(content)
+
+    return write
+
+
+def one_then(image: bytes | None) -> Callable:
+    return parquet(images=[picture(0), image] * 8)
+
+
+def cut_parquet(folder: Path) -> None:
+    parquet()(folder)
+    path = folder / "data" / "train-00000-of-00001.parquet"
+    path.write_bytes(path.read_bytes()[:-200])
+
+
+def different_labels(folder: Path) -> None:
+    parquet(splits=["train"])(folder)
+    parquet(names=["cat", "emu"], splits=["test"])(folder)
+
+
+def decompression_bomb() -> bytes:
+    """A PNG of 40,000 x 40,000 pixels in a megabyte."""
+    file = io.BytesIO()
+    PILImage.new("1", (40_000, 40_000)).save(file, "PNG")
+    return file.getvalue()
+
+
+def teacher(**changes) -> Callable:
+    """`teacher/`: an untrained classifier of the digits, with its config changed."""
+
+    def write(folder: Path) -> None:
+        processor = make_image_processor(DataArguments(), 32)
+        new_timm_classifier("test_resnet", DIGITS, 32, processor).save_pretrained(folder / "teacher")
+        path = folder / "teacher" / "config.json"
+        path.write_text(json.dumps({**json.loads(path.read_text()), **changes}))
+
+    return write
+
+
+class Bomb:
+    """Unpickled, it leaves a file behind."""
+
+    def __reduce__(self):
+        return open, ("exploded", "w")
+
+
+def pickled_teacher(folder: Path) -> None:
+    teacher()(folder)
+    (folder / "teacher" / "model.safetensors").unlink()
+    torch.save(Bomb(), folder / "teacher" / "pytorch_model.bin")
+
+
+def cut_teacher(folder: Path) -> None:
+    teacher()(folder)
+    path = folder / "teacher" / "model.safetensors"
+    path.write_bytes(path.read_bytes()[:-1000])
+
+
+def remote_code_teacher(folder: Path, labels: list[str] = DIGITS) -> None:
+    """`teacher/`: a ResNet whose classes come with it. Their code leaves `ran` behind."""
+    config = ResNetConfig(
+        embedding_size=16,
+        hidden_sizes=[16, 32],
+        depths=[1, 1],
+        layer_type="basic",
+        id2label=dict(enumerate(labels)),
+        label2id={name: index for index, name in enumerate(labels)},
+    )
+    ResNetForImageClassification(config).save_pretrained(folder / "teacher")
+    ViTImageProcessor(size={"height": 32, "width": 32}).save_pretrained(folder / "teacher")
+    path = folder / "teacher" / "config.json"
+    auto_map = {"AutoConfig": "own.OwnConfig", "AutoModelForImageClassification": "own.OwnModel"}
+    path.write_text(json.dumps({**json.loads(path.read_text()), "model_type": "own", "auto_map": auto_map}))
+    (folder / "teacher" / "own.py").write_text(
+        "from transformers import ResNetConfig, ResNetForImageClassification\n\n"
+        f"open({str(folder / 'ran')!r}, 'w').close()\n\n\n"
+        "class OwnConfig(ResNetConfig):\n    model_type = 'own'\n\n\n"
+        "class OwnModel(ResNetForImageClassification):\n    config_class = OwnConfig\n"
+    )
+
+
+def nothing(folder: Path) -> None:
+    pass
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The mistakes
+# ---------------------------------------------------------------------------------------------------------------------
+
+DATA = "--dataset_name=data"
+TEACHER = "--teacher_model_name_or_path=teacher"
+BEST = ["--load_best_model_at_end", "--save_strategy=epoch"]
+
+# What stands in the folder, the flags on top of QUICK, and what the message has to name.
+MISTAKES = {
+    # The dataset
+    "dataset nowhere": (nothing, ["--dataset_name=./nowhere"], ["--dataset_name ./nowhere", "no such folder"]),
+    "dataset not reachable": (nothing, ["--dataset_name=nobody/nothing"], ["nobody/nothing", "To run offline"]),
+    "dataset without a name": (nothing, ["--dataset_name="], ["--dataset_name"]),
+    "dataset is a file": (files(data=b"x"), [DATA], ["--dataset_name data", "is a file"]),
+    "dataset folder empty": (files(data__=b""), [DATA], ["--dataset_name data", "doesn't contain any data files"]),
+    "dataset of other files": (files(data__a=b"x"), [DATA], ["--dataset_name data", "No (supported) data files"]),
+    "dataset of texts": (
+        files(data__cat__a_txt=b"x", **{"data__cat__a.txt": b"x", "data__dog__b.txt": b"y"}),
+        [DATA],
+        ["no column of images", "text (string)"],
+    ),
+    "dataset with a script": (
+        files(**{"data__data.py": b"open('exploded', 'w')"}),
+        [DATA],
+        ["--dataset_name data", "scripts are no longer supported"],
+    ),
+    "Parquet cut off": (cut_parquet, [DATA], ["--dataset_name data", "Parquet magic bytes not found"]),
+    "Parquet of no bytes": (
+        files(**{"data__train-0.parquet": b""}),
+        [DATA],
+        ["--dataset_name data", "file size is 0 bytes"],
+    ),
+    "split without rows": (parquet(labels=[]), [DATA], ["--dataset_name data", "no data"]),
+    "one image to split": (parquet(labels=[0], splits=["train"]), [DATA], ["1 images", "too few to hold some out"]),
+    "no training split": (parquet(splits=["test"]), [DATA], ["no split `train`", "test"]),
+    "no such image column": (
+        nothing,
+        ["--image_column_name=photo"],
+        ["--image_column_name photo", "there are image, label"],
+    ),
+    "image column of labels": (nothing, ["--image_column_name=label"], ["holds ClassLabel, not images", "image does"]),
+    "no such label column": (
+        nothing,
+        ["--label_column_name=kind"],
+        ["--label_column_name kind", "there are image, label"],
+    ),
+    "share out of range": (nothing, ["--train_val_split=1"], ["--train_val_split 1.0"]),
+    "no samples": (nothing, ["--max_train_samples=0"], ["--max_train_samples 0"]),
+    # Its labels
+    "labels that differ": (different_labels, [DATA], ["labels differ: 'dog', 'emu'"]),
+    "label missing": (parquet(labels=[0, 1, None]), [DATA], ["Split `train`, row 2", "missing"]),
+    "labels all missing": (parquet(labels=[None] * 4), [DATA], ["Split `train`, row 0", "missing"]),
+    "label negative": (parquet(labels=[0, -1]), [DATA], ["Split `train`, row 1", "label is -1"]),
+    "labels of floats": (
+        parquet(labels=[0.5, 1], kind=Value("float32")),
+        [DATA],
+        ["--label_column_name label", "float32"],
+    ),
+    "labels of bools": (
+        parquet(labels=[True, False], kind=Value("bool")),
+        [DATA],
+        ["--label_column_name label", "bool"],
+    ),
+    "a single label": (
+        parquet(labels=["cat"] * 4, kind=Value("string")),
+        [DATA],
+        ["one label ['cat']", "classifying takes two"],
+    ),
+    # Its images
+    "image missing": (one_then(None), [DATA], ["Split `train`, row 1", "it is missing"]),
+    "image of no bytes": (one_then(b""), [DATA], ["Split `train`, row 1", "cannot identify image"]),
+    "image cut off": (one_then(picture(1)[:100]), [DATA], ["Split `train`, row 1", "cannot be decoded"]),
+    "image that is none": (
+        files(**{"data__cat__0.png": picture(0), "data__dog__1.png": b"not an image"}),
+        [DATA],
+        ["cannot identify image", "1.png"],
+    ),
+    "decompression bomb": (one_then(decompression_bomb()), [DATA], ["Split `train`, row 1", "decompression bomb"]),
+    "image far too long": (one_then(picture(1, (1, 201))), [DATA], ["Split `train`, row 1", "201x1 pixels"]),
+    "images of two sizes on the device": (
+        parquet(images=[picture(0), picture(1, (5, 5))] * 8),
+        [DATA, "--augment_on=device"],
+        ["--augment_on device", "not all of one size"],
+    ),
+    # The student
+    "patch does not divide the image": (
+        nothing,
+        ["--model_name_or_path=deit_ti", "--image_size=30", "--patch_size=8"],
+        ["--patch_size 8 does not divide --image_size 30"],
+    ),
+    "image size 0": (nothing, ["--image_size=0"], ["--image_size 0"]),
+    "image size below 0": (nothing, ["--image_size=-1"], ["--image_size -1"]),
+    "image size 1": (nothing, ["--image_size=1"], ["--image_size 1"]),
+    "image size without end": (
+        nothing,
+        ["--model_name_or_path=deit_ti", "--image_size=100000000", "--patch_size=1"],
+        ["--image_size 100000000", "no room"],
+    ),
+    "drop path nan": (nothing, ["--drop_path_rate=nan"], ["--drop_path_rate", "nan is no finite number"]),
+    "model nowhere": (nothing, ["--model_name_or_path=nowhere"], ["--model_name_or_path nowhere"]),
+    "model with one head for two tokens": (nothing, ["--distill_mode=both"], ["test_resnet has one head"]),
+    "model that is no DeiT": (teacher(), ["--model_name_or_path=teacher"], ["test_resnet is no DeiT"]),
+    "batch norm of one image": (nothing, ["--max_train_samples=1"], ["test_resnet", "batches of 1 images"]),
+    # The teacher
+    "teacher nowhere": (nothing, [HARD, "--teacher_model_name_or_path=nowhere"], ["nowhere", "no such folder"]),
+    "teacher folder empty": (files(teacher__=b""), [HARD, TEACHER], ["--teacher_model_name_or_path teacher"]),
+    "teacher untrained": (
+        teacher(),
+        [HARD, TEACHER],
+        ["The teacher teacher", "no better than chance: its accuracy", "--teacher_num_train_epochs"],
+    ),
+    "teacher with some of the labels": (
+        teacher(label_names=[*DIGITS[:9], "nine"]),
+        [HARD, TEACHER],
+        ["labels cannot be matched", "9 of 10", "'9'", "'nine'"],
+    ),
+    "teacher not to be fitted": (
+        teacher(label_names=list("abcdefghij")),
+        [HARD, TEACHER, "--teacher_num_train_epochs=0"],
+        ["--teacher_num_train_epochs 0 forbids"],
+    ),
+    "teacher cut off": (cut_teacher, [HARD, TEACHER], ["--teacher_model_name_or_path teacher", "SafetensorError"]),
+    "teacher pickled": (
+        pickled_teacher,
+        [HARD, TEACHER],
+        ["--teacher_model_name_or_path teacher", "no file named model.safetensors"],
+    ),
+    "teacher with remote code": (
+        remote_code_teacher,
+        [HARD, TEACHER],
+        ["--teacher_model_name_or_path teacher", "--trust_remote_code"],
+    ),
+    "teacher config of another kind": (teacher(id2label=7), [HARD, TEACHER], ["--teacher_model_name_or_path teacher"]),
+    "teacher config without sense": (
+        teacher(pretrained_cfg={"input_size": "large"}),
+        [HARD, TEACHER],
+        ["The teacher teacher"],
+    ),
+    "teacher config of no json": (
+        files(**{"teacher__config.json": b"{"}),
+        [HARD, TEACHER],
+        ["--teacher_model_name_or_path teacher", "not a valid JSON"],
+    ),
+    "teacher learning rate below 0": (nothing, [HARD, "--teacher_learning_rate=-1"], ["--teacher_learning_rate -1.0"]),
+    "teacher learning rate nan": (nothing, [HARD, "--teacher_learning_rate=nan"], ["--teacher_learning_rate", "nan"]),
+    "teacher epochs below 0": (nothing, [HARD, "--teacher_num_train_epochs=-1"], ["--teacher_num_train_epochs -1.0"]),
+    "teacher image size 0": (nothing, [HARD, "--teacher_image_size=0"], ["--teacher_image_size 0"]),
+    # The flags
+    "unknown flag": (nothing, ["--distil_mode=hard"], ["unknown flag --distil_mode=hard", "--distill_mode?"]),
+    "unknown mode": (nothing, ["--distill_mode=medium"], ["invalid choice: 'medium'", "'none', 'soft'"]),
+    "option of another mode": (nothing, ["--distillation_alpha=0.5"], ["distillation_alpha has no meaning in mode"]),
+    "alpha above 1": (nothing, [HARD, "--distillation_alpha=2"], ["distillation_alpha is between 0 and 1, not 2.0"]),
+    "temperature 0": (
+        nothing,
+        ["--distill_mode=soft", "--distillation_temperature=0"],
+        ["distillation_temperature is above 0"],
+    ),
+    "temperature inf": (
+        nothing,
+        ["--distill_mode=soft", "--distillation_temperature=inf"],
+        ["--distillation_temperature", "inf is no finite number"],
+    ),
+    "word for a number": (nothing, ["--learning_rate=fast"], ["--learning-rate", "invalid float value: 'fast'"]),
+    "learning rate nan": (nothing, ["--learning_rate=nan"], ["--learning_rate", "nan is no finite number"]),
+    "learning rate below 0": (nothing, ["--learning_rate=-1"], ["--learning_rate -1.0"]),
+    "mixup nan": (nothing, ["--mixup=nan"], ["--mixup", "nan is no finite number"]),
+    "mixup below 0": (nothing, ["--mixup=-1"], ["--mixup -1.0"]),
+    "weight decay below 0": (nothing, ["--weight_decay=-1"], ["--weight_decay", "Invalid weight_decay value: -1"]),
+    "beta above 1": (nothing, ["--adam_beta1=2"], ["--adam_*", "Invalid beta parameter"]),
+    "warm-up below 0": (nothing, ["--warmup_steps=-1"], ["warmup_steps"]),
+    "epochs 0": (nothing, ["--num_train_epochs=0"], ["--num_train_epochs 0.0"]),
+    "epochs below 0": (nothing, ["--num_train_epochs=-1"], ["--num_train_epochs -1.0"]),
+    "epochs nan": (nothing, ["--num_train_epochs=nan"], ["--num_train_epochs", "nan is no finite number"]),
+    "batch size 0": (nothing, ["--per_device_train_batch_size=0"], ["--per_device_train_batch_size 0"]),
+    "evaluation batch size 0": (nothing, ["--per_device_eval_batch_size=0"], ["--per_device_eval_batch_size 0"]),
+    "accumulation 0": (nothing, ["--gradient_accumulation_steps=0"], ["--gradient_accumulation_steps 0"]),
+    "workers below 0": (nothing, ["--dataloader_num_workers=-1"], ["--dataloader_num_workers -1"]),
+    "persistent workers, none there": (nothing, ["--dataloader_persistent_workers"], ["--dataloader_num_workers"]),
+    "seed below 0": (nothing, ["--seed=-1"], ["--seed -1"]),
+    "seed too large": (nothing, [f"--seed={2**32}"], ["--seed 4294967296"]),
+    "data seed below 0": (nothing, ["--data_seed=-5"], ["--data_seed -5"]),
+    "unknown optimizer": (nothing, ["--optim=adams"], ["--optim", "invalid choice: 'adams'"]),
+    "optimizer not installed": (nothing, ["--optim=adamw_bnb_8bit"], ["--optim adamw_bnb_8bit", "bitsandbytes"]),
+    "optimizer arguments": (nothing, ["--optim_args=x"], ["--optim_args"]),
+    "unknown schedule": (nothing, ["--lr_scheduler_type=square"], ["square is not a valid SchedulerType"]),
+    "schedule without its argument": (
+        nothing,
+        ["--lr_scheduler_type=cosine_with_min_lr"],
+        ["--lr_scheduler_type cosine_with_min_lr", "min_lr"],
+    ),
+    "unknown reporter": (nothing, ["--report_to=nobody"], ["--report_to nobody", "tensorboard, trackio, wandb"]),
+    "unknown policy": (nothing, ["--auto_augment=rnd-m9"], ["--auto_augment rnd-m9", "does not know this policy"]),
+    "unknown metric": (
+        nothing,
+        [*BEST, "--metric_for_best_model=beauty"],
+        ["--metric_for_best_model beauty", "loss, accuracy"],
+    ),
+    "metric of another mode": (
+        nothing,
+        [*BEST, "--metric_for_best_model=accuracy_both"],
+        ["--metric_for_best_model accuracy_both"],
+    ),
+    "best of no evaluation": (
+        nothing,
+        [*BEST, "--eval_strategy=no"],
+        ["--load_best_model_at_end", "save and eval strategy"],
+    ),
+    "best without a metric": (nothing, ["--save_strategy=best"], ["--metric_for_best_model"]),
+    "flag without use": (nothing, ["--prediction_loss_only"], ["--prediction_loss_only"]),
+    "compile mode": (nothing, ["--torch_compile_mode=fastest"], ["--torch_compile_mode fastest"]),
+    "DeepSpeed file nowhere": (nothing, ["--deepspeed=nowhere.json"], ["flags cannot be used"]),
+    "accelerator file nowhere": (nothing, ["--accelerator_config=nowhere.json"], ["nowhere.json"]),
+    "push without a token": (nothing, ["--push_to_hub"], ["--push_to_hub: cannot write to the repository"]),
+    # The recipe
+    "recipe nowhere": (nothing, ["--config=nowhere.yaml"], ["--config nowhere.yaml", "No such file"]),
+    "recipe is a folder": (files(a__=b""), ["--config=a"], ["--config a", "Is a directory"]),
+    "recipe is an image": (files(a=picture(0)), ["--config=a"], ["--config a", "cannot be read as YAML"]),
+    "recipe of broken YAML": (files(a=b"a: b: c"), ["--config=a"], ["--config a", "cannot be read as YAML"]),
+    "recipe with NUL": (files(a=b"seed: \0"), ["--config=a"], ["--config a", "cannot be read as YAML"]),
+    "recipe is a list": (files(a=b"- seed"), ["--config=a"], ["--config a", "`flag: value` lines"]),
+    "recipe empty": (files(a=b""), ["--config=a"], ["--config a", "`flag: value` lines"]),
+    "recipe with a 13th month": (files(a=b"seed: 2026-13-01"), ["--config=a"], ["--config a", "month"]),
+    "recipe with an unknown key": (
+        files(a=b"learning_rat: 1"),
+        ["--config=a"],
+        ["--config a", "unknown key 'learning_rat'", "--learning_rate?"],
+    ),
+    "recipe with a key of no text": (files(a=b"2026-01-01: 1"), ["--config=a"], ["--config a", "unknown key"]),
+    "recipe with a word for a number": (files(a=b"mixup: a lot"), ["--config=a"], ["--mixup", "'a lot'"]),
+    "recipe with a list for a number": (files(a=b"mixup: [1, 2]"), ["--config=a"], ["2"]),
+    "recipe with a mapping for a number": (files(a=b"mixup: {a: 1}"), ["--config=a"], ["--mixup"]),
+    "recipe with nan": (files(a=b"mixup: .nan"), ["--config=a"], ["--mixup", "nan is no finite number"]),
+    # The output folder
+    "output without a name": (nothing, ["--output_dir="], ["--output_dir"]),
+    "output is a file": (files(run=b"mine"), [], ["--output_dir run", "a file of this name"]),
+    "output below a file": (
+        files(a=b"mine"),
+        ["--output_dir=a/run"],
+        ["--output_dir a/run", "nothing can be written"],
+    ),
+    "teachers below a file": (
+        files(a=b"mine"),
+        [HARD, "--teacher_output_dir=a/teachers"],
+        ["--teacher_output_dir a/teachers", "nothing can be written"],
+    ),
+    "output of a finished run": (files(**{"run__all_results.json": b"{}"}), [], ["already holds a finished run"]),
+    "output of an unfinished run": (
+        files(**{"run__checkpoint-10__": b""}),
+        [],
+        ["--output_dir run", "unfinished run: go on with --resume_from_checkpoint True"],
+    ),
+    "output with a card of somebody's": (
+        files(**{"run__README.md": b"mine"}),
+        [],
+        ["--output_dir run", "README.md would be overwritten"],
+    ),
+    "checkpoint nowhere": (nothing, ["--resume_from_checkpoint=nowhere"], ["--resume_from_checkpoint nowhere"]),
+    "checkpoint incomplete": (
+        files(**{"run__checkpoint-10__trainer_state.json": b'{"epoch": 1.'}),
+        ["--resume_from_checkpoint=run/checkpoint-10"],
+        ["--resume_from_checkpoint run/checkpoint-10", "no complete checkpoint"],
+    ),
+}
+if not torch.cuda.is_available():
+    MISTAKES["fp16 without a GPU"] = (nothing, ["--fp16"], ["fp16", "no GPU"])
+
+
+@pytest.mark.parametrize("mistake", MISTAKES)
+def test_a_mistake_ends_with_one_message_and_touches_nothing(mistake, command, tmp_path):
+    prepare, flags, named = MISTAKES[mistake]
+    prepare(tmp_path)
+    before = snapshot(tmp_path)
+    result = command(*QUICK, *flags, cwd=tmp_path)
+    assert result.returncode == 2, result.stderr
+    message = message_of(result)
+    for part in named:
+        assert part in message
+    after = snapshot(tmp_path)
+    if mistake == "teacher untrained":  # found by the Trainer, which has made its folder
+        assert after.pop("run") is None
+    assert after == before
+
+
+@pytest.mark.parametrize("mistake", ["image cut off", "teacher pickled", "seed below 0", "recipe with nan"])
+def test_a_forked_command_ends_as_a_fresh_one_does(mistake, command, tmp_path):
+    prepare, flags, _ = MISTAKES[mistake]
+    prepare(tmp_path)
+    before = snapshot(tmp_path)
+    results = [run(*QUICK, *flags, cwd=tmp_path) for run in (fresh, command)]
+    assert [result.returncode for result in results] == [2, 2]
+    assert message_of(results[0]) == message_of(results[1])
+    assert snapshot(tmp_path) == before
+
+
+def test_accelerate_launch_passes_the_message_on_and_ends_with_1(tmp_path):
+    launcher = ("-m", "accelerate.commands.launch", "-q", "--cpu", "--num_processes=1")
+    result = fresh(*QUICK, "--seed=-1", cwd=tmp_path, launcher=launcher)
+    assert result.returncode == 1
+    assert message_of(result).startswith("--seed -1: ")
+    assert not snapshot(tmp_path)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# A disk that is full or not to be written to
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def disk(tmp_path):
+    """Makes `tmp_path/disk` a disk of its own, with `mount`'s options for tmpfs."""
+    folder = tmp_path / "disk"
+    folder.mkdir()
+
+    def mount(options: str) -> Path:
+        done = subprocess.run(
+            ["mount", "-t", "tmpfs", "-o", options, "none", folder], capture_output=True, text=True, check=False
+        )
+        if done.returncode:
+            pytest.skip(f"needs a disk of its own, which takes root: {done.stderr.strip()}")
+        return folder
+
+    yield mount
+    while os.path.ismount(folder):
+        subprocess.run(["umount", folder], check=True)
+
+
+@pytest.mark.skipif(not shutil.which("mount"), reason="needs mount")
+class TestDisk:
+    def test_read_only_folders_are_found_before_training(self, command, disk, tmp_path):
+        disk("ro")
+        for flags in (["--output_dir=disk/run"], [HARD, "--teacher_output_dir=disk/teachers"]):
+            result = command(*QUICK, *flags, cwd=tmp_path)
+            assert result.returncode == 2
+            message = message_of(result)
+            assert message.startswith(flags[-1].replace("=", " ") + ": nothing can be written there")
+            assert "Read-only file system" in message
+        assert not (tmp_path / "run").exists()
+
+    def test_a_full_disk_is_found_before_training(self, command, disk, tmp_path):
+        disk("size=64k")
+        (tmp_path / "disk" / "mine").write_bytes(bytes(64 * 1024))
+        result = command(*QUICK, "--output_dir=disk/run", cwd=tmp_path)
+        assert result.returncode == 2
+        assert "--output_dir disk/run: nothing can be written there" in message_of(result)
+        assert os.listdir(tmp_path / "disk") == ["mine"]
+
+    def test_a_disk_that_fills_up_leaves_the_last_checkpoint_to_go_on_from(self, command, disk, tmp_path):
+        disk("size=8m")  # room for one checkpoint, not for two
+        flags = [*QUICK, "--output_dir=disk/run", "--save_strategy=epoch", "--num_train_epochs=3"]
+        result = command(*flags, cwd=tmp_path)
+        assert result.returncode == 1, result.stderr
+        message = message_of(result)
+        assert message.startswith("disk/run cannot be written (") and "--resume_from_checkpoint True" in message
+        before = snapshot(tmp_path / "disk" / "run" / "checkpoint-2")
+        assert load_file(tmp_path / "disk" / "run" / "checkpoint-2" / "model.safetensors")
+
+        disk("remount,size=64m")
+        result = command(*flags, "--resume_from_checkpoint=True", "--save_total_limit=9", cwd=tmp_path)
+        assert result.returncode == 0, result.stderr
+        assert snapshot(tmp_path / "disk" / "run" / "checkpoint-2") == before
+        assert json.loads((tmp_path / "disk" / "run" / "all_results.json").read_text())["epoch"] == 3
+
+    def test_a_teacher_that_finds_no_room_leaves_nothing_behind(self, command, disk, tmp_path):
+        disk("size=1m")
+        result = command(*QUICK, HARD, "--teacher_output_dir=disk/teachers", cwd=tmp_path)
+        assert result.returncode == 1, result.stderr
+        assert message_of(result).startswith("disk/teachers cannot be written (No space left on device)")
+        assert not [path for path in (tmp_path / "disk").rglob("*") if path.is_file()]
+
+    @pytest.mark.parametrize("options", ["ro", "size=64k"])
+    def test_a_cache_that_cannot_be_written_is_named(self, options, disk, tmp_path):
+        parquet(images=[picture(index, (100, 100)) for index in range(16)])(tmp_path)
+        before = snapshot(tmp_path / "data")
+        disk(options)
+        result = fresh(*QUICK, DATA, cwd=tmp_path, HF_DATASETS_CACHE=str(tmp_path / "disk"))
+        assert result.returncode == 2, result.stderr
+        message = message_of(result)
+        assert str(tmp_path / "disk") in message and "HF_DATASETS_CACHE" in message
+        assert snapshot(tmp_path / "data") == before and not (tmp_path / "run").exists()
+
+
+def test_a_limit_on_the_size_of_files_is_told_as_a_full_disk_is(tmp_path):
+    script = 'ulimit -f 1024; exec "$0" "$@"'  # the weights alone have 1.6 MB
+    result = subprocess.run(
+        ["bash", "-c", script, sys.executable, str(REPOSITORY / "train_hf.py"), *QUICK],
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+    assert result.returncode == 1, result.stderr
+    assert message_of(result).startswith("run cannot be written (")
+    assert not (tmp_path / "run" / "all_results.json").exists()
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# What is odd, and no mistake
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def test_a_label_without_a_training_image_is_told_and_names_with_markup_leave_the_card_whole(command, tmp_path):
+    names = ["<b>|`cat`\n---\n", "key: [value] # \u202e{{ x }}", "emu | <script>"]
+    parquet(names=names)(tmp_path)
+    result = command(*QUICK, DATA, cwd=tmp_path)
+    assert result.returncode == 0, result.stderr
+    assert f"Images: no training image has a label of {names[2]!r}\n" in result.stdout
+    config = json.loads((tmp_path / "run" / "config.json").read_text())
+    assert list(config["id2label"].values()) == names
+    front_matter = (tmp_path / "run" / "README.md").read_text().split("\n---\n")[0]
+    assert yaml.safe_load(front_matter)["pipeline_tag"] == "image-classification"
+
+
+def test_thousands_of_labels_on_images_of_one_pixel_train(command, tmp_path):
+    names = [f"species {index}" for index in range(3000)]
+    parquet(labels=range(3000), names=names, images=[picture(i, (1, 1)) for i in range(3000)])(tmp_path)
+    result = command(*QUICK, DATA, "--max_train_samples=5", cwd=tmp_path)
+    assert result.returncode == 0, result.stderr
+    assert "and 2985 more" in result.stdout
+    assert load_file(tmp_path / "run" / "model.safetensors")["timm_model.fc.weight"].shape[0] == 3000
+
+
+def test_one_training_image_in_batches_of_one_trains(command, tmp_path):
+    flags = ["--model_name_or_path=deit_ti", "--patch_size=16", "--per_device_train_batch_size=1"]
+    result = command(*QUICK, *flags, "--max_train_samples=1", "--max_steps=1", cwd=tmp_path)
+    assert result.returncode == 0, result.stderr
+    assert json.loads((tmp_path / "run" / "trainer_state.json").read_text())["global_step"] == 1
+
+
+def test_a_label_whose_only_image_is_held_out_is_no_mistake(command, tmp_path):
+    parquet(labels=list("abcdefgh"), kind=Value("string"), splits=["train"])(tmp_path)
+    result = command(*QUICK, DATA, "--train_val_split=0.25", cwd=tmp_path)
+    assert result.returncode == 0, result.stderr
+    assert result.stdout.count("no training image has a label of") == 1
+    assert len(json.loads((tmp_path / "run" / "config.json").read_text())["id2label"]) == 8
+
+
+def test_remote_code_of_a_teacher_runs_where_it_is_trusted(command, tmp_path):
+    remote_code_teacher(tmp_path, labels=["a", "b", "c"])
+    fitting = ["--max_train_samples=1000", "--teacher_num_train_epochs=4", "--teacher_learning_rate=2e-2"]
+    result = command(*QUICK, HARD, TEACHER, *fitting, "--trust_remote_code", cwd=tmp_path)
+    assert result.returncode == 0, result.stderr
+    assert (tmp_path / "ran").is_file()
+    results = json.loads((tmp_path / "run" / "all_results.json").read_text())
+    assert results["teacher_accuracy"] > 0.3
+    assert json.loads(Path(tmp_path, results["teacher_path"], "config.json").read_text())["model_type"] == "own"
