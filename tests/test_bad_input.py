@@ -14,11 +14,12 @@ import pytest
 import torch
 import yaml
 from datasets import ClassLabel, Dataset, Features, Image, Value
-from forked_command import REPOSITORY, ForkedCommand
 from PIL import Image as PILImage
+from real_command import REPOSITORY, run
 from safetensors.torch import load_file
 from transformers import ResNetConfig, ResNetForImageClassification, ViTImageProcessor
 
+from modeling_deit_ti.checkpoints import seal
 from modeling_deit_ti.data import DataArguments, make_image_processor
 from modeling_deit_ti.teacher import new_timm_classifier
 
@@ -39,13 +40,6 @@ QUICK = [
 ]
 HARD = "--distill_mode=hard"
 DIGITS = [str(digit) for digit in range(10)]
-
-
-@pytest.fixture(scope="module")
-def command():
-    forked = ForkedCommand()
-    yield forked
-    forked.close()
 
 
 def fresh(*flags: str, cwd: Path, launcher: tuple[str, ...] = (), **env: str) -> subprocess.CompletedProcess:
@@ -186,6 +180,14 @@ def remote_code_teacher(folder: Path, labels: list[str] = DIGITS) -> None:
         "class OwnConfig(ResNetConfig):\n    model_type = 'own'\n\n\n"
         "class OwnModel(ResNetForImageClassification):\n    config_class = OwnConfig\n"
     )
+
+
+def flipped_checkpoint(folder: Path) -> None:
+    files(**{"run__checkpoint-10__model.safetensors": b"weights", "run__checkpoint-10__optimizer.pt": b"state"})(
+        folder
+    )
+    seal(folder / "run" / "checkpoint-10")
+    (folder / "run" / "checkpoint-10" / "optimizer.pt").write_bytes(b"stbte")
 
 
 def nothing(folder: Path) -> None:
@@ -453,7 +455,12 @@ MISTAKES = {
     "checkpoint incomplete": (
         files(**{"run__checkpoint-10__trainer_state.json": b'{"epoch": 1.'}),
         ["--resume_from_checkpoint=run/checkpoint-10"],
-        ["--resume_from_checkpoint run/checkpoint-10", "no complete checkpoint"],
+        ["--resume_from_checkpoint run/checkpoint-10", "no complete checkpoint", "was being written"],
+    ),
+    "checkpoint with a flipped bit": (
+        flipped_checkpoint,
+        ["--resume_from_checkpoint=run/checkpoint-10"],
+        ["--resume_from_checkpoint run/checkpoint-10", "no complete checkpoint", "its optimizer.pt is damaged"],
     ),
 }
 if not torch.cuda.is_available():
@@ -461,11 +468,11 @@ if not torch.cuda.is_available():
 
 
 @pytest.mark.parametrize("mistake", MISTAKES)
-def test_a_mistake_ends_with_one_message_and_touches_nothing(mistake, command, tmp_path):
+def test_a_mistake_ends_with_one_message_and_touches_nothing(mistake, tmp_path):
     prepare, flags, named = MISTAKES[mistake]
     prepare(tmp_path)
     before = snapshot(tmp_path)
-    result = command(*QUICK, *flags, cwd=tmp_path)
+    result = run(*QUICK, *flags, cwd=tmp_path)
     assert result.returncode == 2, result.stderr
     message = message_of(result)
     for part in named:
@@ -477,11 +484,11 @@ def test_a_mistake_ends_with_one_message_and_touches_nothing(mistake, command, t
 
 
 @pytest.mark.parametrize("mistake", ["image cut off", "teacher pickled", "seed below 0", "recipe with nan"])
-def test_a_forked_command_ends_as_a_fresh_one_does(mistake, command, tmp_path):
+def test_a_forked_command_ends_as_a_fresh_one_does(mistake, tmp_path):
     prepare, flags, _ = MISTAKES[mistake]
     prepare(tmp_path)
     before = snapshot(tmp_path)
-    results = [run(*QUICK, *flags, cwd=tmp_path) for run in (fresh, command)]
+    results = [start(*QUICK, *flags, cwd=tmp_path) for start in (fresh, run)]
     assert [result.returncode for result in results] == [2, 2]
     assert message_of(results[0]) == message_of(results[1])
     assert snapshot(tmp_path) == before
@@ -521,28 +528,28 @@ def disk(tmp_path):
 
 @pytest.mark.skipif(not shutil.which("mount"), reason="needs mount")
 class TestDisk:
-    def test_read_only_folders_are_found_before_training(self, command, disk, tmp_path):
+    def test_read_only_folders_are_found_before_training(self, disk, tmp_path):
         disk("ro")
         for flags in (["--output_dir=disk/run"], [HARD, "--teacher_output_dir=disk/teachers"]):
-            result = command(*QUICK, *flags, cwd=tmp_path)
+            result = run(*QUICK, *flags, cwd=tmp_path)
             assert result.returncode == 2
             message = message_of(result)
             assert message.startswith(flags[-1].replace("=", " ") + ": nothing can be written there")
             assert "Read-only file system" in message
         assert not (tmp_path / "run").exists()
 
-    def test_a_full_disk_is_found_before_training(self, command, disk, tmp_path):
+    def test_a_full_disk_is_found_before_training(self, disk, tmp_path):
         disk("size=64k")
         (tmp_path / "disk" / "mine").write_bytes(bytes(64 * 1024))
-        result = command(*QUICK, "--output_dir=disk/run", cwd=tmp_path)
+        result = run(*QUICK, "--output_dir=disk/run", cwd=tmp_path)
         assert result.returncode == 2
         assert "--output_dir disk/run: nothing can be written there" in message_of(result)
         assert os.listdir(tmp_path / "disk") == ["mine"]
 
-    def test_a_disk_that_fills_up_leaves_the_last_checkpoint_to_go_on_from(self, command, disk, tmp_path):
+    def test_a_disk_that_fills_up_leaves_the_last_checkpoint_to_go_on_from(self, disk, tmp_path):
         disk("size=8m")  # room for one checkpoint, not for two
         flags = [*QUICK, "--output_dir=disk/run", "--save_strategy=epoch", "--num_train_epochs=3"]
-        result = command(*flags, cwd=tmp_path)
+        result = run(*flags, cwd=tmp_path)
         assert result.returncode == 1, result.stderr
         message = message_of(result)
         assert message.startswith("disk/run cannot be written (") and "--resume_from_checkpoint True" in message
@@ -550,17 +557,22 @@ class TestDisk:
         assert load_file(tmp_path / "disk" / "run" / "checkpoint-2" / "model.safetensors")
 
         disk("remount,size=64m")
-        result = command(*flags, "--resume_from_checkpoint=True", "--save_total_limit=9", cwd=tmp_path)
+        result = run(*flags, "--resume_from_checkpoint=True", "--save_total_limit=9", cwd=tmp_path)
         assert result.returncode == 0, result.stderr
         assert snapshot(tmp_path / "disk" / "run" / "checkpoint-2") == before
         assert json.loads((tmp_path / "disk" / "run" / "all_results.json").read_text())["epoch"] == 3
 
-    def test_a_teacher_that_finds_no_room_leaves_nothing_behind(self, command, disk, tmp_path):
+    def test_a_teacher_that_finds_no_room_is_fitted_once_there_is(self, disk, tmp_path):
         disk("size=1m")
-        result = command(*QUICK, HARD, "--teacher_output_dir=disk/teachers", cwd=tmp_path)
+        flags = [*QUICK, HARD, "--teacher_output_dir=disk/teachers"]
+        result = run(*flags, cwd=tmp_path)
         assert result.returncode == 1, result.stderr
         assert message_of(result).startswith("disk/teachers cannot be written (No space left on device)")
-        assert not [path for path in (tmp_path / "disk").rglob("*") if path.is_file()]
+        assert not list((tmp_path / "disk").glob("teachers/*/teacher_recipe.json"))
+        disk("remount,size=64m")
+        result = run(*flags, cwd=tmp_path)
+        assert "is no better than chance" in message_of(result)  # after so short a fitting
+        assert len(list((tmp_path / "disk").glob("teachers/*/teacher_recipe.json"))) == 1
 
     @pytest.mark.parametrize("options", ["ro", "size=64k"])
     def test_a_cache_that_cannot_be_written_is_named(self, options, disk, tmp_path):
@@ -593,10 +605,10 @@ def test_a_limit_on_the_size_of_files_is_told_as_a_full_disk_is(tmp_path):
 # ---------------------------------------------------------------------------------------------------------------------
 
 
-def test_a_label_without_a_training_image_is_told_and_names_with_markup_leave_the_card_whole(command, tmp_path):
+def test_a_label_without_a_training_image_is_told_and_names_with_markup_leave_the_card_whole(tmp_path):
     names = ["<b>|`cat`\n---\n", "key: [value] # \u202e{{ x }}", "emu | <script>"]
     parquet(names=names)(tmp_path)
-    result = command(*QUICK, DATA, cwd=tmp_path)
+    result = run(*QUICK, DATA, cwd=tmp_path)
     assert result.returncode == 0, result.stderr
     assert f"Images: no training image has a label of {names[2]!r}\n" in result.stdout
     config = json.loads((tmp_path / "run" / "config.json").read_text())
@@ -605,34 +617,34 @@ def test_a_label_without_a_training_image_is_told_and_names_with_markup_leave_th
     assert yaml.safe_load(front_matter)["pipeline_tag"] == "image-classification"
 
 
-def test_thousands_of_labels_on_images_of_one_pixel_train(command, tmp_path):
+def test_thousands_of_labels_on_images_of_one_pixel_train(tmp_path):
     names = [f"species {index}" for index in range(3000)]
     parquet(labels=range(3000), names=names, images=[picture(i, (1, 1)) for i in range(3000)])(tmp_path)
-    result = command(*QUICK, DATA, "--max_train_samples=5", cwd=tmp_path)
+    result = run(*QUICK, DATA, "--max_train_samples=5", cwd=tmp_path)
     assert result.returncode == 0, result.stderr
     assert "and 2985 more" in result.stdout
     assert load_file(tmp_path / "run" / "model.safetensors")["timm_model.fc.weight"].shape[0] == 3000
 
 
-def test_one_training_image_in_batches_of_one_trains(command, tmp_path):
+def test_one_training_image_in_batches_of_one_trains(tmp_path):
     flags = ["--model_name_or_path=deit_ti", "--patch_size=16", "--per_device_train_batch_size=1"]
-    result = command(*QUICK, *flags, "--max_train_samples=1", "--max_steps=1", cwd=tmp_path)
+    result = run(*QUICK, *flags, "--max_train_samples=1", "--max_steps=1", cwd=tmp_path)
     assert result.returncode == 0, result.stderr
     assert json.loads((tmp_path / "run" / "trainer_state.json").read_text())["global_step"] == 1
 
 
-def test_a_label_whose_only_image_is_held_out_is_no_mistake(command, tmp_path):
+def test_a_label_whose_only_image_is_held_out_is_no_mistake(tmp_path):
     parquet(labels=list("abcdefgh"), kind=Value("string"), splits=["train"])(tmp_path)
-    result = command(*QUICK, DATA, "--train_val_split=0.25", cwd=tmp_path)
+    result = run(*QUICK, DATA, "--train_val_split=0.25", cwd=tmp_path)
     assert result.returncode == 0, result.stderr
     assert result.stdout.count("no training image has a label of") == 1
     assert len(json.loads((tmp_path / "run" / "config.json").read_text())["id2label"]) == 8
 
 
-def test_remote_code_of_a_teacher_runs_where_it_is_trusted(command, tmp_path):
+def test_remote_code_of_a_teacher_runs_where_it_is_trusted(tmp_path):
     remote_code_teacher(tmp_path, labels=["a", "b", "c"])
     fitting = ["--max_train_samples=1000", "--teacher_num_train_epochs=4", "--teacher_learning_rate=2e-2"]
-    result = command(*QUICK, HARD, TEACHER, *fitting, "--trust_remote_code", cwd=tmp_path)
+    result = run(*QUICK, HARD, TEACHER, *fitting, "--trust_remote_code", cwd=tmp_path)
     assert result.returncode == 0, result.stderr
     assert (tmp_path / "ran").is_file()
     results = json.loads((tmp_path / "run" / "all_results.json").read_text())
