@@ -8,8 +8,10 @@ from pathlib import Path
 
 import evaluate
 import torch
+from accelerate.utils import DynamoBackend
 from transformers import Trainer, TrainerCallback, TrainingArguments
 from transformers.trainer_utils import EvalPrediction
+from transformers.utils import is_torch_tf32_available
 
 from .configuration_deit_ti import READOUTS
 from .data import TrainSampler, UserError, collate_images, mix_images
@@ -78,6 +80,12 @@ class DistillationTrainingArguments(TrainingArguments):
     logging_nan_inf_filter: bool = field(
         default=False, metadata={"help": "Hide losses that are not finite. By default they end the run."}
     )
+    tf32: bool | None = field(
+        default=None,
+        metadata={
+            "help": "TF32 in float32 products and convolutions. Default: on where the GPU has it (Ampere and newer)."
+        },
+    )
     # The model takes fewer columns than the loader's batches have: the seeds go to the augmentation.
     remove_unused_columns: bool = field(default=False, metadata={"help": "Has to be false here."})
     do_train: bool = field(default=True, metadata={"help": "Has to be true here: this command trains."})
@@ -112,7 +120,13 @@ class DistillationTrainingArguments(TrainingArguments):
         if self.ddp_find_unused_parameters is None:
             # A head that no term of the loss reaches has no gradient; elsewhere looking for it costs time for nothing.
             self.ddp_find_unused_parameters = len(self.mode.tokens) == 2 and self.mode.alpha in (0.0, 1.0)
+        if self.tf32 is None and is_torch_tf32_available():
+            self.tf32 = True
+        has_default_accelerator_config = self.accelerator_config is None
         super().__post_init__()
+        if has_default_accelerator_config and self.device.type == "cuda":
+            # Batches then travel while the device still computes; the loader pins them, as this needs.
+            self.accelerator_config.non_blocking = self.dataloader_pin_memory
         if self.device.type == "cpu":
             self.dataloader_pin_memory = False  # there is no device to copy to; torch would warn
         if self.device.type == "cpu" and self.fp16:
@@ -198,11 +212,16 @@ class DistillationTrainer(Trainer):
         self.model_accepts_loss_kwargs = False  # whatever the model's signature: the loss is ours, see above
         self.mode: DistillMode = self.args.mode
         self.num_labels: int = self.model.config.num_labels
-        self.teacher = teacher
+        self.teacher = self.training_teacher = teacher
         self.augment = augment
         if teacher is not None:
             dtype = {"fp16": torch.float16, "bf16": torch.bfloat16}.get(self.args.mixed_precision, torch.float32)
-            teacher.to(self.args.device, dtype)
+            teacher.to(self.args.device, dtype, memory_format=torch.channels_last)
+            # As accelerate compiles the student: for training, whose batches all have one shape. Evaluation, whose
+            # last batch is smaller, goes uncompiled for both.
+            compile_options = self.accelerator.state.dynamo_plugin
+            if compile_options.backend != DynamoBackend.NO:
+                self.training_teacher = torch.compile(teacher, **compile_options.to_kwargs())
         # Another model has one head to train, whatever else it returns.
         self.is_deit_ti = isinstance(self.model, DeiTTiForImageClassification)
         two_heads = self.is_deit_ti and len(self.model.config.tokens) == 2
@@ -241,7 +260,7 @@ class DistillationTrainer(Trainer):
             pixel_values, labels, int(inputs["seeds"][0]), self.num_labels, self.args.mixup, self.args.cutmix
         )
         pixel_values = self._prepare_input(pixel_values)  # DeepSpeed wants its own precision
-        teacher_logits = self.teacher(pixel_values) if self.mode.has_teacher else None
+        teacher_logits = self.training_teacher(pixel_values) if self.mode.has_teacher else None
         outputs = model(pixel_values=pixel_values)
         parts = distillation_loss(
             self.mode,
