@@ -87,7 +87,6 @@ DATA_HYPERPARAMETERS = (
     "horizontal_flip",
     "auto_augment",
     "random_erasing",
-    "augment_on",
     "eval_crop_ratio",
 )
 TRAINING_HYPERPARAMETERS = (
@@ -209,7 +208,7 @@ def main() -> None:
     if data.unseen_labels and training_args.process_index == 0:
         print(f"Images: no training image has a label of {some(data.unseen_labels)}")
     image_processor = make_image_processor(data_args, model_args.image_size)
-    train_images, augment = make_train_images(data.train, data_args, image_processor)
+    train_images, augment = make_train_images(data.train, data_args, image_processor, training_args.device.type)
     set_seed(training_args.seed)  # the Trainer seeds again before training, so fitting a teacher changes nothing
     student, not_taken_over = make_student(model_args, mode, data.label_names, image_processor)
     check_training(training_args, student)
@@ -596,6 +595,7 @@ def describe_run(
     if training_args.max_steps < 0:
         del hyperparameters["max_steps"]  # epochs decide
     hyperparameters |= {name: getattr(data_args, name) for name in DATA_HYPERPARAMETERS}
+    hyperparameters["augment_on"] = "loader" if trainer.augment is None else "device"
     hyperparameters |= {"precision": training_args.mixed_precision, "num_processes": training_args.world_size}
     return RunRecord(
         architecture="deit_ti" if is_deit_ti else model_args.model_name_or_path,

@@ -15,9 +15,10 @@ Three properties that the rest of this file is arranged around:
   against the timm and Pillow code that it stands for.
 """
 
+import contextlib
 import math
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import NamedTuple
 
 import torch
@@ -131,6 +132,18 @@ def bicubic_weights(
     # Fixed point, as in Pillow, but 15 bits: 8-bit pixels times these sum exactly in float32, so that the result
     # depends neither on the order of the sum nor on the batch that a matrix product is tuned for.
     return weights.mul_(2**15).round_().mul_(2.0**-15)
+
+
+@contextlib.contextmanager
+def whole_float32() -> Iterator[None]:
+    """CUDA's matrix products take float32 as it is inside, whatever `--tf32` says."""
+    matmul = torch.backends.cuda.matmul
+    before = matmul.fp32_precision
+    matmul.fp32_precision = "ieee"
+    try:
+        yield
+    finally:
+        matmul.fp32_precision = before
 
 
 def resize(images: torch.Tensor, boxes: torch.Tensor, size: int, flips: torch.Tensor) -> torch.Tensor:
@@ -583,8 +596,8 @@ class BatchAugmentation:
         if self.normal.device != images.device:
             for name in ("mean", "std", "fill", "normal"):
                 setattr(self, name, getattr(self, name).to(images.device))
-        # Inside autocast the resize's products would be taken in 16 bits.
-        with torch.autocast(images.device.type, enabled=False):
+        # Inside autocast the resize's products would be taken in 16 bits, and in TF32 their factors be cut to 11.
+        with torch.autocast(images.device.type, enabled=False), whole_float32():
             images = self.crop_and_flip(images, seeds)
             if self.rand_augment is not None:
                 images = rand_augment(images, self.rand_augment, seeds, self.fill)

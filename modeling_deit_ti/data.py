@@ -15,6 +15,7 @@ import random
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 
 import numpy as np
@@ -51,6 +52,9 @@ MAX_BATCH_BYTES = 128 * 2**20
 MAX_ASPECT_RATIO = 200
 # Bump when images or labels come out differently than before: what `datasets` has cached is then made anew.
 CHECK_VERSION = 1
+# Up to this height and width, of the images and of the model's input, a CPU augments whole batches twice as fast as
+# timm does their images, or faster; far above it is slower (results/augment_on.md).
+MAX_CPU_BATCH_AUGMENTATION_SIZE = 64
 # The subsets that --max_train_samples and --train_val_split take are the same in every run, whatever its --seed:
 # runs that are compared then see the same images, and a fitted teacher serves them all.
 SUBSET_SEED = 0
@@ -192,11 +196,12 @@ class DataArguments:
     )
     random_erasing: float = field(default=0.25, metadata={"help": "Probability of random erasing."})
     augment_on: str = field(
-        default="loader",
+        default="auto",
         metadata={
             "help": "`loader`: timm's transforms, image by image, in the loader's workers. `device`: the same recipe "
-            "on whole batches where the model is; for images that all have one size.",
-            "choices": ["loader", "device"],
+            "on whole batches where the model is; for images that all have one size. `auto`: `device` where that "
+            "is possible and, without a GPU, the images and the model's input have at most 64 pixels a side.",
+            "choices": ["auto", "loader", "device"],
         },
     )
     eval_crop_ratio: float | None = field(
@@ -710,35 +715,106 @@ def seeded(seed: int) -> Iterator[None]:
 
 
 def make_train_images(
-    dataset: Dataset, args: DataArguments, image_processor
+    dataset: Dataset, args: DataArguments, image_processor, device: str = "cpu"
 ) -> tuple["TrainImages", BatchAugmentation | None]:
     """
     The training images, and what is left to do to their batches where the model is: nothing with
     `--augment_on loader`, all augmentation with `device`.
 
+    Args:
+        device (`str`, *optional*, defaults to `"cpu"`): type of the device that trains; `auto` goes by it.
+
     Raises:
         UserError: if the device is to augment images of different sizes, or with a policy it does not know.
     """
-    if args.augment_on == "loader":
-        return TrainImages(dataset, make_train_transform(args, image_processor)), None
-    if "pixels" not in dataset.column_names or any(len(dataset.unique(name)) > 1 for name in ("height", "width")):
-        raise UserError(
-            "--augment_on device: the images are not all of one size, or too many; use --augment_on loader."
-        )
     image_size = image_processor.crop_size["height"]
+    size = common_size(dataset)
+    # Where whole batches were measured to be faster (results/augment_on.md); the loader's way works on any device.
+    is_small = size is not None and max(*size, image_size) <= MAX_CPU_BATCH_AUGMENTATION_SIZE
+    wanted = args.augment_on == "device" or (
+        args.augment_on == "auto" and (device == "cuda" or (device == "cpu" and is_small))
+    )
+    augment = None
     try:
-        augment = BatchAugmentation(
-            image_size,
-            crop=args.crop_at(image_size),
-            horizontal_flip=args.horizontal_flip,
-            auto_augment=None if args.auto_augment == "none" else args.auto_augment,
-            random_erasing=args.random_erasing,
-            image_mean=image_processor.image_mean,
-            image_std=image_processor.image_std,
-        )
+        if wanted and size is None:
+            raise ValueError("the images are not all of one size, or too many to be kept decoded.")
+        if wanted:
+            augment = BatchAugmentation(
+                image_size,
+                crop=args.crop_at(image_size),
+                horizontal_flip=args.horizontal_flip,
+                auto_augment=None if args.auto_augment == "none" else args.auto_augment,
+                random_erasing=args.random_erasing,
+                image_mean=image_processor.image_mean,
+                image_std=image_processor.image_std,
+            )
     except ValueError as error:
-        raise UserError(f"--augment_on device: {error} Use --augment_on loader for it.") from error
-    return TrainImages(dataset, transform=None), augment
+        if args.augment_on == "device":
+            raise UserError(f"--augment_on device: {error} Use --augment_on loader.") from error
+    return TrainImages(dataset, None if augment else make_train_transform(args, image_processor)), augment
+
+
+def common_size(dataset: Dataset) -> tuple[int, int] | None:
+    """Height and width of the images, where they are decoded and all of one size."""
+    if "pixels" not in dataset.column_names:
+        return None
+    heights, widths = dataset.unique("height"), dataset.unique("width")
+    return (heights[0], widths[0]) if len(heights) == len(widths) == 1 else None
+
+
+class ImageBatches:
+    """
+    Whole batches of decoded images of one size: NumPy gathers the rows where `datasets` has mapped its Arrow files
+    into memory, so that no image becomes a Python object and none is copied but into its batch.
+
+    Args:
+        dataset (`datasets.Dataset`): a split of [`ImageData`].
+    """
+
+    def __init__(self, dataset: Dataset):
+        # A selection of rows is a second table, of indices into the first.
+        self.dataset = dataset if dataset._indices is None else dataset.flatten_indices()
+
+    def __getstate__(self) -> dict:
+        """For a worker that is not forked: it maps the files itself, where pickled arrays would be copies."""
+        return {"dataset": self.dataset}
+
+    @cached_property
+    def chunks(self) -> list[np.ndarray]:
+        """The images as the file has them: `(rows, height, width, 3)` uint8, each a view of one Arrow array."""
+        height, width = self.dataset[0]["height"], self.dataset[0]["width"]
+        chunks = []
+        for array in filter(len, self.dataset.data.column("pixels").chunks):
+            _, offsets, values = array.buffers()  # of a `binary` array: validity, where each row starts, all rows
+            start = int(np.frombuffer(offsets, np.int32)[array.offset])
+            pixels = np.frombuffer(values, np.uint8, count=len(array) * height * width * 3, offset=start)
+            chunks.append(pixels.reshape(len(array), height, width, 3))
+        return chunks
+
+    @cached_property
+    def starts(self) -> np.ndarray:
+        """The row that each chunk starts with, and behind the last one the number of rows."""
+        return np.cumsum([0, *map(len, self.chunks)])
+
+    @cached_property
+    def labels(self) -> torch.Tensor | None:
+        """`(rows,)` int64, where the images have labels."""
+        if "label" not in self.dataset.column_names:
+            return None
+        return torch.from_numpy(self.dataset.data.column("label").to_numpy().copy())
+
+    def fetch(self, indices: Sequence[int]) -> dict[str, torch.Tensor]:
+        """`pixel_values` `(B, 3, height, width)` uint8, with the channels last in memory; `labels` `(B,)`, if any."""
+        indices = np.asarray(indices)
+        batch = np.empty((len(indices), *self.chunks[0].shape[1:]), np.uint8)
+        order = np.argsort(indices)
+        rows = indices[order]
+        bounds = np.searchsorted(rows, self.starts)  # sorted, the rows of one chunk are a slice
+        for chunk in np.flatnonzero(np.diff(bounds)):
+            here = slice(bounds[chunk], bounds[chunk + 1])
+            batch[order[here]] = self.chunks[chunk][rows[here] - self.starts[chunk]]
+        fetched = {"pixel_values": torch.from_numpy(batch).permute(0, 3, 1, 2)}
+        return fetched if self.labels is None else fetched | {"labels": self.labels[torch.from_numpy(indices)]}
 
 
 class TrainImages(torch.utils.data.Dataset):
@@ -747,30 +823,28 @@ class TrainImages(torch.utils.data.Dataset):
 
     Args:
         dataset (`datasets.Dataset`): a split of [`ImageData`].
-        transform (`Callable`, *optional*): RGB image to `pixel_values`. `None` gives the uint8 pixels, for
+        transform (`Callable`, *optional*): RGB image to `pixel_values`. `None` gives batches of uint8 pixels, for
             [`BatchAugmentation`].
     """
 
     def __init__(self, dataset: Dataset, transform: Callable[[PILImage.Image], torch.Tensor] | None):
         self.dataset = dataset
         self.transform = transform
+        self.batches = ImageBatches(dataset) if transform is None else None
 
     def __len__(self) -> int:
         return len(self.dataset)
 
     def __getitem__(self, key: tuple[int, int]) -> dict:
-        return self.__getitems__([key])[0]
+        return {name: values[0] for name, values in collate_images(self.__getitems__([key])).items()}
 
-    def __getitems__(self, keys: list[tuple[int, int]]) -> list[dict]:
+    def __getitems__(self, keys: list[tuple[int, int]]) -> list[dict] | dict:
+        if self.batches is not None:
+            return self.batches.fetch([index for index, _ in keys]) | {"seeds": np.array([seed for _, seed in keys])}
         samples = []
         for (_, seed), row in zip(keys, _rows(self.dataset, [index for index, _ in keys]), strict=True):
-            if self.transform is None:
-                pixels = torch.frombuffer(bytearray(row["pixels"]), dtype=torch.uint8)
-                sample = {"pixel_values": pixels.view(row["height"], row["width"], 3).permute(2, 0, 1)}
-            else:
-                with seeded(seed):
-                    sample = {"pixel_values": self.transform(read_image(row))}
-            sample["seeds"] = seed
+            with seeded(seed):
+                sample = {"pixel_values": self.transform(read_image(row)), "seeds": seed}
             if "label" in row:
                 sample["labels"] = row["label"]
             samples.append(sample)
@@ -783,26 +857,36 @@ class EvalImages(torch.utils.data.Dataset):
     def __init__(self, dataset: Dataset, image_processor):
         self.dataset = dataset
         self.image_processor = image_processor
+        self.batches = ImageBatches(dataset) if common_size(dataset) else None
 
     def __len__(self) -> int:
         return len(self.dataset)
 
     def __getitem__(self, index: int) -> dict:
-        return self.__getitems__([index])[0]
+        return {name: values[0] for name, values in collate_images(self.__getitems__([index])).items()}
 
-    def __getitems__(self, indices: list[int]) -> list[dict]:
+    def __getitems__(self, indices: list[int]) -> list[dict] | dict:
+        if self.batches is not None:  # the processor makes the same of tensors, without the way through PIL
+            batch = self.batches.fetch(indices)
+            return batch | {"pixel_values": self._processed(batch["pixel_values"])}
         rows = list(_rows(self.dataset, indices))
-        pixel_values = self.image_processor([read_image(row) for row in rows], return_tensors="pt")["pixel_values"]
+        pixel_values = self._processed([read_image(row) for row in rows])
         return [
             {"pixel_values": pixels, "labels": row["label"]} for pixels, row in zip(pixel_values, rows, strict=True)
         ]
 
+    def _processed(self, images: torch.Tensor | list[PILImage.Image]) -> torch.Tensor:
+        return self.image_processor(images, return_tensors="pt")["pixel_values"]
 
-def collate_images(samples: list[dict]) -> dict[str, torch.Tensor]:
+
+def collate_images(samples: list[dict] | dict) -> dict[str, torch.Tensor]:
     """
+    A batch of samples, or the batch that a dataset has fetched whole:
     `pixel_values` (B, 3, height, width); `labels` (B,), where the images have them; and in training `seeds` (B,), a
     NumPy array, so that it stays on the CPU when the tensors go to the device.
     """
+    if isinstance(samples, dict):
+        return samples
     batch = {"pixel_values": torch.stack([sample["pixel_values"] for sample in samples])}
     if "labels" in samples[0]:
         batch["labels"] = torch.tensor([sample["labels"] for sample in samples])

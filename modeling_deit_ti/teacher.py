@@ -423,6 +423,8 @@ def _fit(
         random_erasing=0.0,
         augment_on=data_args.augment_on,
     )
+    teacher_processor = make_image_processor(light, image_size, mean, std)
+    train_images, augment = make_train_images(data.train, light, teacher_processor, training_args.device.type)
     recipe = {
         "teacher": name,
         "pretrained": pretrained is not None,
@@ -430,7 +432,7 @@ def _fit(
         "dataset": data.fingerprint,
         "crop": light.crop,
         "horizontal_flip": light.horizontal_flip,
-        "augment_on": light.augment_on,
+        "augment_on": "loader" if augment is None else "device",
         "num_train_epochs": args.teacher_num_train_epochs,
         "learning_rate": args.teacher_learning_rate,
         "batch_size": training_args.total_train_batch_size,
@@ -462,14 +464,12 @@ def _fit(
         if is_fitted:
             return str(folder)
 
-        teacher_processor = make_image_processor(light, image_size, mean, std)
         set_seed(TEACHER_SEED)
         if pretrained is None:
             model = new_timm_classifier(name, data.label_names, image_size, teacher_processor)
         else:
             model = _with_labels(pretrained, source, data.label_names, args.trust_remote_code)
         check_takes_images(model, name, image_size, min(training_args.train_batch_size, len(data.train)))
-        train_images, augment = make_train_images(data.train, light, teacher_processor)
         unfinished = f"{folder}.unfinished"
         trainer = DistillationTrainer(
             model=model,
@@ -540,6 +540,8 @@ def _fitting_arguments(
                 "tf32",
                 "use_cpu",
                 "torch_compile",
+                "torch_compile_backend",
+                "torch_compile_mode",
                 "dataloader_num_workers",
                 "dataloader_pin_memory",
                 "disable_tqdm",

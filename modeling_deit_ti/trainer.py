@@ -7,10 +7,12 @@ from pathlib import Path
 
 import evaluate
 import torch
+from accelerate.utils import DynamoBackend
 from torch import distributed
 from torch.utils.data import Dataset
 from transformers import Trainer, TrainerCallback, TrainingArguments
 from transformers.trainer_utils import EvalPrediction, rotate_checkpoints
+from transformers.utils import is_torch_tf32_available
 
 from .checkpoints import seal
 from .configuration_deit_ti import READOUTS
@@ -105,6 +107,12 @@ class DistillationTrainingArguments(TrainingArguments):
     logging_nan_inf_filter: bool = field(
         default=False, metadata={"help": "Hide losses that are not finite. By default they end the run."}
     )
+    tf32: bool | None = field(
+        default=None,
+        metadata={
+            "help": "TF32 in float32 products and convolutions. Default: on where the GPU has it (Ampere and newer)."
+        },
+    )
     # The model takes fewer columns than the loader's batches have: the seeds go to the augmentation.
     remove_unused_columns: bool = field(default=False, metadata={"help": "Has to be false here."})
     do_train: bool = field(default=True, metadata={"help": "Has to be true here: this command trains."})
@@ -157,7 +165,13 @@ class DistillationTrainingArguments(TrainingArguments):
         if self.ddp_find_unused_parameters is None:
             # A head that no term of the loss reaches has no gradient; elsewhere looking for it costs time for nothing.
             self.ddp_find_unused_parameters = len(self.mode.tokens) == 2 and self.mode.alpha in (0.0, 1.0)
+        if self.tf32 is None and is_torch_tf32_available():
+            self.tf32 = True
+        has_default_accelerator_config = self.accelerator_config is None
         super().__post_init__()
+        if has_default_accelerator_config and self.device.type == "cuda":
+            # Batches then travel while the device still computes; the loader pins them, as this needs.
+            self.accelerator_config.non_blocking = self.dataloader_pin_memory
         self._check_metric_for_best_model()
         if self.device.type == "cpu":
             self.dataloader_pin_memory = False  # there is no device to copy to; torch would warn
@@ -305,12 +319,17 @@ class DistillationTrainer(Trainer):
         self.model_accepts_loss_kwargs = False  # whatever the model's signature: the loss is ours, see above
         self.mode: DistillMode = self.args.mode
         self.num_labels: int = self.model.config.num_labels
-        self.teacher = teacher
+        self.teacher = self.training_teacher = teacher
         self.teacher_cache = teacher_cache
         self.augment = augment
         if teacher is not None:
             dtype = {"fp16": torch.float16, "bf16": torch.bfloat16}.get(self.args.mixed_precision, torch.float32)
-            teacher.to(self.args.device, dtype)
+            teacher.to(self.args.device, dtype, memory_format=torch.channels_last)
+            # As accelerate compiles the student: for training, whose batches all have one shape. Evaluation, whose
+            # last batch is smaller, goes uncompiled for both.
+            compile_options = self.accelerator.state.dynamo_plugin
+            if compile_options.backend != DynamoBackend.NO:
+                self.training_teacher = torch.compile(teacher, **compile_options.to_kwargs())
         # Another model has one head to train, whatever else it returns.
         self.is_deit_ti = isinstance(self.model, DeiTTiForImageClassification)
         two_heads = self.is_deit_ti and len(self.model.config.tokens) == 2
@@ -404,8 +423,8 @@ class DistillationTrainer(Trainer):
 
     def _teacher_logits(self, pixel_values, seeds) -> torch.Tensor:
         if self.teacher_cache is None:
-            return self.teacher(pixel_values)
-        return self.teacher_cache(self.teacher, pixel_values, seeds, self.run_callback.sampler)
+            return self.training_teacher(pixel_values)
+        return self.teacher_cache(self.training_teacher, pixel_values, seeds, self.run_callback.sampler)
 
     def get_decay_parameter_names(self, model) -> list[str]:
         """As DeiT's `no_weight_decay`: tokens and positions do not decay either."""

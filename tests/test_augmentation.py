@@ -506,6 +506,18 @@ def test_every_device_gives_the_same_image_also_within_autocast(images, device):
     assert ((found.cpu() - expected).abs() > 1e-5).float().mean() < (0.001 if device == "cuda" else 1e-12)
 
 
+def test_the_resize_is_exact_whatever_the_precision_of_products_is_set_to(images, monkeypatch):
+    matmul, bmm, used = torch.backends.cuda.matmul, torch.bmm, []
+    monkeypatch.setattr(torch, "bmm", lambda *args: used.append(matmul.fp32_precision) or bmm(*args))
+    before = matmul.fp32_precision
+    try:
+        matmul.fp32_precision = "tf32"
+        augmentation(48)(images, torch.arange(len(images)))
+        assert used == ["ieee", "ieee"] and matmul.fp32_precision == "tf32"
+    finally:
+        matmul.fp32_precision = before
+
+
 def test_the_input_is_left_as_it_was(images):
     before = images.clone()
     for crop in ("resized", "padded", "none"):

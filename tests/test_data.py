@@ -1,12 +1,13 @@
 """Datasets in, tensors out: every source, every kind of image, every mistake, and what is random in between."""
 
 import io
+import pickle
 import random
 
 import numpy as np
 import pytest
 import torch
-from datasets import ClassLabel, Dataset, DatasetDict, Features, Image, Value
+from datasets import ClassLabel, Dataset, DatasetDict, Features, Image, Value, concatenate_datasets
 from PIL import Image as PILImage
 from timm.data.constants import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from torch.utils.data import DataLoader
@@ -14,6 +15,7 @@ from torch.utils.data import DataLoader
 from modeling_deit_ti.data import (
     DataArguments,
     EvalImages,
+    ImageBatches,
     TrainImages,
     TrainSampler,
     UserError,
@@ -23,6 +25,7 @@ from modeling_deit_ti.data import (
     make_train_images,
     make_train_transform,
     mix_images,
+    read_image,
     to_rgb,
 )
 
@@ -43,8 +46,8 @@ def train_transform(args: DataArguments, image_size: int):
     return make_train_transform(args, make_image_processor(args, image_size))
 
 
-def train_images(dataset, args: DataArguments, image_size: int):
-    return make_train_images(dataset, args, make_image_processor(args, image_size))
+def train_images(dataset, args: DataArguments, image_size: int, device: str = "cpu"):
+    return make_train_images(dataset, args, make_image_processor(args, image_size), device)
 
 
 def load(folder, **arguments):
@@ -411,13 +414,95 @@ def test_the_device_gets_raw_pixels_and_finishes_what_the_loader_would_have(tmp_
     images, augment = train_images(data.train, plain(augment_on="device"), 8)
     batch = collate_images(images.__getitems__(keys))
     assert batch["pixel_values"].shape == (8, 3, 8, 8) and batch["pixel_values"].dtype == torch.uint8
-    by_loader, nothing = train_images(data.train, plain(), 8)
+    by_loader, nothing = train_images(data.train, plain(augment_on="loader"), 8)
     expected = collate_images(by_loader.__getitems__(keys))
     assert nothing is None
     torch.testing.assert_close(
         augment(batch["pixel_values"], torch.from_numpy(batch["seeds"])), expected["pixel_values"]
     )
     assert torch.equal(batch["labels"], expected["labels"])
+
+
+@pytest.mark.parametrize(
+    "rows",
+    [
+        lambda split: split,  # of two Arrow arrays
+        lambda split: split.select(range(997, 1005)),  # a slice across both
+        lambda split: split.select([1200, 3, 999, 1000, 3, 7]),  # indices into them
+        lambda split: split.shuffle(seed=0).select(range(40)).select([0, 39, 1]),
+        lambda split: concatenate_datasets([split.select(range(5)), split.select([1437, 0])]),
+        lambda split: split.remove_columns("label"),
+    ],
+)
+def test_a_batch_fetched_whole_is_the_rows_it_was_asked_for(rows):
+    split = rows(load("digits").train)
+    indices = np.random.default_rng(0).integers(0, len(split), 50)
+    batches = ImageBatches(split)
+    for fetch in (batches.fetch, pickle.loads(pickle.dumps(batches)).fetch):
+        batch = fetch(indices.tolist())
+        expected = np.stack([pixels(split[int(index)]) for index in indices])
+        np.testing.assert_array_equal(batch["pixel_values"].permute(0, 2, 3, 1), expected)
+        if "label" in split.column_names:
+            assert batch["labels"].tolist() == [split[int(index)]["label"] for index in indices]
+        else:
+            assert "labels" not in batch
+    assert all(not chunk.flags.owndata and not chunk.flags.writeable for chunk in batches.chunks)  # the file's own
+    assert len(pickle.dumps(batches)) < len(pickle.dumps(batches.dataset)) + 200  # and no worker is sent a copy
+
+
+def test_batches_fetched_whole_are_the_same_for_any_number_of_workers():
+    images, augment = train_images(load("digits", max_train_samples=40).train, DataArguments(augment_on="device"), 32)
+    keys = list(TrainSampler(40, 8, seed=5))
+    epochs = []
+    for workers in (0, 2):
+        loader = DataLoader(images, batch_size=8, sampler=keys, collate_fn=collate_images, num_workers=workers)
+        epochs.append([augment(batch["pixel_values"], torch.from_numpy(batch["seeds"])) for batch in loader])
+    torch.testing.assert_close(epochs[0], epochs[1], atol=0, rtol=0)
+    alone = images[keys[3]]
+    again = augment(alone["pixel_values"][None], torch.tensor([alone["seeds"]]))[0]
+    torch.testing.assert_close(again, epochs[0][0][3], atol=0, rtol=0)
+
+
+@pytest.mark.parametrize(("image_size", "arguments"), [(8, {}), (20, {"crop": "none"}), (48, {})])
+def test_evaluation_images_fetched_whole_are_what_the_shipped_processor_makes_of_each(image_size, arguments):
+    split = load("digits", max_eval_samples=6).evaluation
+    processor = make_image_processor(DataArguments(**arguments), image_size)
+    batch = collate_images(EvalImages(split, processor).__getitems__([5, 0, 3]))
+    for position, index in enumerate([5, 0, 3]):
+        expected = processor(read_image(split[index]), return_tensors="pt")["pixel_values"][0]
+        torch.testing.assert_close(batch["pixel_values"][position], expected, atol=0, rtol=0)
+    assert batch["labels"].tolist() == [split[index]["label"] for index in [5, 0, 3]]
+
+
+def test_images_of_several_sizes_are_evaluated_one_by_one():
+    pictures = [picture(0, (9, 12)), picture(1, (12, 9))]
+    features = Features({"image": Image(), "label": Value("int64")})
+    split = Dataset.from_dict({"image": pictures, "label": [0, 1]}, features=features)
+    processor = make_image_processor(DataArguments(), 16)
+    batch = collate_images(EvalImages(split, processor).__getitems__([1, 0]))
+    expected = processor([pictures[1], pictures[0]], return_tensors="pt")["pixel_values"]
+    torch.testing.assert_close(batch["pixel_values"], expected, atol=0, rtol=0)
+
+
+def test_auto_augments_on_the_device_where_it_can_and_is_faster():
+    split = load("digits", max_train_samples=8).train
+    features = Features({"pixels": Value("binary"), "height": Value("int32"), "width": Value("int32")})
+    two_sizes = {"pixels": [bytes(12), bytes(18)], "height": [2, 2], "width": [2, 3]}
+    mixed = Dataset.from_dict(two_sizes, features=features)
+    on_device = [
+        train_images(dataset, DataArguments(**arguments), image_size, device)[1] is not None
+        for dataset, arguments, image_size, device in (
+            (split, {}, 64, "cpu"),
+            (split, {}, 65, "cpu"),
+            (split, {}, 224, "cuda"),
+            (split, {}, 32, "mps"),
+            (mixed, {}, 32, "cuda"),
+            (split, {"auto_augment": "augmix-m5"}, 32, "cpu"),
+            (split, {"augment_on": "device"}, 65, "cpu"),
+            (split, {"augment_on": "loader"}, 32, "cuda"),
+        )
+    ]
+    assert on_device == [True, False, True, False, False, False, True, False]
 
 
 def test_the_device_takes_images_of_one_size_and_policies_it_knows(tmp_path):

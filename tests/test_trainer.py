@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file
+from torch._dynamo.utils import counters
 
 from modeling_deit_ti import DeiTTiConfig, DeiTTiForImageClassification
 from modeling_deit_ti.data import (
@@ -171,8 +172,7 @@ def test_the_teacher_is_in_the_loss_and_nowhere_else(digits, tmp_path):
 def test_the_teachers_accuracy_is_measured_on_every_evaluation_image(digits, tmp_path):
     trainer = make_trainer(digits, tmp_path, per_device_eval_batch_size=7)
     samples = trainer.eval_dataset.__getitems__(list(range(50)))
-    predicted = trainer.teacher(torch.stack([sample["pixel_values"] for sample in samples])).argmax(-1)
-    labels = torch.tensor([sample["labels"] for sample in samples])
+    predicted, labels = trainer.teacher(samples["pixel_values"]).argmax(-1), samples["labels"]
     assert trainer.measure_teacher() == pytest.approx((predicted == labels).float().mean().item())
 
 
@@ -237,13 +237,60 @@ def test_tokens_positions_norms_and_biases_do_not_decay(digits, tmp_path):
     assert len(decays) == 2 * 4 + 3  # qkv, projection, fc1 and fc2 of each block; patches and two heads
 
 
-def test_a_compiled_model_trains_to_the_same_weights(digits, tmp_path):
-    runs = []
-    for compile_options in ({}, {"torch_compile": True, "torch_compile_backend": "aot_eager"}):
-        trainer = make_trainer(digits, tmp_path, **compile_options)
-        trainer.train()
-        runs.append(weights(trainer))
-    assert_same(*runs, atol=1e-5, rtol=1e-4)
+def test_a_compiled_run_compiles_once_and_ends_as_the_uncompiled_and_the_resumed_one(digits, tmp_path, monkeypatch):
+    monkeypatch.setenv("ACCELERATE_DYNAMO_BACKEND", "no")  # TrainingArguments set it, for all later tests as well
+    recipe = {
+        "mixup": 0.8,
+        "num_train_epochs": 2,
+        "eval_strategy": "epoch",
+        "per_device_eval_batch_size": 16,  # the last of 50 images are two
+        "save_strategy": "epoch",
+    }
+    uncompiled = make_trainer(digits, tmp_path / "uncompiled", **recipe)
+    uncompiled.train()
+
+    torch._dynamo.reset()
+    counters.clear()
+    graphs = []
+    recipe |= {"torch_compile": True, "torch_compile_backend": "aot_eager"}
+    compiled = make_trainer(digits, tmp_path / "compiled", **recipe)
+    compiled.log = lambda logs, *args: graphs.append(
+        counters["stats"]["unique_graphs"]
+    )  # after epochs and evaluations
+    assert 0 <= compiled.measure_teacher() <= 1
+    compiled.train()
+    compiled.evaluate()
+    assert set(graphs) == {2} and len(graphs) == 6  # one graph for the student and one for the teacher, ever
+    assert_same(weights(uncompiled), weights(compiled), atol=1e-5, rtol=1e-4)
+
+    checkpoint = tmp_path / "compiled" / "checkpoint-4"
+    assert set(load_file(checkpoint / "model.safetensors")) == set(uncompiled.model.state_dict())
+    resumed = make_trainer(digits, tmp_path / "compiled", **recipe)
+    resumed.train(resume_from_checkpoint=str(checkpoint))
+    assert_same(weights(compiled), weights(resumed), atol=1e-6, rtol=1e-5)
+    resumed.save_model()
+    saved = DeiTTiForImageClassification.from_pretrained(tmp_path / "compiled")
+    assert_same(weights(resumed), saved.state_dict())
+
+
+def test_the_optimizer_is_fused_adamw_and_attention_is_a_fused_kernel(digits, tmp_path):
+    trainer = make_trainer(digits, tmp_path)
+    optimizer = trainer.create_optimizer()
+    assert type(optimizer) is torch.optim.AdamW and all(group["fused"] for group in optimizer.param_groups)
+    batch = trainer.eval_dataset.__getitems__([0])
+    with torch.profiler.profile() as profile:
+        trainer.model(batch["pixel_values"])
+    assert "aten::scaled_dot_product_attention" in {event.key for event in profile.key_averages()}
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+def test_on_a_gpu_copies_do_not_block_and_tf32_is_on_unless_asked_otherwise(tmp_path):
+    args = DistillationTrainingArguments(output_dir=str(tmp_path))
+    assert args.accelerator_config.non_blocking and args.dataloader_pin_memory
+    if torch.cuda.get_device_capability() >= (8, 0):
+        assert args.tf32 and torch.backends.cuda.matmul.fp32_precision == "tf32"
+        DistillationTrainingArguments(output_dir=str(tmp_path), tf32=False)
+        assert torch.backends.cuda.matmul.fp32_precision == "ieee"
 
 
 def test_gradient_checkpointing_trains(digits, tmp_path):
@@ -285,9 +332,9 @@ def test_evaluation_reports_every_read_out_top_1_and_top_5(digits, tmp_path, mod
     trainer = make_trainer(digits, tmp_path, distill_mode=mode, teacher=False, per_device_eval_batch_size=16)
     metrics = trainer.evaluate()
     samples = trainer.eval_dataset.__getitems__(list(range(50)))
-    labels = torch.tensor([sample["labels"] for sample in samples])
+    labels = samples["labels"]
     with torch.no_grad():
-        output = trainer.model.eval()(torch.stack([sample["pixel_values"] for sample in samples]))
+        output = trainer.model.eval()(samples["pixel_values"])
     readouts = {"": output.logits}
     if mode != "none":
         readouts["_class"], readouts["_distillation"] = output.class_logits, output.distillation_logits
