@@ -48,6 +48,7 @@ from modeling_deit_ti.model_card import (
     plot_training_curves,
     write_model_card,
 )
+from modeling_deit_ti.streaming import UnreadableRow, load_streamed_images
 from modeling_deit_ti.teacher import (
     TeacherArguments,
     check_better_than_chance,
@@ -142,7 +143,8 @@ def main() -> None:
         check_hub_access(training_args)
 
     with training_args.main_process_first(desc="loading the images"):
-        data = load_images(data_args, labels_needed=mode.needs_labels)
+        load = load_streamed_images if data_args.streaming else load_images
+        data = load(data_args, labels_needed=mode.needs_labels)
     image_processor = make_image_processor(data_args, model_args.image_size)
     train_images, augment = make_train_images(data.train, data_args, image_processor)
     set_seed(training_args.seed)  # the Trainer seeds again before training, so fitting a teacher changes nothing
@@ -436,6 +438,8 @@ def describe_run(
     if training_args.max_steps < 0:
         del hyperparameters["max_steps"]  # epochs decide
     hyperparameters |= {name: getattr(data_args, name) for name in DATA_HYPERPARAMETERS}
+    if data_args.streaming:
+        hyperparameters |= {"streaming": True, "shuffle_buffer_size": data_args.shuffle_buffer_size}
     hyperparameters |= {"precision": training_args.mixed_precision, "num_processes": training_args.world_size}
     return RunRecord(
         architecture="deit_ti" if is_deit_ti else model_args.model_name_or_path,
@@ -522,7 +526,7 @@ if __name__ == "__main__":
     try:
         main()
     except (UserError, FloatingPointError) as error:
-        # Once a machine: all processes find the same mistake.
-        if int(os.environ.get("LOCAL_RANK", 0)) <= 0:
+        # Once a machine: all processes find the same mistake, but for a row that one of them reads.
+        if int(os.environ.get("LOCAL_RANK", 0)) <= 0 or isinstance(error, UnreadableRow):
             print(f"train_hf.py: error: {error}", file=sys.stderr)
         sys.exit(2 if isinstance(error, UserError) else 1)

@@ -49,6 +49,7 @@ CHECK_VERSION = 1
 # The subsets that --max_train_samples and --train_val_split take are the same in every run, whatever its --seed:
 # runs that are compared then see the same images, and a fitted teacher serves them all.
 SUBSET_SEED = 0
+EVALUATION_SPLITS = ("validation", "valid", "val", "dev", "test")
 
 
 class UserError(ValueError):
@@ -114,6 +115,17 @@ class DataArguments:
             "choices": ["loader", "device"],
         },
     )
+    streaming: bool = field(
+        default=False,
+        metadata={
+            "help": "Read the training images while training, and keep none on disk or in memory: for Parquet (local "
+            "or on the Hub) and image folders larger than both."
+        },
+    )
+    shuffle_buffer_size: int = field(
+        default=10_000,
+        metadata={"help": "With --streaming: the encoded images that each process holds to draw its batches from."},
+    )
     eval_crop_ratio: float | None = field(
         default=None,
         metadata={
@@ -129,6 +141,15 @@ class DataArguments:
         for name in ("horizontal_flip", "random_erasing"):
             if not 0 <= getattr(self, name) <= 1:
                 raise UserError(f"--{name} {getattr(self, name)}: a probability is between 0 and 1.")
+        if self.shuffle_buffer_size < 1:
+            raise UserError(f"--shuffle_buffer_size {self.shuffle_buffer_size}: it has to be at least 1.")
+        if self.streaming and self.max_train_samples is not None:
+            raise UserError("--max_train_samples takes a random subset, which --streaming cannot: leave one out.")
+        if self.streaming and self.augment_on == "device":
+            raise UserError(
+                "--augment_on device needs images of one size, which --streaming knows when it has read them all: "
+                "use --augment_on loader."
+            )
         if not 0 < self.train_val_split < 1:
             raise UserError(f"--train_val_split {self.train_val_split}: a share is between 0 and 1.")
         if self.eval_crop_ratio is not None and not 0 < self.eval_crop_ratio <= 1:
@@ -145,7 +166,8 @@ class DataArguments:
 class ImageData:
     """
     Two splits of checked images, each a `datasets.Dataset` with `label` (absent where the training images have none)
-    and either `pixels`, `height` and `width` (decoded RGB) or `image` (encoded, decoded when read).
+    and either `pixels`, `height` and `width` (decoded RGB) or `image` (encoded, decoded when read). With
+    `--streaming`, `train` is a `streaming.StreamedImages`, which are checked when they are read.
     """
 
     train: Dataset
@@ -207,15 +229,27 @@ def _load_splits(name: str, config_name: str | None) -> tuple[DatasetDict, str]:
     """The dataset's splits, and where they come from."""
     if name == "digits" and not os.path.isdir(name):
         return _digits(), "scikit-learn"
-    if (name.startswith((".", "/", "~")) or name.count("/") > 1) and not os.path.isdir(os.path.expanduser(name)):
-        raise UserError(f"--dataset_name {name}: there is no such folder.")
     folder = os.path.expanduser(name)
-    try:
+    with naming_the_dataset(name):
         if os.path.isfile(os.path.join(folder, "dataset_dict.json")):
             return load_from_disk(folder), "local"
         if os.path.isdir(folder):
             return _load_folder(folder, config_name), "local"
         return load_dataset(name, config_name), "hub"
+
+
+@contextlib.contextmanager
+def naming_the_dataset(name: str) -> Iterator[None]:
+    """
+    Raises:
+        UserError: if `name` stands for a folder that is not there, or loading it fails inside.
+    """
+    if (name.startswith((".", "/", "~")) or name.count("/") > 1) and not os.path.isdir(os.path.expanduser(name)):
+        raise UserError(f"--dataset_name {name}: there is no such folder.")
+    try:
+        yield
+    except UserError:
+        raise
     except Exception as error:  # whatever the builder or the network raises, it is about what the user named
         raise UserError(
             f"--dataset_name {name}: the dataset is neither a readable local folder nor reachable on the Hub "
@@ -252,7 +286,7 @@ def _digits() -> DatasetDict:
 def _train_and_evaluation(splits: DatasetDict, args: DataArguments) -> tuple[Dataset, Dataset, str]:
     if "train" not in splits:
         raise UserError(f"{args.dataset_name} has no split `train`; it has {', '.join(splits)}.")
-    for name in ("validation", "valid", "val", "dev", "test"):
+    for name in EVALUATION_SPLITS:
         if name in splits:
             evaluation, eval_split = splits[name], name
             train = splits["train"]
@@ -612,6 +646,8 @@ def make_train_images(
     Raises:
         UserError: if the device is to augment images of different sizes, or with a policy it does not know.
     """
+    if not isinstance(dataset, Dataset):  # streamed
+        return dataset.with_transform(make_train_transform(args, image_processor)), None
     if args.augment_on == "loader":
         return TrainImages(dataset, make_train_transform(args, image_processor)), None
     if "pixels" not in dataset.column_names or any(len(dataset.unique(name)) > 1 for name in ("height", "width")):

@@ -8,6 +8,8 @@ from pathlib import Path
 
 import evaluate
 import torch
+from accelerate.data_loader import prepare_data_loader
+from torch.utils.data import DataLoader
 from transformers import Trainer, TrainerCallback, TrainingArguments
 from transformers.trainer_utils import EvalPrediction
 
@@ -15,6 +17,7 @@ from .configuration_deit_ti import READOUTS
 from .data import TrainSampler, UserError, collate_images, mix_images
 from .distillation import MODES, DistillMode, distillation_loss, label_loss, resolve_mode
 from .modeling_deit_ti import DeiTTiForImageClassification
+from .streaming import StreamedBatches, StreamedImages, UnreadableRow, as_it_is
 
 
 METRIC = Path(__file__).parent / "metrics" / "top_k_accuracy.py"
@@ -139,7 +142,7 @@ class DistillationTrainingArguments(TrainingArguments):
 class _ResumableRun(TrainerCallback):
     """What a resumed run needs, beyond what the Trainer does, to go on as if it had never stopped."""
 
-    def __init__(self, sampler: TrainSampler):
+    def __init__(self, sampler: TrainSampler | StreamedBatches):
         self.sampler = sampler
         self.seconds_before = 0.0
         self.started = time.monotonic()
@@ -148,6 +151,11 @@ class _ResumableRun(TrainerCallback):
         seconds = [entry["train_seconds"] for entry in state.log_history if "train_seconds" in entry]
         self.seconds_before = seconds[-1] if seconds else 0.0
         self.started = time.monotonic()
+        if isinstance(self.sampler, StreamedBatches) and not args.ignore_data_skip:
+            # accelerate throws away the batches that the epoch has had; so they need not be made.
+            steps = max(1, math.ceil(len(self.sampler) / args.gradient_accumulation_steps))
+            epoch, step = divmod(state.global_step, steps)
+            self.sampler.skip(epoch, step * args.gradient_accumulation_steps)
 
     def on_epoch_begin(self, args, state, control, **kwargs):
         # The loaders that accelerate wraps around the sampler do not tell it, where one skips the first batches of a
@@ -181,7 +189,8 @@ class DistillationTrainer(Trainer):
         augment (`Callable`, *optional*): maps a training batch's `pixel_values` and seeds to augmented
             `pixel_values`; `augmentation.BatchAugmentation` is one. Where it is missing, the images come augmented.
 
-    The others are those of `Trainer`. `train_dataset` takes the keys of [`TrainSampler`], as `TrainImages` does.
+    The others are those of `Trainer`. `train_dataset` takes the keys of [`TrainSampler`], as `TrainImages` does, or is
+    a `streaming.StreamedImages`.
     """
 
     # The loss is a mean over each batch, so the Trainer has to divide it by the number of accumulated batches.
@@ -216,16 +225,68 @@ class DistillationTrainer(Trainer):
     # ---- Training ----
 
     def _get_train_sampler(self, train_dataset=None) -> TrainSampler:
-        sampler = TrainSampler(
-            len(train_dataset if train_dataset is not None else self.train_dataset),
-            self.args.train_batch_size * self.args.world_size,
-            self.args.data_seed if self.args.data_seed is not None else self.args.seed,
-            self.args.repeated_augmentation,
+        return self._resumable(
+            TrainSampler(
+                len(train_dataset if train_dataset is not None else self.train_dataset),
+                self.args.train_batch_size * self.args.world_size,
+                self._data_seed,
+                self.args.repeated_augmentation,
+            )
         )
+
+    @property
+    def _data_seed(self) -> int:
+        return self.args.data_seed if self.args.data_seed is not None else self.args.seed
+
+    def _resumable(self, sampler: TrainSampler | StreamedBatches) -> TrainSampler | StreamedBatches:
         self.remove_callback(_ResumableRun)
         self.resumable_run = _ResumableRun(sampler)
         self.add_callback(self.resumable_run)
         return sampler
+
+    def get_train_dataloader(self) -> DataLoader:
+        """As `Trainer`'s. Streamed images come in this process's own batches, which nobody has to deal out."""
+        if not isinstance(self.train_dataset, StreamedImages):
+            return super().get_train_dataloader()
+        args = self.args
+        batches = StreamedBatches(
+            self.train_dataset,
+            args.train_batch_size,
+            self._data_seed,
+            args.repeated_augmentation,
+            args.dataloader_num_workers,
+            args.process_index,
+            args.world_size,
+        )
+        loader = DataLoader(
+            self._resumable(batches),
+            batch_size=None,
+            collate_fn=as_it_is,
+            num_workers=args.dataloader_num_workers,
+            pin_memory=args.dataloader_pin_memory,
+            persistent_workers=args.dataloader_persistent_workers,
+            prefetch_factor=args.dataloader_prefetch_factor,
+        )
+        # One process, so that accelerate neither reads all images in each nor reads in the first for the others.
+        return prepare_data_loader(
+            loader, args.device, num_processes=1, process_index=0, put_on_device=True, dispatch_batches=False
+        )
+
+    def num_examples(self, dataloader: DataLoader) -> int:
+        """As `Trainer`'s, which would count the batches of a stream."""
+        streamed = isinstance(dataloader.dataset, StreamedBatches)
+        return len(dataloader.dataset.images) if streamed else super().num_examples(dataloader)
+
+    def get_batch_samples(self, *args, **kwargs):
+        """As `Trainer`'s. Raises `UnreadableRow` where a streamed row cannot be trained on."""
+        batches, num_items_in_batch = super().get_batch_samples(*args, **kwargs)
+        for batch in batches:
+            if "error" in batch:
+                raise UnreadableRow(
+                    f"{batch['error']} The run stopped at step {self.state.global_step}; its checkpoints are in "
+                    f"{self.args.output_dir}. Mend that row and go on with --resume_from_checkpoint True."
+                )
+        return batches, num_items_in_batch
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
         """The mode's loss in training; in evaluation the plain cross-entropy of `logits`, which all modes share."""
