@@ -48,7 +48,7 @@ from modeling_deit_ti.model_card import (
     plot_training_curves,
     write_model_card,
 )
-from modeling_deit_ti.streaming import UnreadableRow, load_streamed_images
+from modeling_deit_ti.streaming import load_streamed_images
 from modeling_deit_ti.teacher import (
     TeacherArguments,
     check_better_than_chance,
@@ -526,7 +526,7 @@ if __name__ == "__main__":
     try:
         main()
     except (UserError, FloatingPointError) as error:
-        # Once a machine: all processes find the same mistake, but for a row that one of them reads.
-        if int(os.environ.get("LOCAL_RANK", 0)) <= 0 or isinstance(error, UnreadableRow):
+        # Once a machine: all processes find the same mistake.
+        if int(os.environ.get("LOCAL_RANK", 0)) <= 0:
             print(f"train_hf.py: error: {error}", file=sys.stderr)
         sys.exit(2 if isinstance(error, UserError) else 1)

@@ -153,8 +153,8 @@ class _ResumableRun(TrainerCallback):
         self.started = time.monotonic()
         if isinstance(self.sampler, StreamedBatches) and not args.ignore_data_skip:
             # accelerate throws away the batches that the epoch has had; so they need not be made.
-            steps = max(1, math.ceil(len(self.sampler) / args.gradient_accumulation_steps))
-            epoch, step = divmod(state.global_step, steps)
+            steps_per_epoch = -(-len(self.sampler) // args.gradient_accumulation_steps)
+            epoch, step = divmod(state.global_step, steps_per_epoch)
             self.sampler.skip(epoch, step * args.gradient_accumulation_steps)
 
     def on_epoch_begin(self, args, state, control, **kwargs):
@@ -277,9 +277,9 @@ class DistillationTrainer(Trainer):
         streamed = isinstance(dataloader.dataset, StreamedBatches)
         return len(dataloader.dataset.images) if streamed else super().num_examples(dataloader)
 
-    def get_batch_samples(self, *args, **kwargs):
+    def get_batch_samples(self, epoch_iterator, num_batches, device):
         """As `Trainer`'s. Raises `UnreadableRow` where a streamed row cannot be trained on."""
-        batches, num_items_in_batch = super().get_batch_samples(*args, **kwargs)
+        batches, num_items_in_batch = super().get_batch_samples(epoch_iterator, num_batches, device)
         for batch in batches:
             if "error" in batch:
                 raise UnreadableRow(
