@@ -67,6 +67,7 @@ from modeling_deit_ti.model_card import (
     plot_training_curves,
     write_model_card,
 )
+from modeling_deit_ti.streaming import load_streamed_images
 from modeling_deit_ti.teacher import (
     TeacherArguments,
     check_better_than_chance,
@@ -204,7 +205,8 @@ def main() -> None:
         storing(cache, "Make room, or set HF_DATASETS_CACHE to a folder on another disk.", UserError),
         training_args.main_process_first(desc="loading the images"),
     ):
-        data = load_images(data_args, labels_needed=mode.needs_labels)
+        load = load_streamed_images if data_args.streaming else load_images
+        data = load(data_args, labels_needed=mode.needs_labels)
     if data.unseen_labels and training_args.process_index == 0:
         print(f"Images: no training image has a label of {some(data.unseen_labels)}")
     image_processor = make_image_processor(data_args, model_args.image_size)
@@ -596,6 +598,8 @@ def describe_run(
         del hyperparameters["max_steps"]  # epochs decide
     hyperparameters |= {name: getattr(data_args, name) for name in DATA_HYPERPARAMETERS}
     hyperparameters["augment_on"] = "loader" if trainer.augment is None else "device"
+    if data_args.streaming:
+        hyperparameters |= {"streaming": True, "shuffle_buffer_size": data_args.shuffle_buffer_size}
     hyperparameters |= {"precision": training_args.mixed_precision, "num_processes": training_args.world_size}
     return RunRecord(
         architecture="deit_ti" if is_deit_ti else model_args.model_name_or_path,

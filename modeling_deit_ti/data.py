@@ -58,6 +58,7 @@ MAX_CPU_BATCH_AUGMENTATION_SIZE = 64
 # The subsets that --max_train_samples and --train_val_split take are the same in every run, whatever its --seed:
 # runs that are compared then see the same images, and a fitted teacher serves them all.
 SUBSET_SEED = 0
+EVALUATION_SPLITS = ("validation", "valid", "val", "dev", "test")
 
 
 class UserError(ValueError):
@@ -204,6 +205,17 @@ class DataArguments:
             "choices": ["auto", "loader", "device"],
         },
     )
+    streaming: bool = field(
+        default=False,
+        metadata={
+            "help": "Read the training images while training, and keep none on disk or in memory: for Parquet (local "
+            "or on the Hub) and image folders larger than both."
+        },
+    )
+    shuffle_buffer_size: int = field(
+        default=10_000,
+        metadata={"help": "With --streaming: the encoded images that each process holds to draw its batches from."},
+    )
     eval_crop_ratio: float | None = field(
         default=None,
         metadata={
@@ -219,6 +231,15 @@ class DataArguments:
         for name in ("horizontal_flip", "random_erasing"):
             if not 0 <= getattr(self, name) <= 1:
                 raise UserError(f"--{name} {getattr(self, name)}: a probability is between 0 and 1.")
+        if self.shuffle_buffer_size < 1:
+            raise UserError(f"--shuffle_buffer_size {self.shuffle_buffer_size}: it has to be at least 1.")
+        if self.streaming and self.max_train_samples is not None:
+            raise UserError("--max_train_samples takes a random subset, which --streaming cannot: leave one out.")
+        if self.streaming and self.augment_on == "device":
+            raise UserError(
+                "--augment_on device needs images of one size, which --streaming knows when it has read them all: "
+                "use --augment_on loader."
+            )
         if not 0 < self.train_val_split < 1:
             raise UserError(f"--train_val_split {self.train_val_split}: a share is between 0 and 1.")
         if self.eval_crop_ratio is not None and not 0 < self.eval_crop_ratio <= 1:
@@ -235,7 +256,8 @@ class DataArguments:
 class ImageData:
     """
     Two splits of checked images, each a `datasets.Dataset` with `label` (absent where the training images have none)
-    and either `pixels`, `height` and `width` (decoded RGB) or `image` (encoded, decoded when read).
+    and either `pixels`, `height` and `width` (decoded RGB) or `image` (encoded, decoded when read). With
+    `--streaming`, `train` is a `streaming.StreamedImages`, which are checked when they are read.
     """
 
     train: Dataset
@@ -249,8 +271,8 @@ class ImageData:
     @property
     def unseen_labels(self) -> list[str]:
         """Labels without a training image: no mistake, since a subset may lack them, but worth telling."""
-        if "label" not in self.train.column_names:
-            return []
+        if not isinstance(self.train, Dataset) or "label" not in self.train.column_names:
+            return []  # streamed or without labels: nobody knows
         seen = set(self.train.unique("label"))
         return [name for index, name in enumerate(self.label_names) if index not in seen]
 
@@ -273,20 +295,20 @@ def load_images(args: DataArguments, labels_needed: bool = True) -> ImageData:
         UserError: if the dataset is neither on disk nor reachable, lacks a column, has labels that are missing, out
             of range or different in the two splits, or holds an image that cannot be decoded.
     """
-    splits, source = _load_splits(args.dataset_name, args.dataset_config_name)
-    train, evaluation, eval_split = _train_and_evaluation(splits, args)
-    image_column = _image_column(train, args)
-    label_column = _label_column(evaluation, args)
+    splits, source = load_splits(args.dataset_name, args.dataset_config_name)
+    train, evaluation, eval_split = train_and_evaluation(splits, args)
+    image_column = find_image_column(train, args)
+    label_column = find_label_column(evaluation, args)
     is_held_out = eval_split not in splits
-    train, evaluation, label_names = _with_label_ids(train, evaluation, label_column, labels_needed, is_held_out)
+    train, evaluation, label_names = with_label_ids(train, evaluation, label_column, labels_needed, is_held_out)
     if len(label_names) < 2:
         raise UserError(
             f"{args.dataset_name}: column {label_column!r} has the one label {label_names}; classifying takes two."
         )
-    train = _checked(
+    train = check_split(
         train, "train", image_column, label_column, len(label_names), args.max_train_samples, labels_needed
     )
-    evaluation = _checked(
+    evaluation = check_split(
         evaluation, eval_split, image_column, label_column, len(label_names), args.max_eval_samples, True
     )
     content = hashlib.sha256("\0".join(label_names).encode())
@@ -302,21 +324,33 @@ def load_images(args: DataArguments, labels_needed: bool = True) -> ImageData:
     )
 
 
-def _load_splits(name: str, config_name: str | None) -> tuple[DatasetDict, str]:
+def load_splits(name: str, config_name: str | None) -> tuple[DatasetDict, str]:
     """The dataset's splits, and where they come from."""
     if name == "digits" and not os.path.isdir(name):
         return _digits(), "scikit-learn"
     folder = os.path.expanduser(name)
     if os.path.isfile(folder):  # else `datasets` would look for a cached dataset of that name
         raise UserError(f"--dataset_name {name}: it is a file, not a folder.")
-    if (name.startswith((".", "/", "~")) or name.count("/") > 1) and not os.path.isdir(folder):
-        raise UserError(f"--dataset_name {name}: there is no such folder.")
-    try:
+    with naming_the_dataset(name):
         if os.path.isfile(os.path.join(folder, "dataset_dict.json")):
             return load_from_disk(folder), "local"
         if os.path.isdir(folder):
             return _load_folder(folder, config_name), "local"
         return load_dataset(name, config_name), "hub"
+
+
+@contextlib.contextmanager
+def naming_the_dataset(name: str) -> Iterator[None]:
+    """
+    Raises:
+        UserError: if `name` stands for a folder that is not there, or loading it fails inside.
+    """
+    if (name.startswith((".", "/", "~")) or name.count("/") > 1) and not os.path.isdir(os.path.expanduser(name)):
+        raise UserError(f"--dataset_name {name}: there is no such folder.")
+    try:
+        yield
+    except UserError:
+        raise
     except Exception as error:  # whatever the builder or the network raises, it is about what the user named
         raise UserError(
             f"--dataset_name {name}: the dataset is neither a readable local folder nor reachable on the Hub "
@@ -350,10 +384,10 @@ def _digits() -> DatasetDict:
     )
 
 
-def _train_and_evaluation(splits: DatasetDict, args: DataArguments) -> tuple[Dataset, Dataset, str]:
+def train_and_evaluation(splits: DatasetDict, args: DataArguments) -> tuple[Dataset, Dataset, str]:
     if "train" not in splits:
         raise UserError(f"{args.dataset_name} has no split `train`; it has {', '.join(splits)}.")
-    for name in ("validation", "valid", "val", "dev", "test"):
+    for name in EVALUATION_SPLITS:
         if name in splits and not args.validation_from_train:
             evaluation, eval_split = splits[name], name
             train = splits["train"]
@@ -370,7 +404,7 @@ def _train_and_evaluation(splits: DatasetDict, args: DataArguments) -> tuple[Dat
     return train, evaluation, eval_split
 
 
-def _image_column(split: Dataset, args: DataArguments) -> str:
+def find_image_column(split: Dataset, args: DataArguments) -> str:
     name = args.image_column_name
     if name is not None and name not in split.column_names:
         raise UserError(f"--image_column_name {name}: no such column; there are {', '.join(split.column_names)}.")
@@ -391,7 +425,7 @@ def _image_column(split: Dataset, args: DataArguments) -> str:
     return name
 
 
-def _label_column(split: Dataset, args: DataArguments) -> str:
+def find_label_column(split: Dataset, args: DataArguments) -> str:
     name = args.label_column_name
     if name is not None and name not in split.column_names:
         raise UserError(f"--label_column_name {name}: no such column; there are {', '.join(split.column_names)}.")
@@ -420,7 +454,7 @@ def _kind(feature) -> str:
     return feature.dtype if isinstance(feature, Value) else type(feature).__name__
 
 
-def _with_label_ids(
+def with_label_ids(
     train: Dataset, evaluation: Dataset, column: str, labels_needed: bool, is_held_out: bool
 ) -> tuple[Dataset, Dataset, list[str]]:
     """Both splits with ids in the label column (missing ones stay `None`), and the names of the ids."""
@@ -481,7 +515,7 @@ def some(names: list) -> str:
     return shown if len(names) <= 10 else f"{shown} and {len(names) - 10} more"
 
 
-def _checked(
+def check_split(
     split: Dataset,
     split_name: str,
     image_column: str,
@@ -727,6 +761,8 @@ def make_train_images(
     Raises:
         UserError: if the device is to augment images of different sizes, or with a policy it does not know.
     """
+    if not isinstance(dataset, Dataset):  # streamed
+        return dataset.with_transform(make_train_transform(args, image_processor)), None
     image_size = image_processor.crop_size["height"]
     size = common_size(dataset)
     # Where whole batches were measured to be faster (results/augment_on.md); the loader's way works on any device.

@@ -41,8 +41,12 @@ NOT_IN_KEY = (
     "image_column_name",
     "label_column_name",
     "train_val_split",
+    "validation_from_train",
     "max_train_samples",
     "max_eval_samples",
+    "max_validation_samples",
+    "streaming",  # there is no cache
+    "shuffle_buffer_size",
     "eval_crop_ratio",
 )
 NOTHING_RANDOM = {"crop": "none", "horizontal_flip": 0.0, "auto_augment": "none", "random_erasing": 0.0}

@@ -7,9 +7,10 @@ from pathlib import Path
 
 import evaluate
 import torch
+from accelerate.data_loader import prepare_data_loader
 from accelerate.utils import DynamoBackend
 from torch import distributed
-from torch.utils.data import Dataset
+from torch.utils.data import DataLoader, Dataset
 from transformers import Trainer, TrainerCallback, TrainingArguments
 from transformers.trainer_utils import EvalPrediction, rotate_checkpoints
 from transformers.utils import is_torch_tf32_available
@@ -20,6 +21,7 @@ from .data import TrainSampler, UserError, collate_images, mix_images
 from .distillation import MODES, DistillMode, distillation_loss, label_loss, resolve_mode
 from .interruption import Interrupted, StopRequest, name_of
 from .modeling_deit_ti import DeiTTiForImageClassification
+from .streaming import StreamedBatches, StreamedImages, UnreadableRow, as_it_is
 
 
 # The least that each may be: TrainingArguments takes anything, and training would stumble over it later.
@@ -214,7 +216,7 @@ class _RunCallback(TrainerCallback):
     and to end where its loss is not finite.
     """
 
-    def __init__(self, trainer: "DistillationTrainer", sampler: TrainSampler):
+    def __init__(self, trainer: "DistillationTrainer", sampler: TrainSampler | StreamedBatches):
         self.trainer = trainer
         self.sampler = sampler
         self.seconds_before = 0.0
@@ -233,6 +235,11 @@ class _RunCallback(TrainerCallback):
         seconds = [entry["train_seconds"] for entry in state.log_history if "train_seconds" in entry]
         self.seconds_before = seconds[-1] if seconds else 0.0
         self.started = time.monotonic()
+        if isinstance(self.sampler, StreamedBatches) and not args.ignore_data_skip:
+            # accelerate throws away the batches that the epoch has had; so they need not be made.
+            steps_per_epoch = -(-len(self.sampler) // args.gradient_accumulation_steps)
+            epoch, step = divmod(state.global_step, steps_per_epoch)
+            self.sampler.skip(epoch, step * args.gradient_accumulation_steps)
         if self.trainer.accelerator.scaler is not None:
             self.trainer.loss_scale = self.trainer.accelerator.scaler.get_scale()
         if args.world_size > 1:
@@ -302,7 +309,8 @@ class DistillationTrainer(Trainer):
         augment (`Callable`, *optional*): maps a training batch's `pixel_values` and seeds to augmented
             `pixel_values`; `augmentation.BatchAugmentation` is one. Where it is missing, the images come augmented.
 
-    The others are those of `Trainer`. `train_dataset` takes the keys of [`TrainSampler`], as `TrainImages` does.
+    The others are those of `Trainer`. `train_dataset` takes the keys of [`TrainSampler`], as `TrainImages` does, or is
+    a `streaming.StreamedImages`.
     """
 
     # The loss is a mean over each batch, so the Trainer has to divide it by the number of accumulated batches.
@@ -367,21 +375,70 @@ class DistillationTrainer(Trainer):
         return output
 
     def _get_train_sampler(self, train_dataset=None) -> TrainSampler:
-        sampler = TrainSampler(
-            len(train_dataset if train_dataset is not None else self.train_dataset),
-            self.args.train_batch_size * self.args.world_size,
-            self.args.data_seed if self.args.data_seed is not None else self.args.seed,
-            self.args.repeated_augmentation,
+        return self._resumable(
+            TrainSampler(
+                len(train_dataset if train_dataset is not None else self.train_dataset),
+                self.args.train_batch_size * self.args.world_size,
+                self._data_seed,
+                self.args.repeated_augmentation,
+            )
         )
+
+    @property
+    def _data_seed(self) -> int:
+        return self.args.data_seed if self.args.data_seed is not None else self.args.seed
+
+    def _resumable(self, sampler: TrainSampler | StreamedBatches) -> TrainSampler | StreamedBatches:
         self.remove_callback(_RunCallback)
         self.run_callback = _RunCallback(self, sampler)
         self.add_callback(self.run_callback)
         return sampler
 
+    def get_train_dataloader(self) -> DataLoader:
+        """As `Trainer`'s. Streamed images come in this process's own batches, which nobody has to deal out."""
+        if not isinstance(self.train_dataset, StreamedImages):
+            return super().get_train_dataloader()
+        args = self.args
+        batches = StreamedBatches(
+            self.train_dataset,
+            args.train_batch_size,
+            self._data_seed,
+            args.repeated_augmentation,
+            args.dataloader_num_workers,
+            args.process_index,
+            args.world_size,
+        )
+        loader = DataLoader(
+            self._resumable(batches),
+            batch_size=None,
+            collate_fn=as_it_is,
+            num_workers=args.dataloader_num_workers,
+            pin_memory=args.dataloader_pin_memory,
+            persistent_workers=args.dataloader_persistent_workers,
+            prefetch_factor=args.dataloader_prefetch_factor,
+        )
+        # One process, so that accelerate neither reads all images in each nor reads in the first for the others.
+        return prepare_data_loader(
+            loader, args.device, num_processes=1, process_index=0, put_on_device=True, dispatch_batches=False
+        )
+
+    def num_examples(self, dataloader: DataLoader) -> int:
+        """As `Trainer`'s, which would count the batches of a stream."""
+        streamed = isinstance(dataloader.dataset, StreamedBatches)
+        return len(dataloader.dataset.images) if streamed else super().num_examples(dataloader)
+
     def get_batch_samples(self, epoch_iterator, num_batches, device):
+        """As `Trainer`'s. Raises `UnreadableRow` where a streamed row cannot be trained on."""
         if self.control.should_training_stop:  # before the first step already, see `on_epoch_begin`
             return [], None
-        return super().get_batch_samples(epoch_iterator, num_batches, device)
+        batches, num_items_in_batch = super().get_batch_samples(epoch_iterator, num_batches, device)
+        for batch in batches:
+            if "error" in batch:
+                raise UnreadableRow(
+                    f"{batch['error']} The run stopped at step {self.state.global_step}; its checkpoints are in "
+                    f"{self.args.output_dir}. Mend that row and go on with --resume_from_checkpoint True."
+                )
+        return batches, num_items_in_batch
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
         """The mode's loss in training; in evaluation the plain cross-entropy of `logits`, which all modes share."""

@@ -1,0 +1,508 @@
+"""Training images that are read while training, for datasets larger than disk and memory (`--streaming`).
+
+The rows of a dataset lie in shards whose sizes are known before anything is read: the row groups of Parquet files, or
+the files of an image folder. So every epoch is planned before it is read: the shards are put in random order, and each
+worker of each process gets a range of their rows, just as long as its batches need. Each image then comes at most once
+in an epoch and all processes take the same number of steps, whatever the sizes of the files.
+
+(`datasets`' own streaming deals out whole shards, of which some processes have more than others, and loses what is in
+its shuffle buffer when it resumes. Here, both are exact.)
+"""
+
+import dataclasses
+import hashlib
+import os
+import random
+from collections.abc import Callable, Iterator
+from itertools import islice
+
+import fsspec
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import torch
+from datasets import ClassLabel, Dataset, Features, Image, load_dataset, load_dataset_builder
+from datasets.packaged_modules.imagefolder.imagefolder import ImageFolderConfig
+from datasets.packaged_modules.parquet.parquet import ParquetConfig
+from PIL import Image as PILImage
+
+from .data import (
+    EVALUATION_SPLITS,
+    DataArguments,
+    ImageData,
+    UserError,
+    check_split,
+    collate_images,
+    decode_image,
+    find_image_column,
+    find_label_column,
+    first_line,
+    load_splits,
+    naming_the_dataset,
+    seeded,
+    train_and_evaluation,
+    with_label_ids,
+)
+
+
+# From so many shards at a time a shuffle buffer is filled: files are often sorted by label.
+OPEN_SHARDS = 10
+ROWS_AT_ONCE = 16
+
+
+class UnreadableRow(UserError):
+    """A row that cannot be trained on, found in the middle of a run, and by one process only."""
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Where rows come from
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+class ParquetRows:
+    """
+    The rows of Parquet files, local or on the Hub, by row groups. Of each file, only the footer is read at first.
+
+    Attributes:
+        sizes (`numpy.ndarray` of shape `(num_shards,)`): rows in each shard.
+    """
+
+    def __init__(self, files: list[str]):
+        self.files = files
+        self.shards: list[tuple[int, int, int]] = []  # file, row group, rows of the file before it
+        sizes, footers = [], hashlib.sha256()
+        for number, file in enumerate(files):
+            with _open(file) as opened:
+                metadata = pq.ParquetFile(opened).metadata
+            before = 0
+            for group in range(metadata.num_row_groups):
+                row_group = metadata.row_group(group)
+                self.shards.append((number, group, before))
+                sizes.append(row_group.num_rows)
+                before += row_group.num_rows
+                columns = [row_group.column(index) for index in range(row_group.num_columns)]
+                sizes_of_columns = [(c.total_compressed_size, c.total_uncompressed_size) for c in columns]
+                footers.update(repr((row_group.num_rows, sizes_of_columns)).encode())
+            if "://" in file:
+                footers.update(file.encode())  # it holds the commit
+        self.sizes = np.array(sizes, dtype=np.int64)
+        self.digest = footers.hexdigest()
+
+    @property
+    def features(self) -> Features:
+        with _open(self.files[0]) as opened:
+            return Features.from_arrow_schema(pq.read_schema(opened))
+
+    def column(self, name: str) -> Iterator[list]:
+        for file in self.files:
+            with _open(file) as opened:
+                for batch in pq.ParquetFile(opened).iter_batches(columns=[name], use_threads=False):
+                    yield batch.column(0).to_pylist()
+
+    def read(self, shard: int, start: int, stop: int, columns: list[str]) -> Iterator[dict]:
+        """Rows `start` to `stop` of a shard. A row group of any size is read page by page."""
+        number, group, _ = self.shards[shard]
+        position = 0
+        with _open(self.files[number]) as opened:
+            parquet = pq.ParquetFile(opened, buffer_size=2**20)
+            for batch in parquet.iter_batches(ROWS_AT_ONCE, row_groups=[group], columns=columns, use_threads=False):
+                first, last = max(0, start - position), min(len(batch), stop - position)
+                if first < last:
+                    yield from batch.slice(first, last - first).to_pylist()
+                position += len(batch)
+                if position >= stop:
+                    return
+
+    def place(self, shard: int, row: int) -> str:
+        number, _, before = self.shards[shard]
+        return f"file {self.files[number]}, row {before + row}"
+
+
+class TableRows:
+    """The rows of a `datasets.Dataset` that holds no images (an image folder's paths) or lies on disk."""
+
+    def __init__(self, dataset: Dataset, rows_per_shard: int, digest: str):
+        self.dataset = dataset
+        self.rows_per_shard = rows_per_shard
+        self.sizes = np.full(-(-len(dataset) // rows_per_shard), rows_per_shard, dtype=np.int64)
+        self.sizes[-1] -= self.sizes.sum() - len(dataset)
+        self.digest = digest
+        self.features = dataset.features
+
+    def column(self, name: str) -> Iterator[list]:
+        labels = self.dataset.select_columns(name)
+        for start in range(0, len(labels), 1000):
+            yield labels[start : start + 1000][name]
+
+    def read(self, shard: int, start: int, stop: int, columns: list[str]) -> Iterator[dict]:
+        first = shard * self.rows_per_shard
+        values = self.dataset[first + start : first + stop]
+        for row in zip(*(values[column] for column in columns), strict=True):
+            yield dict(zip(columns, row, strict=True))
+
+    def place(self, shard: int, row: int) -> str:
+        return f"row {shard * self.rows_per_shard + row}"
+
+
+def _open(file: str):
+    return fsspec.open(file, "rb") if "://" in file else open(file, "rb")
+
+
+def _table_rows(dataset: Dataset, image_column: str, folder: str) -> TableRows:
+    dataset = dataset.cast_column(image_column, Image(decode=False))
+    first = dataset[0][image_column]
+    if first is None or first["bytes"] is not None:
+        return TableRows(dataset, 100, dataset._fingerprint)
+    # Files are read one by one anyway, so each is its own shard and the whole epoch is shuffled.
+    names = hashlib.sha256()
+    for start in range(0, len(dataset), 1000):
+        for image in dataset[start : start + 1000][image_column]:
+            names.update(repr((os.path.relpath(image["path"], folder), os.path.getsize(image["path"]))).encode())
+    return TableRows(dataset, 1, names.hexdigest())
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Loading
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def load_streamed_images(args: DataArguments, labels_needed: bool = True) -> ImageData:
+    """
+    As `data.load_images`, but the training split is a [`StreamedImages`]: its images and labels are checked when they
+    are read. The evaluation split is loaded and checked as ever, before training.
+
+    `ImageData.fingerprint` knows the labels; the images, which nobody has read yet, it knows by the sizes that each
+    row group of a Parquet file has (on the Hub, by the commit), or by their names and sizes (image folder).
+
+    Raises:
+        UserError: as `data.load_images`; if the dataset is neither Parquet nor an image folder; if Parquet files have
+            no evaluation split.
+    """
+    rows, evaluation, eval_split, image_column, source = _open_splits(args)
+    label_column = find_label_column(evaluation, args)
+    features, content, found = rows.features, hashlib.sha256(rows.digest.encode()), set()
+    has_labels = label_column in features
+    has_names = has_labels and isinstance(features[label_column], ClassLabel)
+    if has_labels and not (has_names and source == "hub"):  # there, it would take a request for each row group
+        for values in rows.column(label_column):
+            found.update(values)
+            content.update(repr(values).encode())
+    # What the checks need of a split: its columns, and one row for each label that has no name there.
+    values = list(found) if has_labels and not has_names else []
+    columns = {name: values if name == label_column else [None] * len(values) for name in features}
+    train, evaluation, label_names = with_label_ids(
+        Dataset.from_dict(columns, features=features), evaluation, label_column, labels_needed
+    )
+    ids = dict(zip(values, train[label_column], strict=True)) if values else None
+    content.update("\0".join(label_names).encode())
+    if len(label_names) < 2:
+        raise UserError(
+            f"{args.dataset_name}: column {label_column!r} has the one label {label_names}; classifying takes two."
+        )
+    evaluation = check_split(
+        evaluation, eval_split, image_column, label_column, len(label_names), args.max_eval_samples, True
+    )
+    return ImageData(
+        StreamedImages(
+            rows, image_column, label_column if has_labels else None, ids, len(label_names), args.shuffle_buffer_size
+        ),
+        evaluation.remove_columns("digest"),
+        label_names,
+        args.dataset_name,
+        source,
+        eval_split,
+        content.hexdigest(),
+    )
+
+
+def _open_splits(args: DataArguments) -> tuple[ParquetRows | TableRows, Dataset, str, str, str]:
+    """The training rows, the evaluation split and its name, the column of images, and where they come from."""
+    name, folder = args.dataset_name, os.path.expanduser(args.dataset_name)
+    is_table = os.path.isfile(os.path.join(folder, "dataset_dict.json"))
+    is_table = is_table or (name == "digits" and not os.path.isdir(name))
+    if not is_table:
+        with naming_the_dataset(name):
+            builder = load_dataset_builder(folder if os.path.isdir(folder) else name, args.dataset_config_name)
+        if isinstance(builder.config, ParquetConfig):
+            source = "local" if os.path.isdir(folder) else "hub"
+            return *_open_parquet(args, builder), source
+        if not (isinstance(builder.config, ImageFolderConfig) and os.path.isdir(folder)):
+            raise UserError(
+                f"--streaming reads Parquet files, local or on the Hub, and local image folders; {name} is "
+                f"{type(builder).__name__}. Write it as Parquet: load_dataset(...).push_to_hub(...), or to_parquet."
+            )
+    splits, source = load_splits(name, args.dataset_config_name)
+    train, evaluation, eval_split = train_and_evaluation(splits, args)
+    image_column = find_image_column(train, args)
+    return _table_rows(train, image_column, folder), evaluation, eval_split, image_column, source
+
+
+def _open_parquet(args: DataArguments, builder) -> tuple[ParquetRows, Dataset, str, str]:
+    files = {str(split): list(names) for split, names in builder.config.data_files.items()}
+    if "train" not in files:
+        raise UserError(f"{args.dataset_name} has no split `train`; it has {', '.join(files)}.")
+    eval_split = next((split for split in EVALUATION_SPLITS if split in files), None)
+    if eval_split is None:
+        raise UserError(
+            f"{args.dataset_name} has the one split `train`, and --streaming cannot hold images out of it: put some "
+            "of its Parquet files into a split of their own (test-00000.parquet, or a folder test/)."
+        )
+    with naming_the_dataset(args.dataset_name):
+        rows = ParquetRows(files["train"])
+        evaluation = load_dataset("parquet", data_files={eval_split: files[eval_split]}, split=eval_split)
+        features = rows.features
+    for split, size in (("train", rows.sizes.sum()), (eval_split, len(evaluation))):
+        if size == 0:
+            raise UserError(f"{args.dataset_name}: split `{split}` is empty.")
+    return (
+        rows,
+        evaluation,
+        eval_split,
+        find_image_column(Dataset.from_dict(dict.fromkeys(features, []), features), args),
+    )
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Images and batches
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+@dataclasses.dataclass(frozen=True)
+class StreamedImages:
+    """
+    The training split of an [`ImageData`] that nobody has read yet.
+
+    Args:
+        rows ([`ParquetRows`] or [`TableRows`])
+        image_column (`str`)
+        label_column (`str`, *optional*): missing where the images have no labels.
+        ids (`dict`, *optional*): the id of each value in the label column. Default: the values are ids.
+        num_labels (`int`)
+        buffer_size (`int`): encoded images in the shuffle buffers of one process.
+        transform (`Callable`, *optional*): RGB image to `pixel_values`.
+    """
+
+    rows: ParquetRows | TableRows
+    image_column: str
+    label_column: str | None
+    ids: dict | None
+    num_labels: int
+    buffer_size: int
+    transform: Callable[[PILImage.Image], torch.Tensor] | None = None
+
+    def __len__(self) -> int:
+        return int(self.rows.sizes.sum())
+
+    @property
+    def column_names(self) -> list[str]:
+        return ["image"] if self.label_column is None else ["image", "label"]
+
+    def with_transform(self, transform: Callable[[PILImage.Image], torch.Tensor]) -> "StreamedImages":
+        return dataclasses.replace(self, transform=transform)
+
+    def read(self, shard: int, start: int, stop: int) -> Iterator[dict]:
+        columns = [self.image_column] if self.label_column is None else [self.image_column, self.label_column]
+        try:
+            yield from self.rows.read(shard, start, stop, columns)
+        except (OSError, pa.ArrowException) as error:
+            place = self.rows.place(shard, start)
+            raise UnreadableRow(
+                f"Split `train`, {place} or after: it cannot be read ({first_line(error)})."
+            ) from error
+
+    def decode(self, shard: int, number: int, row: dict) -> tuple[PILImage.Image, int | None]:
+        """
+        The RGB image and the label id of a row.
+
+        Raises:
+            UnreadableRow: if its label is missing or out of range, or its image cannot be decoded.
+        """
+        place = f"Split `train`, {self.rows.place(shard, number)}"
+        label = None
+        if self.label_column is not None:
+            label = row[self.label_column]
+            label = label if self.ids is None else self.ids[label]
+            if label is None or label < 0:
+                raise UnreadableRow(f"{place}: the label is {'missing' if label is None else label}.")
+            if label >= self.num_labels:
+                raise UnreadableRow(f"{place}: label {label} is out of range; there are {self.num_labels} labels.")
+        encoded = row[self.image_column]
+        try:
+            return decode_image(encoded), label
+        except Exception as error:  # PIL raises many kinds for what is not an image, or half of one
+            path = f", {encoded['path']}" if encoded and encoded["bytes"] is None else ""
+            raise UnreadableRow(
+                f"{place}{path}: the image in column {self.image_column!r} cannot be decoded ({error})."
+            ) from error
+
+
+@dataclasses.dataclass
+class _Range:
+    """Rows `position` to `stop` of a shard, opened when the first of them is read."""
+
+    shard: int
+    position: int
+    stop: int
+    rows: Iterator[dict] | None = None
+
+    def next(self, images: StreamedImages | None) -> tuple[int, int, dict | None]:
+        """Shard, number and content of the next row; without content where `images` is `None`."""
+        if images is not None and self.rows is None:
+            self.rows = images.read(self.shard, self.position, self.stop)
+        self.position += 1
+        return self.shard, self.position - 1, None if images is None else next(self.rows)
+
+
+class StreamedBatches(torch.utils.data.IterableDataset):
+    """
+    One process's batches of an epoch, as `collate_images` makes them, for a `DataLoader` with `batch_size=None`.
+
+    What is in a batch depends on the seed, the epoch, and the numbers of processes and workers. As with
+    `data.TrainSampler`, images that do not fill a batch of all processes are left out, others each epoch.
+
+    Args:
+        images ([`StreamedImages`])
+        batch_size (`int`): of this process.
+        seed (`int`): of the run.
+        repeats (`int`): repeated augmentation; each image comes this often, in one batch or two that follow.
+        num_workers (`int`): of the loader.
+        process_index, num_processes (`int`)
+
+    Raises:
+        UserError: if there are fewer images than all processes need for one step.
+    """
+
+    def __init__(self, images, batch_size, seed, repeats, num_workers, process_index, num_processes):
+        self.images = images
+        self.batch_size = batch_size
+        self.seed = seed
+        self.repeats = repeats
+        self.num_workers = max(1, num_workers)
+        self.process_index = process_index
+        self.num_processes = num_processes
+        self.num_batches = len(images) // (batch_size * num_processes)
+        if self.num_batches == 0:
+            raise UserError(
+                f"--streaming: {len(images)} training images are fewer than one step of all processes takes "
+                f"({batch_size} x {num_processes}): use a smaller --per_device_train_batch_size, or leave it out."
+            )
+        # The epoch, and what of which epoch is skipped: shared, since workers that persist have copies of the rest.
+        self._epoch, self._skip = torch.zeros(1, dtype=torch.int64), torch.zeros(2, dtype=torch.int64)
+        self._epoch.share_memory_()
+        self._skip.share_memory_()
+
+    def __len__(self) -> int:
+        return self.num_batches
+
+    def set_epoch(self, epoch: int) -> None:
+        self._epoch[0] = epoch
+
+    def skip(self, epoch: int, num_batches: int) -> None:
+        """The first batches of that epoch come empty, `{}`: nothing is read, decoded or augmented for them."""
+        self._skip[0], self._skip[1] = epoch, num_batches
+
+    def __iter__(self) -> Iterator[dict]:
+        worker = torch.utils.data.get_worker_info()
+        worker = 0 if worker is None else worker.id
+        epoch = self._epoch.item()
+        skipped = self._skip[1].item() if self._skip[0] == epoch else 0
+        numbers = range(worker, self.num_batches, self.num_workers)  # as the loader takes them in turn
+        samples_skipped = len(range(worker, min(skipped, self.num_batches), self.num_workers)) * self.batch_size
+        views = self._views(epoch, worker, samples_skipped // self.repeats)
+        views = islice(views, samples_skipped % self.repeats, None)
+        for number in numbers:
+            if number < skipped:
+                yield {}
+                continue
+            try:
+                yield self._batch(list(islice(views, self.batch_size)), epoch, number)
+            except UnreadableRow as error:
+                yield {"error": str(error)}  # a loader would add a worker's traceback to what is raised
+                return
+
+    def _batch(self, views: list[tuple[PILImage.Image, int | None]], epoch: int, number: int) -> dict:
+        generator = np.random.default_rng([self.seed, epoch, self.process_index, number, 1])
+        if self.repeats > 1:
+            # Mixup takes neighbours: the views of one image must not be each other's.
+            views = [views[index] for index in generator.permutation(len(views))]
+        samples = []
+        for (image, label), seed in zip(views, generator.integers(2**62, size=len(views)).tolist(), strict=True):
+            with seeded(seed):
+                sample = {"pixel_values": self.images.transform(image), "seeds": seed}
+            samples.append(sample if label is None else sample | {"labels": label})
+        return collate_images(samples)
+
+    def _views(self, epoch: int, worker: int, skipped: int) -> Iterator[tuple[PILImage.Image, int | None]]:
+        for shard, number, row in self._rows(epoch, worker, skipped):
+            view = self.images.decode(shard, number, row)
+            for _ in range(self.repeats):
+                yield view
+
+    def _rows(self, epoch: int, worker: int, skipped: int) -> Iterator[tuple[int, int, dict]]:
+        """A worker's rows in shuffled order, from number `skipped` on: (shard, row in the shard, content)."""
+        start, count = self._range(worker)
+        ranges = self._ranges(epoch, start, start + count)
+        seed = np.random.SeedSequence([self.seed, epoch, self.process_index, worker, 2]).generate_state(1, np.uint64)
+        generator = random.Random(int(seed[0]))
+        buffer_size = max(1, self.images.buffer_size // self.num_workers)
+        opened: list[_Range] = []
+        buffer: list[tuple[int, int, dict | None]] = []
+        for emitted in range(count):
+            if emitted == skipped and skipped:
+                # The order of rows takes no reading; now come the rows that a run without interruption would hold.
+                buffer = self._read_again(buffer)
+            while len(buffer) < buffer_size:
+                opened += islice(ranges, OPEN_SHARDS - len(opened))
+                if not opened:
+                    break
+                source = generator.randrange(len(opened))
+                buffer.append(opened[source].next(self.images if emitted >= skipped else None))
+                if opened[source].position == opened[source].stop:
+                    opened.pop(source)
+            chosen = generator.randrange(len(buffer))
+            buffer[chosen], buffer[-1] = buffer[-1], buffer[chosen]
+            row = buffer.pop()
+            if emitted >= skipped:
+                yield row
+
+    def _range(self, worker: int) -> tuple[int, int]:
+        """First row and number of rows, among all of the epoch, that this worker of this process reads."""
+        counts = [
+            -(-len(range(index, self.num_batches, self.num_workers)) * self.batch_size // self.repeats)
+            for index in range(self.num_workers)
+        ]
+        return self.process_index * sum(counts) + sum(counts[:worker]), counts[worker]
+
+    def _ranges(self, epoch: int, start: int, stop: int) -> Iterator[_Range]:
+        """Rows `start` to `stop` of the epoch's order of shards, which is the same in all processes."""
+        sizes = self.images.rows.sizes
+        order = np.random.default_rng([self.seed, epoch]).permutation(len(sizes))
+        ends = np.cumsum(sizes[order])
+        for index in range(int(np.searchsorted(ends, start, side="right")), len(order)):
+            first = int(ends[index] - sizes[order[index]])
+            if first >= stop:
+                return
+            range_ = _Range(int(order[index]), max(start - first, 0), int(min(stop, ends[index])) - first)
+            if range_.position < range_.stop:
+                yield range_
+
+    def _read_again(self, buffer: list[tuple[int, int, None]]) -> list[tuple[int, int, dict]]:
+        wanted: dict[int, list[int]] = {}
+        for shard, number, _ in buffer:
+            wanted.setdefault(shard, []).append(number)
+        rows = {}
+        for shard, numbers in wanted.items():
+            first, last = min(numbers), max(numbers) + 1
+            numbers = set(numbers)
+            for number, row in enumerate(self.images.read(shard, first, last), start=first):
+                if number in numbers:
+                    rows[shard, number] = row
+        return [(shard, number, rows[shard, number]) for shard, number, _ in buffer]
+
+
+def as_it_is(batch: dict) -> dict:
+    """The collate function of a loader whose dataset gives whole batches; torch's would make tensors of the seeds."""
+    return batch
+
+
+__all__ = ["StreamedBatches", "StreamedImages", "UnreadableRow", "load_streamed_images"]
