@@ -307,7 +307,7 @@ def make_trainer(folder: Path, output_dir: Path, **options) -> DistillationTrain
         (4, {}),
         (6, {"dataloader_num_workers": 2}),
         (9, {"dataloader_num_workers": 2, "dataloader_persistent_workers": True}),
-        (3, {"per_device_train_batch_size": 16, "gradient_accumulation_steps": 5, "repeated_augmentation": 1}),
+        (3, {"per_device_train_batch_size": 40, "gradient_accumulation_steps": 2, "repeated_augmentation": 1}),
     ],
     ids=["mid-epoch", "end of an epoch, workers", "second epoch, workers", "accumulation"],
 )
