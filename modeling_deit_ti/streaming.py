@@ -191,7 +191,7 @@ def load_streamed_images(args: DataArguments, labels_needed: bool = True) -> Ima
     values = list(found) if has_labels and not has_names else []
     columns = {name: values if name == label_column else [None] * len(values) for name in features}
     train, evaluation, label_names = with_label_ids(
-        Dataset.from_dict(columns, features=features), evaluation, label_column, labels_needed
+        Dataset.from_dict(columns, features=features), evaluation, label_column, labels_needed, is_held_out=False
     )
     ids = dict(zip(values, train[label_column], strict=True)) if values else None
     content.update("\0".join(label_names).encode())
