@@ -52,8 +52,8 @@ MAX_BATCH_BYTES = 128 * 2**20
 MAX_ASPECT_RATIO = 200
 # Bump when images or labels come out differently than before: what `datasets` has cached is then made anew.
 CHECK_VERSION = 1
-# Up to this height and width, of the images and of the model's input, a CPU augments whole batches twice as fast as
-# timm does their images, or faster; far above it is slower (results/augment_on.md).
+# Up to this height and width, of the images and of the model's input, a CPU augments whole batches faster than timm
+# does their images; far above it is slower (results/augment_on.md).
 MAX_CPU_BATCH_AUGMENTATION_SIZE = 64
 # The subsets that --max_train_samples and --train_val_split take are the same in every run, whatever its --seed:
 # runs that are compared then see the same images, and a fitted teacher serves them all.

@@ -7,6 +7,7 @@ import random
 import numpy as np
 import pytest
 import torch
+from accelerate.data_loader import prepare_data_loader
 from datasets import ClassLabel, Dataset, DatasetDict, Features, Image, Value, concatenate_datasets
 from PIL import Image as PILImage
 from timm.data.constants import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
@@ -461,6 +462,20 @@ def test_batches_fetched_whole_are_the_same_for_any_number_of_workers():
     alone = images[keys[3]]
     again = augment(alone["pixel_values"][None], torch.tensor([alone["seeds"]]))[0]
     torch.testing.assert_close(again, epochs[0][0][3], atol=0, rtol=0)
+
+
+def test_two_processes_together_see_the_batches_of_one():
+    images, augment = train_images(load("digits", max_train_samples=40).train, DataArguments(augment_on="device"), 32)
+    keys = list(TrainSampler(40, 8, seed=5))
+
+    def augmented(**processes) -> list[torch.Tensor]:
+        loader = DataLoader(images, batch_size=4, sampler=keys, collate_fn=collate_images)
+        loader = prepare_data_loader(loader, put_on_device=True, device=torch.device("cpu"), **processes)
+        return [augment(batch["pixel_values"], torch.from_numpy(batch["seeds"])) for batch in loader]
+
+    first, second = (augmented(num_processes=2, process_index=index) for index in (0, 1))
+    together = [batch for pair in zip(first, second, strict=True) for batch in pair]
+    torch.testing.assert_close(together, augmented(num_processes=1, process_index=0), atol=0, rtol=0)
 
 
 @pytest.mark.parametrize(("image_size", "arguments"), [(8, {}), (20, {"crop": "none"}), (48, {})])

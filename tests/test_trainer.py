@@ -23,7 +23,14 @@ from modeling_deit_ti.teacher import Teacher, new_timm_classifier
 from modeling_deit_ti.trainer import DistillationTrainer, DistillationTrainingArguments
 
 
-PLAIN = DataArguments(dataset_name="digits", crop="none", horizontal_flip=0, auto_augment="none", random_erasing=0)
+PLAIN = DataArguments(
+    dataset_name="digits",
+    crop="none",
+    horizontal_flip=0,
+    auto_augment="none",
+    random_erasing=0,
+    augment_on="loader",  # a batch then holds what the networks see
+)
 LABELS = [str(digit) for digit in range(10)]
 TIMINGS = (
     "train_seconds",
