@@ -449,11 +449,12 @@ def _fit(
     with FileLock(f"{folder}.lock") if is_main else contextlib.nullcontext():
         # One process decides for all: on another machine the folder may look different.
         (is_fitted,) = broadcast_object_list([_has_recipe(folder, recipe)])
+        elsewhere = UserError(
+            f"--teacher_output_dir {args.teacher_output_dir}: the fitted teacher is there on the first machine, not on "
+            "this one; name a folder on storage that all machines share."
+        )
         if is_fitted and not _has_recipe(folder, recipe):
-            raise UserError(
-                f"--teacher_output_dir {args.teacher_output_dir}: the fitted teacher is there on the first machine, "
-                "not on this one; name a folder on storage that all machines share."
-            )
+            raise elsewhere
         if is_main:
             how = (
                 "fitted by an earlier run, from"
@@ -491,6 +492,8 @@ def _fit(
             shutil.rmtree(folder, ignore_errors=True)
             os.rename(unfinished, folder)
         trainer.accelerator.wait_for_everyone()
+        if not _has_recipe(folder, recipe):
+            raise elsewhere
     if trainer.is_deepspeed_enabled:
         # accelerate takes one DeepSpeed plugin, and the student's Trainer brings its own.
         AcceleratorState._reset_state()
