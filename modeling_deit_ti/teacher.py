@@ -450,8 +450,8 @@ def _fit(
         # One process decides for all: on another machine the folder may look different.
         (is_fitted,) = broadcast_object_list([_has_recipe(folder, recipe)])
         elsewhere = UserError(
-            f"--teacher_output_dir {args.teacher_output_dir}: the fitted teacher is there on the first machine, not on "
-            "this one; name a folder on storage that all machines share."
+            f"--teacher_output_dir {args.teacher_output_dir}: the fitted teacher is there on the first machine, not "
+            "on this one; name a folder on storage that all machines share."
         )
         if is_fitted and not _has_recipe(folder, recipe):
             raise elsewhere
