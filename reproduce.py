@@ -47,7 +47,7 @@ BUDGETS = ("seed", "native", "cpu", "long")
 RESULTS, CARDS = Path("results"), Path("model_cards")
 RECORD = "reproduce.json"  # in a run's folder: what this script knows of it and train_hf.py does not
 # What an interrupted train_hf.py, and this script, ends with: started again, it goes on.
-INTERRUPTED = 75
+INTERRUPTED = train_hf.EXIT_INTERRUPTED
 # Seconds that a run may take until it trains (imports, images, the teacher's accuracy), and to end when asked to.
 START_SECONDS, STOP_SECONDS = 60, 60
 
