@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 import torch
 import yaml
-from datasets import ClassLabel, Dataset, Features, Image, Value
+from datasets import ClassLabel, Dataset, DatasetDict, Features, Image, Value
 from forked_command import REPOSITORY, ForkedCommand
 from PIL import Image as PILImage
 from safetensors.torch import load_file
@@ -561,6 +561,19 @@ class TestDisk:
         assert result.returncode == 1, result.stderr
         assert message_of(result).startswith("disk/teachers cannot be written (No space left on device)")
         assert not [path for path in (tmp_path / "disk").rglob("*") if path.is_file()]
+
+    def test_a_dataset_in_a_read_only_folder_trains(self, command, disk, tmp_path):
+        features = Features({"image": Image(), "label": ClassLabel(names=["cat", "dog"])})
+        images = [{"bytes": picture(index), "path": None} for index in range(16)]
+        rows = Dataset.from_dict({"image": images, "label": [0, 1] * 8}, features=features)
+        DatasetDict({"train": rows, "test": rows}).save_to_disk(tmp_path / "saved")
+        shutil.copytree(tmp_path / "saved", disk("size=8m"), dirs_exist_ok=True)
+        disk("remount,ro")
+        result = command(*QUICK, "--dataset_name=disk", cwd=tmp_path)
+        assert result.returncode == 0, result.stderr
+        before = snapshot(tmp_path / "saved")
+        assert command(*QUICK, "--dataset_name=saved", "--output_dir=again", cwd=tmp_path).returncode == 0
+        assert snapshot(tmp_path / "saved") == before
 
     @pytest.mark.parametrize("options", ["ro", "size=64k"])
     def test_a_cache_that_cannot_be_written_is_named(self, options, disk, tmp_path):
