@@ -613,7 +613,7 @@ def test_a_label_without_a_training_image_is_told_and_names_with_markup_leave_th
     assert result.returncode == 0, result.stderr
     assert f"Images: no training image has a label of {names[2]!r}\n" in result.stdout
     config = json.loads((tmp_path / "run" / "config.json").read_text())
-    assert list(config["id2label"].values()) == names
+    assert config["label_names"] == names
     front_matter = (tmp_path / "run" / "README.md").read_text().split("\n---\n")[0]
     assert yaml.safe_load(front_matter)["pipeline_tag"] == "image-classification"
 
@@ -639,7 +639,7 @@ def test_a_label_whose_only_image_is_held_out_is_no_mistake(command, tmp_path):
     result = command(*QUICK, DATA, "--train_val_split=0.25", cwd=tmp_path)
     assert result.returncode == 0, result.stderr
     assert result.stdout.count("no training image has a label of") == 1
-    assert len(json.loads((tmp_path / "run" / "config.json").read_text())["id2label"]) == 8
+    assert len(json.loads((tmp_path / "run" / "config.json").read_text())["label_names"]) == 8
 
 
 def test_remote_code_of_a_teacher_runs_where_it_is_trusted(command, tmp_path):
