@@ -333,7 +333,12 @@ def load_splits(name: str, config_name: str | None) -> tuple[DatasetDict, str]:
         raise UserError(f"--dataset_name {name}: it is a file, not a folder.")
     with naming_the_dataset(name):
         if os.path.isfile(os.path.join(folder, "dataset_dict.json")):
-            return load_from_disk(folder), "local"
+            # Through the cache: of rows that lie in the user's folder, `datasets` would keep results in that folder.
+            files = {
+                split: [file["filename"] for file in rows.cache_files]
+                for split, rows in load_from_disk(folder).items()
+            }
+            return _load_each("arrow", files), "local"
         if os.path.isdir(folder):
             return _load_folder(folder, config_name), "local"
         return load_dataset(name, config_name), "hub"
@@ -364,11 +369,16 @@ def _load_folder(folder: str, config_name: str | None) -> DatasetDict:
     builder = load_dataset_builder(folder, config_name)
     if not isinstance(builder.config, ParquetConfig):
         return load_dataset(folder, config_name)
-    # One by one: together, all splits are read with the features of the first file, whatever the others say of theirs.
-    # Label 0 would then be `cat` in training and `dog` in evaluation, and nobody would know.
-    splits = {str(split): list(files) for split, files in builder.config.data_files.items()}
+    return _load_each("parquet", {str(split): list(files) for split, files in builder.config.data_files.items()})
+
+
+def _load_each(kind: str, files: dict[str, list[str]]) -> DatasetDict:
+    """
+    Splits, one by one: together, all are read with the features of the first file, whatever the others say of theirs.
+    Label 0 would then be `cat` in training and `dog` in evaluation, and nobody would know.
+    """
     return DatasetDict(
-        {split: load_dataset("parquet", data_files={split: files}, split=split) for split, files in splits.items()}
+        {split: load_dataset(kind, data_files={split: names}, split=split) for split, names in files.items()}
     )
 
 

@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 import torch
 import yaml
-from datasets import ClassLabel, Dataset, Features, Image, Value
+from datasets import ClassLabel, Dataset, DatasetDict, Features, Image, Value
 from PIL import Image as PILImage
 from real_command import REPOSITORY, run
 from safetensors.torch import load_file
@@ -574,6 +574,19 @@ class TestDisk:
         assert "is no better than chance" in message_of(result)  # after so short a fitting
         assert len(list((tmp_path / "disk").glob("teachers/*/teacher_recipe.json"))) == 1
 
+    def test_a_dataset_in_a_read_only_folder_trains(self, disk, tmp_path):
+        features = Features({"image": Image(), "label": ClassLabel(names=["cat", "dog"])})
+        images = [{"bytes": picture(index), "path": None} for index in range(16)]
+        rows = Dataset.from_dict({"image": images, "label": [0, 1] * 8}, features=features)
+        DatasetDict({"train": rows, "test": rows}).save_to_disk(tmp_path / "saved")
+        shutil.copytree(tmp_path / "saved", disk("size=8m"), dirs_exist_ok=True)
+        disk("remount,ro")
+        result = run(*QUICK, "--dataset_name=disk", cwd=tmp_path)
+        assert result.returncode == 0, result.stderr
+        before = snapshot(tmp_path / "saved")
+        assert run(*QUICK, "--dataset_name=saved", "--output_dir=again", cwd=tmp_path).returncode == 0
+        assert snapshot(tmp_path / "saved") == before
+
     @pytest.mark.parametrize("options", ["ro", "size=64k"])
     def test_a_cache_that_cannot_be_written_is_named(self, options, disk, tmp_path):
         parquet(images=[picture(index, (100, 100)) for index in range(16)])(tmp_path)
@@ -612,7 +625,7 @@ def test_a_label_without_a_training_image_is_told_and_names_with_markup_leave_th
     assert result.returncode == 0, result.stderr
     assert f"Images: no training image has a label of {names[2]!r}\n" in result.stdout
     config = json.loads((tmp_path / "run" / "config.json").read_text())
-    assert list(config["id2label"].values()) == names
+    assert config["label_names"] == names
     front_matter = (tmp_path / "run" / "README.md").read_text().split("\n---\n")[0]
     assert yaml.safe_load(front_matter)["pipeline_tag"] == "image-classification"
 
@@ -638,7 +651,7 @@ def test_a_label_whose_only_image_is_held_out_is_no_mistake(tmp_path):
     result = run(*QUICK, DATA, "--train_val_split=0.25", cwd=tmp_path)
     assert result.returncode == 0, result.stderr
     assert result.stdout.count("no training image has a label of") == 1
-    assert len(json.loads((tmp_path / "run" / "config.json").read_text())["id2label"]) == 8
+    assert len(json.loads((tmp_path / "run" / "config.json").read_text())["label_names"]) == 8
 
 
 def test_remote_code_of_a_teacher_runs_where_it_is_trusted(tmp_path):
