@@ -222,13 +222,12 @@ def main() -> None:
             min(training_args.train_batch_size, len(train_images)),
         )
 
-    teacher = teacher_path = teacher_record = teacher_cache = None
+    teacher = teacher_path = teacher_record = None
     if mode.has_teacher:
         with storing(teacher_args.teacher_output_dir, "Make room, and run the same command again."):
             teacher, teacher_path, teacher_facts = prepare_teacher(
                 teacher_args, data, data_args, training_args, image_processor
             )
-            teacher_cache = make_teacher_cache(teacher_args, teacher, data, data_args, training_args, image_processor)
 
     evaluation = validation = EvalImages(data.evaluation, image_processor)
     if data_args.max_validation_samples is not None:
@@ -239,7 +238,6 @@ def main() -> None:
             model=student,
             args=training_args,
             teacher=teacher,
-            teacher_cache=teacher_cache,
             augment=augment,
             train_dataset=train_images,
             eval_dataset=validation,
@@ -257,6 +255,9 @@ def main() -> None:
             print(f"Teacher: {teacher_facts['name']} is right on {accuracy:.2%} of the split {data.eval_split}")
         check_better_than_chance(accuracy, data.evaluation["label"][:], teacher_facts["name"])
         teacher_record = TeacherRecord(accuracy=accuracy, **teacher_facts)
+        trainer.teacher_cache = make_teacher_cache(
+            teacher_args, teacher, data, data_args, training_args, image_processor
+        )
 
     with storing(
         training_args.output_dir,

@@ -11,6 +11,7 @@ import json
 import os
 import re
 import shutil
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -446,7 +447,7 @@ def _fit(
     # Fitted beside its place and moved there whole, so that what is there is always finished. One run fits at a time:
     # others that want the same teacher wait for it.
     Path(args.teacher_output_dir).mkdir(parents=True, exist_ok=True)
-    with FileLock(f"{folder}.lock") if is_main else contextlib.nullcontext():
+    with _alone(folder) if is_main else contextlib.nullcontext():
         # One process decides for all: on another machine the folder may look different.
         (is_fitted,) = broadcast_object_list([_has_recipe(folder, recipe)])
         elsewhere = UserError(
@@ -498,6 +499,14 @@ def _fit(
         # accelerate takes one DeepSpeed plugin, and the student's Trainer brings its own.
         AcceleratorState._reset_state()
     return str(folder)
+
+
+@contextlib.contextmanager
+def _alone(folder: Path) -> Iterator[None]:
+    """One process at a time; a killed one lets go. Who waited finds the teacher fitted, so the lock can be deleted."""
+    with FileLock(f"{folder}.lock"):
+        yield
+    Path(f"{folder}.lock").unlink(missing_ok=True)
 
 
 def _has_recipe(folder: Path, recipe: dict) -> bool:

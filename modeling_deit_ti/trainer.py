@@ -465,7 +465,7 @@ class DistillationTrainer(Trainer):
             label_smoothing=self.args.label_smoothing_factor,
         )
         logged = {"label_loss": parts.label_loss, "distillation_loss": parts.distillation_loss}
-        if not self.args.logging_nan_inf_filter:
+        if self.optimizer is not None and not self.args.logging_nan_inf_filter:
             shown = {"loss": parts.loss, **logged}
             shown = {name: value.detach() for name, value in shown.items() if value is not None}
             self._unchecked_losses.append((self.state.global_step + 1, self._get_learning_rate(), shown))

@@ -203,7 +203,7 @@ def test_skipped_batches_are_not_read(parquet, monkeypatch):
 
 
 def test_an_image_is_augmented_as_it_would_be_from_a_split_in_memory(parquet):
-    streamed, args = load(parquet), DataArguments(dataset_name=str(parquet))
+    streamed, args = load(parquet), DataArguments(dataset_name=str(parquet), augment_on="loader")
     processor = make_image_processor(args, 32)
     in_memory = make_train_images(load_images(args).train, args, processor)[0]
     batches = StreamedBatches(make_train_images(streamed.train, args, processor)[0], 8, 0, 1, 0, 0, 1)

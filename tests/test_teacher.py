@@ -237,7 +237,7 @@ def test_fitting_gives_the_same_teacher_again(digits, tmp_path):
     assert all(torch.equal(weights[0][name], weights[1][name]) for name in weights[0])
 
 
-def test_an_unfinished_fit_is_not_reused(digits, tmp_path):
+def test_a_folder_without_its_recipe_is_not_reused(digits, tmp_path):
     _, path, _ = prepare(digits, tmp_path, teacher_num_train_epochs=0.1)
     recipe = Path(path, "teacher_recipe.json")
     content = recipe.read_text()
@@ -245,6 +245,7 @@ def test_an_unfinished_fit_is_not_reused(digits, tmp_path):
     prepare(digits, tmp_path, teacher_num_train_epochs=0.1)
     assert recipe.read_text() == content
     assert [path.name for path in (tmp_path / "teachers").iterdir()] == [Path(path).name]
+    assert not list(Path(path).glob("checkpoint-*"))
 
 
 def test_a_teacher_that_knows_the_labels_is_taken_as_it_is(digits, tmp_path):

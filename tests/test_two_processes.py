@@ -125,8 +125,10 @@ def test_a_failure_of_one_process_ends_the_other_within_seconds_and_says_why_fir
     failed = launch(json.dumps(fault), *FLAGS, *places, script="tests/real_command.py")
     ended_at = time.time()
     assert failed.returncode == 1
-    first = failed.stderr.strip().splitlines()[0]
+    assert "failed" not in failed.stderr.partition("train_hf.py: ")[0] and "Traceback" in failed.stderr
+    first = failed.stderr[failed.stderr.index("train_hf.py: ") :].splitlines()[0]
     assert first.startswith("train_hf.py: process 1 failed: RuntimeError: a fault of the test at ")
+    assert failed.stderr.index(first) < failed.stderr.index("Traceback")
     assert ended_at - float(first.rpartition(" ")[2]) < 30
     assert not (tmp_path / "run" / "all_results.json").exists()
 
