@@ -60,7 +60,8 @@ from modeling_deit_ti.data import (
     read_image,
 )
 from modeling_deit_ti.distillation import MODES, distillation_loss
-from modeling_deit_ti.teacher import Teacher, is_timm_architecture, new_timm_classifier, prepare_teacher
+from modeling_deit_ti.interop import is_timm_architecture
+from modeling_deit_ti.teacher import Teacher, new_timm_classifier, prepare_teacher
 from modeling_deit_ti.trainer import DistillationTrainer
 from train_hf import make_student, parse_arguments
 
