@@ -80,9 +80,13 @@ def peak_device_gigabytes(result: dict) -> float | None:
 
 
 def host_memory_growth(result: dict) -> float | None:
-    """Resident memory after the last epoch over that after the second: the first ones fill caches."""
+    """
+    The most resident memory after an epoch of the second half, over that of the first: a process that only goes up
+    and down, as allocators do, does not grow.
+    """
     epochs = result["host_bytes_by_epoch"]
-    return epochs[-1] / epochs[1] - 1 if epochs and len(epochs) > 2 else None
+    half = len(epochs or ()) // 2
+    return max(epochs[half:]) / max(epochs[:half]) - 1 if half else None
 
 
 @dataclass(frozen=True)

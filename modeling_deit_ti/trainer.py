@@ -8,7 +8,7 @@ from pathlib import Path
 import evaluate
 import torch
 from accelerate.data_loader import prepare_data_loader
-from accelerate.utils import DynamoBackend
+from accelerate.utils import DynamoBackend, broadcast_object_list
 from torch import distributed
 from torch.utils.data import DataLoader, Dataset
 from transformers import Trainer, TrainerCallback, TrainingArguments
@@ -368,9 +368,13 @@ class DistillationTrainer(Trainer):
             output = super().train(*args, **kwargs)
         if self.run_callback.stopped_by:
             step, steps = self.state.global_step, self.state.max_steps
+            checkpoint = os.path.join(self.args.output_dir, f"checkpoint-{step}")
+            (is_saved,) = broadcast_object_list([os.path.isdir(checkpoint)])
+            if not is_saved:  # told in the last evaluation of a run that saves no checkpoints by itself
+                self._save_checkpoint(self.model, trial=None)
             raise Interrupted(
-                f"stopped by {name_of(self.run_callback.stopped_by)} after step {step} of {steps}; "
-                f"{os.path.join(self.args.output_dir, f'checkpoint-{step}')} is written."
+                f"stopped by {name_of(self.run_callback.stopped_by)} after step {step} of {steps}; {checkpoint} is "
+                "written."
             )
         return output
 
@@ -528,14 +532,15 @@ class DistillationTrainer(Trainer):
         finally:
             args.save_total_limit, args.push_to_hub = limit, push_to_hub
         self.accelerator.wait_for_everyone()  # each process has files of its own in it
-        checkpoint = os.path.join(args.output_dir, f"checkpoint-{self.state.global_step}")
+        folder = self._get_output_dir(trial=trial)
+        checkpoint = os.path.join(folder, f"checkpoint-{self.state.global_step}")
         if args.should_save:
             torch.save(args, os.path.join(checkpoint, "training_args.bin"))  # without what was just changed in them
             seal(checkpoint)
         if push_to_hub:
             self._push_from_checkpoint(checkpoint)
         if args.should_save:
-            rotate_checkpoints(args.output_dir, limit, self.state.best_model_checkpoint, use_mtime=True)
+            rotate_checkpoints(folder, limit, self.state.best_model_checkpoint, use_mtime=True)
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """

@@ -190,7 +190,7 @@ def test_without_results_every_target_is_not_measured_and_names_its_command(tmp_
 
 def test_targets_are_met_or_missed_by_the_faster_of_our_two_ways(tmp_path):
     speeds = {"bare step": 100.0, report.OURS[0]: 90.0, report.OURS[1]: 96.0, "timm": 97.0, "transformers": 80.0}
-    report.write_result(made_up_result(report.CPU_32, speeds, host_bytes_by_epoch=[100, 200, 201]), tmp_path, ["why"])
+    report.write_result(made_up_result(report.CPU_32, speeds, host_bytes_by_epoch=[200, 190, 195, 201]), tmp_path, ["why"])
     found = verdicts(tmp_path)
     assert found[f"{report.CPU_NAME}: at least 95 % of the bare step"] == ("96.0%", "met")
     assert found[f"{report.CPU_NAME}: at least level with timm"] == ("0.99", "missed")
@@ -207,6 +207,12 @@ def test_targets_are_met_or_missed_by_the_faster_of_our_two_ways(tmp_path):
         "not measured",
     ]
     assert [other[0] for other in others] == [report.GPU_224_NAME, report.GPU_32_NAME]
+
+
+def test_memory_that_creeps_up_is_told(tmp_path):
+    result = made_up_result(report.CPU_32, {"bare step": 100.0}, host_bytes_by_epoch=[200, 202, 204, 206])
+    report.write_result(result, tmp_path, ["why"])
+    assert verdicts(tmp_path)["host memory does not grow with the epochs (at most 1 %)"] == ("+1.98%", "missed")
 
 
 def test_targets_of_a_gpu(tmp_path):

@@ -1,15 +1,19 @@
 """The trainer: the teacher is in the loss and nowhere else, and what it logs and measures is true."""
 
 import json
+import os
 import re
+import signal
 
 import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file
 from torch._dynamo.utils import counters
+from transformers import TrainerCallback
 
 from modeling_deit_ti import DeiTTiConfig, DeiTTiForImageClassification
+from modeling_deit_ti.checkpoints import flaw_of
 from modeling_deit_ti.data import (
     DataArguments,
     EvalImages,
@@ -19,6 +23,7 @@ from modeling_deit_ti.data import (
     make_train_images,
 )
 from modeling_deit_ti.distillation import distillation_loss
+from modeling_deit_ti.interruption import Interrupted
 from modeling_deit_ti.teacher import Teacher, new_timm_classifier
 from modeling_deit_ti.trainer import DistillationTrainer, DistillationTrainingArguments
 
@@ -416,6 +421,26 @@ def test_a_step_that_overflows_in_fp16_is_left_out_and_counted(digits, tmp_path)
     assert sum(counted) == metrics["fp16_overflows"] == halvings
     assert 0 < halvings < 8 and counted[-1] == 0
     assert all(torch.isfinite(value).all() for value in trainer.model.state_dict().values())
+
+
+def test_told_to_stop_in_the_last_evaluation_a_run_without_checkpoints_writes_one(digits, tmp_path):
+    class Scheduler(TrainerCallback):
+        def on_prediction_step(self, args, state, control, **kwargs):
+            if state.global_step == state.max_steps:
+                os.kill(os.getpid(), signal.SIGTERM)
+
+    recipe = {"save_strategy": "no", "eval_strategy": "epoch"}
+    trainer = make_trainer(digits, tmp_path, **recipe)
+    trainer.add_callback(Scheduler())
+    before = signal.getsignal(signal.SIGTERM)
+    with pytest.raises(Interrupted, match="stopped by SIGTERM after step 4 of 4; .*checkpoint-4 is written"):
+        trainer.train()
+    assert signal.getsignal(signal.SIGTERM) == before
+    assert flaw_of(tmp_path / "checkpoint-4") is None
+    resumed = make_trainer(digits, tmp_path, **recipe)
+    resumed.train(resume_from_checkpoint=str(tmp_path / "checkpoint-4"))
+    assert_same(weights(trainer), weights(resumed))
+    assert without_timings(resumed)[:-1] == without_timings(trainer)[:-1]  # the last sums up each process's training
 
 
 @pytest.mark.parametrize("step", [3, 6], ids=["mid-epoch", "the last step"])
