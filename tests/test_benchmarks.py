@@ -190,7 +190,8 @@ def test_without_results_every_target_is_not_measured_and_names_its_command(tmp_
 
 def test_targets_are_met_or_missed_by_the_faster_of_our_two_ways(tmp_path):
     speeds = {"bare step": 100.0, report.OURS[0]: 90.0, report.OURS[1]: 96.0, "timm": 97.0, "transformers": 80.0}
-    report.write_result(made_up_result(report.CPU_32, speeds, host_bytes_by_epoch=[200, 190, 195, 201]), tmp_path, ["why"])
+    memory = [200, 190, 195, 201]
+    report.write_result(made_up_result(report.CPU_32, speeds, host_bytes_by_epoch=memory), tmp_path, ["why"])
     found = verdicts(tmp_path)
     assert found[f"{report.CPU_NAME}: at least 95 % of the bare step"] == ("96.0%", "met")
     assert found[f"{report.CPU_NAME}: at least level with timm"] == ("0.99", "missed")
