@@ -371,6 +371,7 @@ class DistillationTrainer(Trainer):
             checkpoint = os.path.join(self.args.output_dir, f"checkpoint-{step}")
             (is_saved,) = broadcast_object_list([os.path.isdir(checkpoint)])
             if not is_saved:  # told in the last evaluation of a run that saves no checkpoints by itself
+                self.state.log_history.pop()  # the sum of a run that is done, which the resumed one writes
                 self._save_checkpoint(self.model, trial=None)
             raise Interrupted(
                 f"stopped by {name_of(self.run_callback.stopped_by)} after step {step} of {steps}; {checkpoint} is "
