@@ -301,10 +301,7 @@ def load_images(args: DataArguments, labels_needed: bool = True) -> ImageData:
     label_column = find_label_column(evaluation, args)
     is_held_out = eval_split not in splits
     train, evaluation, label_names = with_label_ids(train, evaluation, label_column, labels_needed, is_held_out)
-    if len(label_names) < 2:
-        raise UserError(
-            f"{args.dataset_name}: column {label_column!r} has the one label {label_names}; classifying takes two."
-        )
+    check_label_names(label_names, label_column, args.dataset_name)
     train = check_split(
         train, "train", image_column, label_column, len(label_names), args.max_train_samples, labels_needed
     )
@@ -587,6 +584,32 @@ def random_rows(num_rows: int, size: int) -> list[int]:
     return sorted(np.random.default_rng(SUBSET_SEED).permutation(num_rows)[:size].tolist())
 
 
+def check_label_names(label_names: list[str], label_column: str, dataset_name: str) -> None:
+    """Raises a `UserError` where there is nothing to tell apart."""
+    if len(label_names) < 2:
+        raise UserError(
+            f"{dataset_name}: column {label_column!r} has the one label {label_names}; classifying takes two."
+        )
+
+
+def check_label(label: int | None, num_labels: int, place: str) -> None:
+    """Raises a `UserError` that begins with the row's place, where its label is missing or out of range."""
+    if label is None or label < 0:
+        raise UserError(f"{place}: the label is {'missing' if label is None else label}.")
+    if label >= num_labels:
+        raise UserError(f"{place}: label {label} is out of range; there are {num_labels} labels.")
+
+
+def decode_checked(encoded: dict, image_column: str, place: str) -> PILImage.Image:
+    """As `decode_image`. Raises a `UserError` that begins with the row's place, where that fails."""
+    try:
+        return decode_image(encoded)
+    except Exception as error:  # PIL raises many kinds for what is not an image, or half of one
+        raise UserError(
+            f"{place}: the image in column {image_column!r} cannot be decoded ({first_line(error)})."
+        ) from error
+
+
 def _check_rows(
     batch: dict,
     indices: list[int],
@@ -604,23 +627,12 @@ def _check_rows(
     output |= {"pixels": [], "height": [], "width": []} if decode else {}
     for index, encoded, label in zip(indices, batch[image_column], batch[label_column], strict=True):
         row = index if rows is None else rows[index]
-        if label is None or label < 0:
-            if labels_needed:
-                raise UserError(
-                    f"Split `{split_name}`, row {row}: the label is {'missing' if label is None else label}."
-                )
+        place = f"Split `{split_name}`, row {row}"
+        if labels_needed or not (label is None or label < 0):
+            check_label(label, num_labels, place)
+        else:
             label = -1
-        elif label >= num_labels:
-            raise UserError(
-                f"Split `{split_name}`, row {row}: label {label} is out of range; there are {num_labels} labels."
-            )
-        try:
-            image = decode_image(encoded)
-        except Exception as error:  # PIL raises many kinds for what is not an image, or half of one
-            raise UserError(
-                f"Split `{split_name}`, row {row}: the image in column {image_column!r} cannot be decoded "
-                f"({first_line(error)})."
-            ) from error
+        image = decode_checked(encoded, image_column, place)
         pixels = image.tobytes()
         digest = hashlib.blake2b(pixels, digest_size=8, salt=label.to_bytes(8, "little", signed=True))
         output["label"].append(label)

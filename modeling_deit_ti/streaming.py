@@ -31,9 +31,11 @@ from .data import (
     DataArguments,
     ImageData,
     UserError,
+    check_label,
+    check_label_names,
     check_split,
     collate_images,
-    decode_image,
+    decode_checked,
     find_image_column,
     find_label_column,
     first_line,
@@ -195,10 +197,7 @@ def load_streamed_images(args: DataArguments, labels_needed: bool = True) -> Ima
     )
     ids = dict(zip(values, train[label_column], strict=True)) if values else None
     content.update("\0".join(label_names).encode())
-    if len(label_names) < 2:
-        raise UserError(
-            f"{args.dataset_name}: column {label_column!r} has the one label {label_names}; classifying takes two."
-        )
+    check_label_names(label_names, label_column, args.dataset_name)
     evaluation = check_split(
         evaluation, eval_split, image_column, label_column, len(label_names), args.max_eval_samples, True
     )
@@ -318,22 +317,16 @@ class StreamedImages:
             UnreadableRow: if its label is missing or out of range, or its image cannot be decoded.
         """
         place = f"Split `train`, {self.rows.place(shard, number)}"
-        label = None
-        if self.label_column is not None:
-            label = row[self.label_column]
-            label = label if self.ids is None else self.ids[label]
-            if label is None or label < 0:
-                raise UnreadableRow(f"{place}: the label is {'missing' if label is None else label}.")
-            if label >= self.num_labels:
-                raise UnreadableRow(f"{place}: label {label} is out of range; there are {self.num_labels} labels.")
-        encoded = row[self.image_column]
+        encoded, label = row[self.image_column], None
+        path = f", {encoded['path']}" if encoded and encoded["bytes"] is None else ""
         try:
-            return decode_image(encoded), label
-        except Exception as error:  # PIL raises many kinds for what is not an image, or half of one
-            path = f", {encoded['path']}" if encoded and encoded["bytes"] is None else ""
-            raise UnreadableRow(
-                f"{place}{path}: the image in column {self.image_column!r} cannot be decoded ({error})."
-            ) from error
+            if self.label_column is not None:
+                label = row[self.label_column]
+                label = label if self.ids is None else self.ids[label]
+                check_label(label, self.num_labels, place)
+            return decode_checked(encoded, self.image_column, place + path), label
+        except UserError as error:
+            raise UnreadableRow(str(error)) from error
 
 
 @dataclasses.dataclass

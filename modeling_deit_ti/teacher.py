@@ -216,6 +216,12 @@ def check_takes_images(model: PreTrainedModel, name: str, image_size: int, batch
         ) from error
 
 
+def teacher_folder_name(teacher: str, dataset: str, digest: str) -> str:
+    """Of what is kept for a teacher and a dataset: their names, so far as a file system takes them, and the digest."""
+    parts = (re.sub(r"[^\w.-]+", "-", Path(part).name) for part in (teacher, dataset))
+    return f"{'-'.join(parts)}-{digest}"
+
+
 def match_labels(teacher_names: list[str], names: list[str]) -> list[int] | None:
     """
     For each of the dataset's labels its id in the teacher, matched by name (case, `_` and `-` do not count). A teacher
@@ -441,8 +447,7 @@ def _fit(
         "version": FITTING_VERSION,
     }
     digest = hashlib.sha256(json.dumps(recipe, sort_keys=True).encode()).hexdigest()[:12]
-    parts = (re.sub(r"[^\w.-]+", "-", Path(part).name) for part in (name, data.name))
-    folder = Path(args.teacher_output_dir) / f"{'-'.join(parts)}-{digest}"
+    folder = Path(args.teacher_output_dir) / teacher_folder_name(name, data.name, digest)
     is_main = training_args.process_index == 0
     # Fitted beside its place and moved there whole, so that what is there is always finished. One run fits at a time:
     # others that want the same teacher wait for it.

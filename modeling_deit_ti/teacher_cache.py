@@ -17,7 +17,6 @@ import importlib.metadata
 import json
 import math
 import os
-import re
 import zlib
 from dataclasses import fields
 from pathlib import Path
@@ -27,7 +26,7 @@ import torch
 from datasets import Dataset
 
 from .data import DataArguments, ImageData, TrainSampler, UserError, first_line
-from .teacher import Teacher, TeacherArguments
+from .teacher import Teacher, TeacherArguments, teacher_folder_name
 from .trainer import DistillationTrainingArguments
 
 
@@ -221,8 +220,8 @@ def make_teacher_cache(
             )
         return None
     key = hashlib.sha256(json.dumps(recipe, sort_keys=True, default=str).encode()).hexdigest()
-    parts = (re.sub(r"[^\w.-]+", "-", Path(part).name) for part in (args.teacher_model_name_or_path, data.name))
-    folder = Path(args.teacher_output_dir) / "logits" / f"{'-'.join(parts)}-{key[:12]}"
+    name = teacher_folder_name(args.teacher_model_name_or_path, data.name, key[:12])
+    folder = Path(args.teacher_output_dir) / "logits" / name
     mixes = training_args.mixup > 0 or training_args.cutmix > 0
     cache = TeacherCache(folder, key, num_labels, is_static="order" not in recipe, mixes=mixes)
     if is_main:
@@ -274,8 +273,11 @@ def _recipe(
     drawn = {name: value for name, value in augmentation.items() if name != "augment_on"}
     if drawn == NOTHING_RANDOM and mixing == {"mixup": 0, "cutmix": 0, "repeated_augmentation": 1}:
         return recipe
-    seed = training_args.data_seed if training_args.data_seed is not None else training_args.seed
-    order = {"seed": seed, "batch_size": training_args.train_batch_size, "num_processes": training_args.world_size}
+    order = {
+        "seed": training_args.order_seed,
+        "batch_size": training_args.train_batch_size,
+        "num_processes": training_args.world_size,
+    }
     return recipe | {"order": order | mixing}
 
 

@@ -209,6 +209,11 @@ class DistillationTrainingArguments(TrainingArguments):
         """Images in one step of the optimizer, all processes together."""
         return self.train_batch_size * self.gradient_accumulation_steps * self.world_size
 
+    @property
+    def order_seed(self) -> int:
+        """Of the images' order and augmentation."""
+        return self.data_seed if self.data_seed is not None else self.seed
+
 
 class _RunCallback(TrainerCallback):
     """
@@ -345,7 +350,6 @@ class DistillationTrainer(Trainer):
         self.readouts = ["", *(f"_{name}" for name in READOUTS)] if two_heads else [""]
         self.teacher_accuracy: float | None = None
         self.metric = evaluate.load(str(METRIC), keep_in_memory=True)
-        self.stop_request = StopRequest(announce=False)
         self._step_sums: dict[str, torch.Tensor] = {}
         self._steps_summed = 0
         self._unchecked_losses: list[tuple[int, float, dict[str, torch.Tensor]]] = []
@@ -384,14 +388,10 @@ class DistillationTrainer(Trainer):
             TrainSampler(
                 len(train_dataset if train_dataset is not None else self.train_dataset),
                 self.args.train_batch_size * self.args.world_size,
-                self._data_seed,
+                self.args.order_seed,
                 self.args.repeated_augmentation,
             )
         )
-
-    @property
-    def _data_seed(self) -> int:
-        return self.args.data_seed if self.args.data_seed is not None else self.args.seed
 
     def _resumable(self, sampler: TrainSampler | StreamedBatches) -> TrainSampler | StreamedBatches:
         self.remove_callback(_RunCallback)
@@ -407,7 +407,7 @@ class DistillationTrainer(Trainer):
         batches = StreamedBatches(
             self.train_dataset,
             args.train_batch_size,
-            self._data_seed,
+            self.args.order_seed,
             args.repeated_augmentation,
             args.dataloader_num_workers,
             args.process_index,
