@@ -295,6 +295,16 @@ def test_the_teachers_row_is_the_teacher_that_train_hf_would_fit(tmp_path):
     assert (data.auto_augment, data.random_erasing, data.crop) == ("none", 0, DataArguments().crop)
 
 
+@pytest.mark.parametrize("name", ["native", "long"])
+def test_a_teacher_that_sees_images_enlarged_is_trained_on_its_students_crops(name):
+    _, budget = reproduce.parse_arguments([f"--budget={name}"])
+    runs = {run.row: run for run in reproduce.make_runs(budget)}
+    teacher, data, *_ = reproduce.train_hf.parse_arguments(runs["teacher"].flags)
+    student, of_students, *_ = reproduce.train_hf.parse_arguments(runs["hard"].flags)
+    assert (teacher.image_size, student.image_size) == (128, 32)
+    assert data.crop_at(128) == of_students.crop_at(32) == "padded"
+
+
 # ---- The table and the curves, of recorded results ----
 
 
