@@ -18,7 +18,8 @@ from tqdm import tqdm
 from transformers import AutoImageProcessor, AutoModelForImageClassification, PreTrainedModel
 from transformers.utils import logging as transformers_logging
 
-from modeling_deit_ti.data import UserError, decode_image  # the package teaches transformers its model type
+from modeling_deit_ti.data import decode_image
+from modeling_deit_ti.errors import UserError
 from modeling_deit_ti.interop import why_not_loaded
 
 

@@ -28,8 +28,8 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator, PercentFormatter
 
 import train_hf
-from modeling_deit_ti.data import UserError
 from modeling_deit_ti.distillation import DistillMode
+from modeling_deit_ti.errors import UserError
 from modeling_deit_ti.model_card import (
     CURVES_FILE,
     SEED_CIFAR10,

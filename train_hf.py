@@ -35,20 +35,15 @@ from modeling_deit_ti.data import (
     DataArguments,
     EvalImages,
     ImageData,
-    StorageError,
-    UserError,
-    check_writable,
-    first_line,
     label_maps,
     load_images,
     make_image_processor,
     make_train_images,
     random_rows,
     read_image,
-    some,
-    storing,
 )
 from modeling_deit_ti.distillation import DistillMode
+from modeling_deit_ti.errors import StorageError, UserError, check_writable, first_line, list_some, storing
 from modeling_deit_ti.interop import (
     export_onnx,
     is_timm_architecture,
@@ -208,7 +203,7 @@ def main() -> None:
         load = load_streamed_images if data_args.streaming else load_images
         data = load(data_args, labels_needed=mode.needs_labels)
     if data.unseen_labels and training_args.process_index == 0:
-        print(f"Images: no training image has a label of {some(data.unseen_labels)}")
+        print(f"Images: no training image has a label of {list_some(data.unseen_labels)}")
     image_processor = make_image_processor(data_args, model_args.image_size)
     train_images, augment = make_train_images(data.train, data_args, image_processor, training_args.device.type)
     set_seed(training_args.seed)  # the Trainer seeds again before training, so fitting a teacher changes nothing

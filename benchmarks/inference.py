@@ -25,8 +25,8 @@ from transformers import HfArgumentParser, TrainingArguments, set_seed
 
 from benchmarks.report import describe_machine, spread, write_result
 from modeling_deit_ti import DeiTTiConfig, DeiTTiForImageClassification
-from modeling_deit_ti.data import UserError, first_line
 from modeling_deit_ti.distillation import MODES
+from modeling_deit_ti.errors import UserError, first_line
 from modeling_deit_ti.interop import export_onnx, to_timm, to_transformers
 
 

@@ -51,7 +51,6 @@ from modeling_deit_ti.data import (
     DataArguments,
     EvalImages,
     ImageData,
-    UserError,
     label_maps,
     load_images,
     make_image_processor,
@@ -60,6 +59,7 @@ from modeling_deit_ti.data import (
     read_image,
 )
 from modeling_deit_ti.distillation import MODES, distillation_loss
+from modeling_deit_ti.errors import UserError
 from modeling_deit_ti.interop import is_timm_architecture
 from modeling_deit_ti.teacher import Teacher, new_timm_classifier, prepare_teacher
 from modeling_deit_ti.trainer import DistillationTrainer

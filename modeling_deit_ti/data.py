@@ -7,16 +7,13 @@ the workers, the processes or where a run was resumed.
 """
 
 import contextlib
-import errno
 import hashlib
 import io
 import os
 import random
-import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
-from pathlib import Path
 
 import numpy as np
 import torch
@@ -43,6 +40,7 @@ from torchvision.transforms import InterpolationMode, v2
 from transformers import DeiTImageProcessor
 
 from .augmentation import BatchAugmentation
+from .errors import UserError, first_line, list_some
 
 
 # Where a data set is decoded once for all epochs: above this size it stays encoded, as it came.
@@ -59,82 +57,6 @@ MAX_CPU_BATCH_AUGMENTATION_SIZE = 64
 # runs that are compared then see the same images, and a fitted teacher serves them all.
 SUBSET_SEED = 0
 EVALUATION_SPLITS = ("validation", "valid", "val", "dev", "test")
-
-
-class UserError(ValueError):
-    """A mistake in what the user gave: one message that names it, what was found and what to do, in one line."""
-
-    def __init__(self, message: str):
-        super().__init__(" ".join(line.strip() for line in message.splitlines()))
-
-
-class StorageError(OSError):
-    """What a run had to write could not be written: no mistake of the user's, so the exit code is 1."""
-
-
-@contextlib.contextmanager
-def storing(
-    folder: str | os.PathLike, way_out: str, kind: type[StorageError] | type[UserError] = StorageError
-) -> Iterator[None]:
-    """
-    Turns what libraries raise where a disk is full, a quota or a limit is reached or a folder is read-only into one
-    message.
-
-    Args:
-        folder (`str` or `os.PathLike`): where the code inside writes.
-        way_out (`str`): what is left, and what to do.
-        kind (`type`, *optional*, defaults to `StorageError`): what is raised in place of such an error, whichever
-            class the library gives it; `UserError` before training.
-    """
-    try:
-        yield
-    except Exception as error:
-        reason = _why_not_stored(error)
-        if reason is None:
-            raise
-        raise kind(f"{folder} cannot be written ({reason}). {way_out}") from error
-
-
-def _why_not_stored(error: BaseException | None) -> str | None:
-    """The system's reason, where a write is what failed. Rust's and C++'s writers tell it in their text alone."""
-    numbers = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS)
-    while error is not None:
-        if isinstance(error, OSError) and error.errno in numbers:
-            return os.strerror(error.errno)
-        for number in numbers:
-            if f"(os error {number})" in str(error):
-                return os.strerror(number)
-        if "PytorchStreamWriter failed" in str(error) or "unexpected pos" in str(error):
-            return "torch could not write all of it; is the disk full?"
-        error = error.__cause__ or error.__context__
-    return None
-
-
-def check_writable(setting: str, folder: str | os.PathLike) -> None:
-    """
-    Writes a file without a name into the folder, or into the one it will be made in: permissions do not tell of a
-    read-only or full disk, and mean nothing to root.
-
-    Raises:
-        UserError: with the setting that names the folder.
-    """
-    existing = Path(folder).absolute()
-    while not existing.exists() and existing != existing.parent:
-        existing = existing.parent
-    try:
-        with tempfile.TemporaryFile(dir=existing) as file:
-            file.write(b"\0")
-    except OSError as error:
-        raise UserError(
-            f"{setting} {folder}: nothing can be written there ({existing}: {error.strerror}). Name a folder on a "
-            "disk that has room and may be written to."
-        ) from error
-
-
-def first_line(error: Exception) -> str:
-    """What went wrong, short enough to stand in a message of ours: libraries explain themselves over many lines."""
-    reason = str(error).strip().partition("\n")[0].rstrip(".")
-    return f"{type(error).__name__}: {reason}" if reason else type(error).__name__
 
 
 def label_maps(label_names: list[str]) -> dict:
@@ -478,8 +400,8 @@ def with_label_ids(
         differ = set(names) ^ set(kinds[1].names)
         if differ:
             raise UserError(
-                f"The splits' labels differ: {some(sorted(differ))} in one only. Training has {some(names)}, "
-                f"evaluation {some(kinds[1].names)}."
+                f"The splits' labels differ: {list_some(sorted(differ))} in one only. Training has "
+                f"{list_some(names)}, evaluation {list_some(kinds[1].names)}."
             )
         if names != kinds[1].names:
             evaluation = evaluation.align_labels_with_mapping({name: i for i, name in enumerate(names)}, column)
@@ -495,8 +417,9 @@ def with_label_ids(
     unknown = sorted(found[1] - set(names))
     if unknown:
         raise UserError(
-            f"The splits' labels differ: evaluation has {some(unknown)} in column {column!r}, which training lacks "
-            f"(it has {some(names)})."
+            f"The splits' labels differ: evaluation has {list_some(unknown)} in column {column!r}, which "
+            f"training lacks "
+            f"(it has {list_some(names)})."
         )
     train, evaluation = (
         split.map(
@@ -514,12 +437,6 @@ def with_label_ids(
 def _encode_labels(rows: dict, column: str, names: list) -> dict:
     ids = {name: i for i, name in enumerate(names)}
     return {column: [None if name is None else ids.get(name, -1) for name in rows[column]]}
-
-
-def some(names: list) -> str:
-    """Names for a message: all of them, or the first few of many."""
-    shown = ", ".join(repr(name) for name in names[:10])
-    return shown if len(names) <= 10 else f"{shown} and {len(names) - 10} more"
 
 
 def check_split(

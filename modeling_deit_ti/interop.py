@@ -41,7 +41,7 @@ from transformers import (
 from transformers.utils import logging as transformers_logging
 
 from .configuration_deit_ti import CLASS_TOKEN, TOKENS, DeiTTiConfig
-from .data import UserError, first_line
+from .errors import UserError, first_line
 from .modeling_deit_ti import DeiTTiForImageClassification, interpolate_position_embeddings
 
 

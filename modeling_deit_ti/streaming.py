@@ -30,7 +30,6 @@ from .data import (
     EVALUATION_SPLITS,
     DataArguments,
     ImageData,
-    UserError,
     check_label,
     check_label_names,
     check_split,
@@ -38,13 +37,13 @@ from .data import (
     decode_checked,
     find_image_column,
     find_label_column,
-    first_line,
     load_splits,
     naming_the_dataset,
     seeded,
     train_and_evaluation,
     with_label_ids,
 )
+from .errors import UserError, first_line
 
 
 # From so many shards at a time a shuffle buffer is filled: files are often sorted by label.

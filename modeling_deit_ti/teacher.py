@@ -34,16 +34,8 @@ from transformers import (
 
 from .checkpoints import checkpoints_of, last_complete
 from .configuration_deit_ti import DeiTTiConfig
-from .data import (
-    DataArguments,
-    EvalImages,
-    ImageData,
-    UserError,
-    first_line,
-    label_maps,
-    make_image_processor,
-    make_train_images,
-)
+from .data import DataArguments, EvalImages, ImageData, label_maps, make_image_processor, make_train_images
+from .errors import UserError, first_line
 from .interop import is_timm_architecture, load_student, timm_hub_id, why_not_loaded
 from .trainer import DistillationTrainer, DistillationTrainingArguments
 

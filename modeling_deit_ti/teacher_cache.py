@@ -25,7 +25,8 @@ import numpy as np
 import torch
 from datasets import Dataset
 
-from .data import DataArguments, ImageData, TrainSampler, UserError, first_line
+from .data import DataArguments, ImageData, TrainSampler
+from .errors import UserError, first_line
 from .teacher import Teacher, TeacherArguments, teacher_folder_name
 from .trainer import DistillationTrainingArguments
 

@@ -17,8 +17,9 @@ from transformers.utils import is_torch_tf32_available
 
 from .checkpoints import seal
 from .configuration_deit_ti import READOUTS
-from .data import TrainSampler, UserError, collate_images, mix_images
+from .data import TrainSampler, collate_images, mix_images
 from .distillation import MODES, DistillMode, distillation_loss, label_loss, resolve_mode
+from .errors import UserError
 from .interruption import Interrupted, StopRequest, name_of
 from .modeling_deit_ti import DeiTTiForImageClassification
 from .streaming import StreamedBatches, StreamedImages, UnreadableRow, as_it_is

@@ -8,7 +8,7 @@ import torch
 from markdown_it import MarkdownIt
 
 from benchmarks import inference, report, throughput
-from modeling_deit_ti.data import UserError
+from modeling_deit_ti.errors import UserError
 
 
 @pytest.fixture(scope="module")

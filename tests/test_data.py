@@ -19,7 +19,6 @@ from modeling_deit_ti.data import (
     ImageBatches,
     TrainImages,
     TrainSampler,
-    UserError,
     collate_images,
     load_images,
     make_image_processor,
@@ -29,6 +28,7 @@ from modeling_deit_ti.data import (
     read_image,
     to_rgb,
 )
+from modeling_deit_ti.errors import UserError
 
 
 def picture(seed: int, size: tuple[int, int] = (12, 10)) -> PILImage.Image:

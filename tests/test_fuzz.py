@@ -23,8 +23,9 @@ from transformers import HfArgumentParser
 
 import train_hf
 from modeling_deit_ti import DeiTTiConfig
-from modeling_deit_ti.data import DataArguments, UserError, decode_image, label_maps, load_images
+from modeling_deit_ti.data import DataArguments, decode_image, label_maps, load_images
 from modeling_deit_ti.distillation import MODES
+from modeling_deit_ti.errors import UserError
 from modeling_deit_ti.model_card import DatasetRecord, RunRecord, clean, write_model_card
 from modeling_deit_ti.teacher import TeacherArguments
 from modeling_deit_ti.trainer import DistillationTrainingArguments

@@ -26,8 +26,8 @@ from transformers import (
 )
 
 from modeling_deit_ti import DeiTTiConfig, DeiTTiForImageClassification
-from modeling_deit_ti.data import UserError
 from modeling_deit_ti.distillation import resolve_mode
+from modeling_deit_ti.errors import UserError
 from modeling_deit_ti.interop import (
     load_student,
     main,

@@ -13,8 +13,8 @@ import torch
 from transformers import DeiTImageProcessor
 
 from modeling_deit_ti import DeiTTiConfig, DeiTTiForImageClassification
-from modeling_deit_ti.data import UserError
 from modeling_deit_ti.distillation import resolve_mode
+from modeling_deit_ti.errors import UserError
 from modeling_deit_ti.interop import export_onnx, main
 
 

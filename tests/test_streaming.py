@@ -21,11 +21,11 @@ from modeling_deit_ti.data import (
     DataArguments,
     EvalImages,
     TrainImages,
-    UserError,
     load_images,
     make_image_processor,
     make_train_images,
 )
+from modeling_deit_ti.errors import UserError
 from modeling_deit_ti.streaming import (
     ParquetRows,
     StreamedBatches,

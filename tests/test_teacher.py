@@ -21,8 +21,9 @@ from transformers import (
 )
 
 from modeling_deit_ti import DeiTTiConfig, DeiTTiForImageClassification
-from modeling_deit_ti.data import DataArguments, EvalImages, UserError, label_maps, load_images, make_image_processor
+from modeling_deit_ti.data import DataArguments, EvalImages, label_maps, load_images, make_image_processor
 from modeling_deit_ti.distillation import resolve_mode
+from modeling_deit_ti.errors import UserError
 from modeling_deit_ti.teacher import (
     Teacher,
     TeacherArguments,

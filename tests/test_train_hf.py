@@ -15,7 +15,7 @@ from safetensors.torch import load_file
 from transformers import AutoImageProcessor, AutoModelForImageClassification, pipeline
 
 import train_hf
-from modeling_deit_ti.data import UserError
+from modeling_deit_ti.errors import UserError
 
 
 REPOSITORY = Path(train_hf.__file__).parent

@@ -1,0 +1,90 @@
+"""How a user's mistake, or a disk that cannot be written to, is reported: in one line, without a traceback."""
+
+import contextlib
+import errno
+import os
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+
+from safetensors import SafetensorError
+
+
+class UserError(ValueError):
+    """A mistake in what the user gave. The message, on one line, names it, what was found and what to do about it."""
+
+    def __init__(self, message: str):
+        super().__init__(" ".join(line.strip() for line in message.splitlines()))
+
+
+class StorageError(OSError):
+    """Something a run had to write could not be written. Not the user's mistake, so the exit code is 1."""
+
+
+def first_line(error: Exception) -> str:
+    """The error's type and first line: libraries explain themselves over many lines, our messages have one."""
+    reason = str(error).strip().partition("\n")[0].rstrip(".")
+    return f"{type(error).__name__}: {reason}" if reason else type(error).__name__
+
+
+def list_some(names: list) -> str:
+    """Names for a message: all of them, or the first ten of many."""
+    shown = ", ".join(repr(name) for name in names[:10])
+    return shown if len(names) <= 10 else f"{shown} and {len(names) - 10} more"
+
+
+@contextlib.contextmanager
+def storing(
+    folder: str | os.PathLike, advice: str, kind: type[StorageError] | type[UserError] = StorageError
+) -> Iterator[None]:
+    """
+    Reports a full or read-only disk, an exceeded quota or file-size limit as one message.
+
+    Args:
+        folder (`str` or `os.PathLike`): where the code inside writes.
+        advice (`str`): what is left, and what to do.
+        kind (`type`, *optional*, defaults to `StorageError`): what is raised instead of the library's own error;
+            `UserError` before training.
+    """
+    try:
+        yield
+    except Exception as error:
+        reason = _why_not_stored(error)
+        if reason is None:
+            raise
+        raise kind(f"{folder} cannot be written ({reason}). {advice}") from error
+
+
+def _why_not_stored(error: BaseException | None) -> str | None:
+    """Why a write failed, or `None` if something else did."""
+    while error is not None:
+        if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS):
+            return os.strerror(error.errno)
+        if isinstance(error, SafetensorError):
+            return first_line(error)
+        # torch's writer only says at which byte it stopped.
+        if "PytorchStreamWriter failed" in str(error) or "unexpected pos" in str(error):
+            return "torch could not write the whole file; is the disk full?"
+        error = error.__cause__ or error.__context__
+    return None
+
+
+def check_writable(setting: str, folder: str | os.PathLike) -> None:
+    """
+    Writes an unnamed file into the folder, or into the closest parent that exists: permissions say nothing about a
+    full or read-only disk, and do not stop root.
+
+    Raises:
+        UserError: naming the setting.
+    """
+    existing = Path(folder).absolute()
+    while not existing.exists() and existing != existing.parent:
+        existing = existing.parent
+    try:
+        with tempfile.TemporaryFile(dir=existing) as file:
+            file.write(b"\0")
+    except OSError as error:
+        raise UserError(
+            f"{setting} {folder}: nothing can be written there ({existing}: {error.strerror}). Choose a folder on a "
+            "disk that is writable and not full."
+        ) from error
