@@ -1,15 +1,15 @@
 """The teacher's logits on disk, computed once and read by later epochs and runs.
 
-All that is random in a training image follows from the run's seed, the epoch and the image's position in it, so what
+Everything random in a training image follows from the run's seed, the epoch and the image's position in it, so what
 the teacher answers can be known before it is asked:
 
-- where nothing is random, its logits depend on the image alone. One file of N rows serves from the second epoch on,
-  and every other run on the same images, whatever its seed, batch size or number of epochs.
-- elsewhere, a file for each epoch. It serves the next run with the same seed, augmentation and batches, whatever else
-  differs: the mode, its alpha, the learning rate, the student. That is how modes are compared.
+- If nothing is random, its logits depend on the image alone. One file of N rows serves from the second epoch on, and
+  all other runs on the same images, whatever their seed, batch size or number of epochs.
+- Otherwise there is a file per epoch. It serves the next run with the same seed, augmentation and batches, whatever
+  else differs: the mode, its alpha, the learning rate, the student. That is how modes are compared.
 
-A row is believed only if it says that it is of the very images at hand and its checksum is right. So a file may be cut
-off, half written, damaged or shared by several processes and runs at any time: what is not right is computed anew.
+A row is trusted only if it names the very images at hand and its checksum is right. So a file may be cut off, half
+written, damaged or shared by several processes and runs at any time: what is wrong is computed again.
 """
 
 import hashlib
@@ -18,72 +18,63 @@ import json
 import math
 import os
 import zlib
-from dataclasses import fields
 from pathlib import Path
 
 import numpy as np
 import torch
-from datasets import Dataset
+from accelerate.logging import get_logger
 
-from .data import DataArguments, ImageData, TrainSampler
+from .arguments import Arguments
+from .data import ImageData
+from .data.sampling import TrainSampler
 from .errors import UserError, first_line
-from .teacher import Teacher, TeacherArguments, teacher_folder_name
-from .trainer import DistillationTrainingArguments
+from .teacher import Teacher, digest_of, teacher_folder_name
 
 
-MAX_AUTO_BYTES = 2**30  # of all files of a run; above it, --teacher_cache auto keeps none
+logger = get_logger(__name__)
+
+MAX_AUTO_BYTES = 2**30  # of all files of a run; --teacher_cache auto stores nothing if they would be larger
 RECIPE_FILE = "recipe.json"  # for people: what a folder's logits are of
-# Arguments of the data that say which images there are, which their fingerprint tells better, or that evaluation alone
-# reads. All others make the pixels that the teacher sees: a new one is in the key until it is named here.
-NOT_IN_KEY = (
-    "dataset_name",
-    "dataset_config_name",
-    "image_column_name",
-    "label_column_name",
-    "train_val_split",
-    "validation_from_train",
-    "max_train_samples",
-    "max_eval_samples",
-    "max_validation_samples",
-    "streaming",  # there is no cache
-    "shuffle_buffer_size",
-    "eval_crop_ratio",
-)
-NOTHING_RANDOM = {"crop": "none", "horizontal_flip": 0.0, "auto_augment": "none", "random_erasing": 0.0}
 LIBRARIES = ("numpy", "pillow", "timm", "torch", "torchvision", "transformers")
+# The code that makes pixels and logits. All of it, rather than a version to bump by hand whenever they change.
+CODE = (
+    *("data/augmentation.py", "data/decoding.py", "data/inputs.py", "data/sampling.py", "teacher.py"),
+    *("modeling_deit_ti.py", "configuration_deit_ti.py"),
+)
 
 
 class TeacherCache:
     """
     Answers for a teacher: reads the logits that are stored, asks the teacher for the others and stores them.
 
-    The logits are float16 on disk and are rounded to it also when they have just been computed, so that a run gives
-    the same weights whether they are there or not. (One exception: without anything random, runs of other batches
-    share their logits, which a network computes a little differently in another batch.) A batch with logits outside
-    float16's range, beyond 65504, is neither rounded nor stored. Where the disk is full or cannot be written to, a
-    line says so and training goes on without it.
+    The logits are float16 on disk, and are rounded to it when they have just been computed, too, so that a run gives
+    the same weights whether they are there or not. (One exception: if nothing is random, runs with other batches share
+    their logits, which a network computes slightly differently in another batch.) A batch with logits outside
+    float16's range, beyond 65504, is neither rounded nor stored. If the disk is full or cannot be written to, training
+    continues without the cache.
 
     Args:
         folder (`Path`): where the files are. Several processes and runs may use it at once.
-        key (`str`): stands for all that decides the logits; a row that was stored under another one is not read.
+        recipe (`dict`): all that decides the logits; a row that was stored under another recipe is not read.
         num_labels (`int`): K.
         is_static (`bool`): whether the logits depend on the image alone.
         mixes (`bool`): whether the images of a batch are mixed, so that logits depend on the whole batch.
     """
 
-    def __init__(self, folder: Path, key: str, num_labels: int, is_static: bool, mixes: bool):
+    def __init__(self, folder: Path, recipe: dict, num_labels: int, is_static: bool, mixes: bool):
         self.folder = folder
+        self.recipe = recipe
         self.is_static = is_static
         self.mixes = mixes
         self.num_read = self.num_computed = 0  # images, by this process
         self._record = np.dtype([("checksum", "<u4"), ("tag", "<i8"), ("logits", "<f2", (num_labels,))])
-        self._salt = zlib.crc32(key.encode())
+        self._salt = zlib.crc32(digest_of(recipe).encode())
         self._is_off = False
         self._opened: tuple[TrainSampler | None, int] = None, -1
 
     @property
     def share_read(self) -> float:
-        """Share of the images, 0 to 1, whose logits were read and not computed."""
+        """Share of the images, 0 to 1, whose logits were read rather than computed."""
         return self.num_read / max(1, self.num_read + self.num_computed)
 
     def __call__(
@@ -91,7 +82,7 @@ class TeacherCache:
     ) -> torch.Tensor:
         """
         Args:
-            teacher ([`Teacher`]): called only where a row is missing, and then with the whole batch.
+            teacher ([`Teacher`]): called only if a row is missing, and then with the whole batch.
             pixel_values (`torch.Tensor` of shape `(B, 3, height, width)`): as the student sees them.
             seeds (`np.ndarray` of shape `(B,)`): of the images, which say where the batch is in the epoch.
             sampler ([`TrainSampler`]): whose epoch the batch is of.
@@ -118,7 +109,7 @@ class TeacherCache:
             computed = exact.half().cpu().numpy()
             if not np.isfinite(computed).all():
                 return exact
-            # What is stored stays: then all runs use the same numbers for it, whichever batch computes it again.
+            # What is stored stays: all runs use the same numbers for it, whichever batch computes it again.
             logits[missing] = computed[missing]
             if not self._is_off:
                 try:
@@ -136,9 +127,12 @@ class TeacherCache:
         self._positions = self._indices if self.is_static else order
         num_rows = sampler.num_images if self.is_static else sampler.num_samples
         self.folder.mkdir(parents=True, exist_ok=True)
+        recipe_file = self.folder / RECIPE_FILE
+        if not recipe_file.exists():
+            recipe_file.write_text(json.dumps(self.recipe, indent=2, default=str) + "\n")
         path = self.folder / ("images.bin" if self.is_static else f"epoch-{sampler.epoch:04d}.bin")
         path.touch()
-        # Read through a memory map, written to as a file: a full disk is then an error, and not the process's end.
+        # Read through a memory map, but written as a file: a full disk is then an error, not the end of the process.
         self._file = open(path, "r+b", buffering=0)  # noqa: SIM115 (stays open for the epoch)
         num_bytes = num_rows * self._record.itemsize
         if os.fstat(self._file.fileno()).st_size < num_bytes:
@@ -147,14 +141,14 @@ class TeacherCache:
         self._opened = sampler, sampler.epoch
 
     def _locate(self, seeds: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """The rows of a batch, and the tags that those hold if they are of its images."""
+        """The rows of a batch, and the tags that they hold if they are of its images."""
         at = np.searchsorted(self._seeds, seeds).clip(max=len(self._seeds) - 1)
         if not np.array_equal(self._seeds[at], seeds):
             raise ValueError("a batch has seeds that are not of its epoch")
         rows, indices = self._positions[at], self._indices[at].astype(np.uint64)
         if self.is_static:
             return rows, rows
-        # Image and seed, and in a mixed batch all of them: what the key does not know of the order, this does.
+        # Image and seed, and in a mixed batch all of them: this identifies the order where the key does not.
         tags = seeds ^ (indices * np.uint64(0x9E3779B97F4A7C15)).view(np.int64)
         if self.mixes:
             tags = tags ^ np.frombuffer(hashlib.blake2b(tags.tobytes(), digest_size=8).digest(), dtype="<i8")
@@ -174,116 +168,84 @@ class TeacherCache:
 
     def _turn_off(self, error: Exception) -> None:
         self._is_off = True  # but for the rounding: the rest of the run must not depend on the disk
-        if int(os.environ.get("LOCAL_RANK", 0)) <= 0:
-            print(
-                f"Teacher: its logits cannot be stored in {self.folder} ({first_line(error)}); the run goes on without"
-            )
+        logger.info(
+            f"Teacher: its logits cannot be stored in {self.folder} ({first_line(error)}); training continues without"
+        )
 
 
-def make_teacher_cache(
-    args: TeacherArguments,
-    teacher: Teacher,
-    data: ImageData,
-    data_args: DataArguments,
-    training_args: DistillationTrainingArguments,
-    image_processor,
-) -> TeacherCache | None:
+def make_teacher_cache(args: Arguments, teacher: Teacher, data: ImageData, image_processor) -> TeacherCache | None:
     """
-    The cache of this run's teacher, where `--teacher_cache` asks for one and it would be right; a printed line says
-    which.
+    The cache of this run's teacher, if `--teacher_cache` asks for one and it would be right.
 
     Args:
         image_processor: the student's.
 
     Raises:
-        UserError: if `--teacher_cache on` asks for what cannot be.
+        UserError: if `--teacher_cache on` asks for the impossible.
     """
-    if args.teacher_cache == "off":
+    setting = args.teacher.teacher_cache
+    if setting == "on" and data.is_streamed:
+        raise UserError("--teacher_cache on: the images of a stream have no fixed order; leave it out.")
+    if setting == "off" or data.is_streamed:
         return None
-    is_main = training_args.process_index == 0
-    if not isinstance(data.train, Dataset):
-        if args.teacher_cache == "on":
-            raise UserError("--teacher_cache on: the images of a stream have no fixed order; leave it out.")
-        return None
-    recipe = _recipe(teacher, data, data_args, training_args, image_processor)
+    recipe = _recipe(args, teacher, data, image_processor)
     num_labels = len(data.label_names)
     num_rows = len(data.train)
     if "order" in recipe:
-        num_rows *= math.ceil(training_args.num_train_epochs)
-        if training_args.max_steps > 0:
-            num_rows = training_args.max_steps * training_args.total_train_batch_size
+        num_rows *= math.ceil(args.training.num_train_epochs)
+        if args.training.max_steps > 0:
+            num_rows = args.training.max_steps * args.training.total_train_batch_size
     num_bytes = num_rows * (2 * num_labels + 12)
-    if args.teacher_cache == "auto" and num_bytes > MAX_AUTO_BYTES:
-        if is_main:
-            print(
-                f"Teacher: its logits are not stored, they would take {num_bytes / 2**30:.1f} GiB; --teacher_cache on "
-                "stores them all the same"
-            )
-        return None
-    key = hashlib.sha256(json.dumps(recipe, sort_keys=True, default=str).encode()).hexdigest()
-    name = teacher_folder_name(args.teacher_model_name_or_path, data.name, key[:12])
-    folder = Path(args.teacher_output_dir) / "logits" / name
-    mixes = training_args.mixup > 0 or training_args.cutmix > 0
-    cache = TeacherCache(folder, key, num_labels, is_static="order" not in recipe, mixes=mixes)
-    if is_main:
-        num_files = len(list(folder.glob("*.bin")))
-        there = "" if cache.is_static else f" (epochs: {num_files})"
-        print(
-            f"Teacher: stored logits are taken from {folder}{there}"
-            if num_files
-            else f"Teacher: its logits are stored for later {'epochs and ' * cache.is_static}runs, in {folder}"
+    if setting == "auto" and num_bytes > MAX_AUTO_BYTES:
+        logger.info(
+            f"Teacher: its logits are not stored, since they would take {num_bytes / 2**30:.1f} GiB; --teacher_cache "
+            "on stores them anyway"
         )
-        try:
-            folder.mkdir(parents=True, exist_ok=True)
-            (folder / RECIPE_FILE).write_text(json.dumps(recipe, indent=2, default=str) + "\n")
-        except OSError as error:
-            cache._turn_off(error)
+        return None
+    name = teacher_folder_name(args.teacher.teacher_model_name_or_path, data.name, recipe)
+    folder = Path(args.teacher.teacher_output_dir) / "logits" / name
+    mixes = args.augmentation.mixup > 0 or args.augmentation.cutmix > 0
+    cache = TeacherCache(folder, recipe, num_labels, is_static="order" not in recipe, mixes=mixes)
+    num_files = len(list(folder.glob("*.bin")))
+    if num_files:
+        logger.info(f"Teacher: reading its logits from {folder}" + f" ({num_files} epochs)" * (not cache.is_static))
+    else:
+        logger.info(f"Teacher: storing its logits for later {'epochs and ' * cache.is_static}runs in {folder}")
     return cache
 
 
-def _recipe(
-    teacher: Teacher,
-    data: ImageData,
-    data_args: DataArguments,
-    training_args: DistillationTrainingArguments,
-    image_processor,
-) -> dict:
-    """All that decides the logits. Has an `order` where they depend on the seed and the batches."""
+def _recipe(args: Arguments, teacher: Teacher, data: ImageData, image_processor) -> dict:
+    """All that decides the logits. Has an `order` if they depend on the seed and the batches."""
+    training = args.training
     image_size = image_processor.crop_size["height"]
-    augmentation = {
-        field.name: getattr(data_args, field.name) for field in fields(data_args) if field.name not in NOT_IN_KEY
-    } | {"crop": data_args.crop_at(image_size)}
+    package = Path(__file__).parent
     recipe = {
-        "teacher": _digest(teacher),
+        "teacher": _digest_of_teacher(teacher),
         "images": data.fingerprint,
         "image_size": image_size,
         "image_mean": list(image_processor.image_mean),
         "image_std": list(image_processor.image_std),
-        "augmentation": augmentation,
-        "device": training_args.device.type,
-        "precision": training_args.mixed_precision,
-        "tf32": training_args.tf32,
-        "deepspeed": training_args.deepspeed_plugin is not None,  # rounds the images to its own precision
+        "augmentation": vars(args.augmentation) | {"crop": args.augmentation.crop_at(image_size)},
+        "device": training.device.type,
+        "precision": training.mixed_precision,
+        "tf32": training.tf32,
+        "deepspeed": training.deepspeed_plugin is not None,  # rounds the images to its own precision
         "libraries": {name: importlib.metadata.version(name) for name in LIBRARIES},
-        # All of it, rather than a version to bump by hand whenever pixels come out differently.
-        "code": hashlib.sha256(
-            b"".join(file.read_bytes() for file in sorted(Path(__file__).parent.glob("*.py")))
-        ).hexdigest(),
+        "code": hashlib.sha256(b"".join((package / file).read_bytes() for file in CODE)).hexdigest(),
     }
-    mixing = {name: getattr(training_args, name) for name in ("mixup", "cutmix", "repeated_augmentation")}
-    drawn = {name: value for name, value in augmentation.items() if name != "augment_on"}
-    if drawn == NOTHING_RANDOM and mixing == {"mixup": 0, "cutmix": 0, "repeated_augmentation": 1}:
+    if not args.augmentation.is_random:
         return recipe
-    order = {
-        "seed": training_args.order_seed,
-        "batch_size": training_args.train_batch_size,
-        "num_processes": training_args.world_size,
+    return recipe | {
+        "order": {
+            "seed": training.order_seed,
+            "batch_size": training.train_batch_size,
+            "num_processes": training.world_size,
+        }
     }
-    return recipe | {"order": order | mixing}
 
 
-def _digest(teacher: Teacher) -> str:
-    """Of the teacher's network, its weights, and what it makes of the student's images and labels."""
+def _digest_of_teacher(teacher: Teacher) -> str:
+    """A hash of the teacher's network, its weights, and what it makes of the student's images and labels."""
     config = {name: value for name, value in teacher.model.config.to_dict().items() if not name.startswith("_")}
     facts = [type(teacher.model).__name__, config, teacher.image_size]
     digest = hashlib.sha256(json.dumps(facts, sort_keys=True, default=str).encode())
@@ -291,6 +253,3 @@ def _digest(teacher: Teacher) -> str:
         digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
         digest.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
     return digest.hexdigest()
-
-
-__all__ = ["TeacherCache", "make_teacher_cache"]

@@ -21,29 +21,28 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import torch
+from accelerate.data_loader import prepare_data_loader
 from datasets import ClassLabel, Dataset, Features, Image, load_dataset, load_dataset_builder
 from datasets.packaged_modules.imagefolder.imagefolder import ImageFolderConfig
 from datasets.packaged_modules.parquet.parquet import ParquetConfig
 from PIL import Image as PILImage
+from torch.utils.data import DataLoader
 
-from .data import (
-    EVALUATION_SPLITS,
-    DataArguments,
+from ..arguments import DistillationTrainingArguments, ImageArguments
+from ..errors import UserError, first_line
+from .loading import (
     ImageData,
     check_label,
     check_label_names,
     check_split,
-    collate_images,
     decode_checked,
     find_image_column,
     find_label_column,
-    load_splits,
-    naming_the_dataset,
-    seeded,
-    train_and_evaluation,
+    random_subset,
     with_label_ids,
 )
-from .errors import UserError, first_line
+from .sampling import collate_images, seeded
+from .sources import EVALUATION_SPLITS, load_splits, naming_the_dataset, train_and_evaluation
 
 
 # From so many shards at a time a shuffle buffer is filled: files are often sorted by label.
@@ -55,9 +54,7 @@ class UnreadableRow(UserError):
     """A row that cannot be trained on, found in the middle of a run, and by one process only."""
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Where rows come from
-# ---------------------------------------------------------------------------------------------------------------------
+# ---- Where rows come from ----
 
 
 class ParquetRows:
@@ -162,12 +159,10 @@ def _table_rows(dataset: Dataset, image_column: str, folder: str) -> TableRows:
     return TableRows(dataset, 1, names.hexdigest())
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Loading
-# ---------------------------------------------------------------------------------------------------------------------
+# ---- Loading ----
 
 
-def load_streamed_images(args: DataArguments, labels_needed: bool = True) -> ImageData:
+def load_streamed_images(args: ImageArguments, labels_needed: bool = True) -> ImageData:
     """
     As `data.load_images`, but the training split is a [`StreamedImages`]: its images and labels are checked when they
     are read. The evaluation split is loaded and checked as ever, before training.
@@ -200,11 +195,13 @@ def load_streamed_images(args: DataArguments, labels_needed: bool = True) -> Ima
     evaluation = check_split(
         evaluation, eval_split, image_column, label_column, len(label_names), args.max_eval_samples, True
     )
+    evaluation = evaluation.remove_columns("digest")
     return ImageData(
-        StreamedImages(
+        StreamedSplit(
             rows, image_column, label_column if has_labels else None, ids, len(label_names), args.shuffle_buffer_size
         ),
-        evaluation.remove_columns("digest"),
+        evaluation,
+        random_subset(evaluation, args.max_validation_samples),
         label_names,
         args.dataset_name,
         source,
@@ -213,7 +210,7 @@ def load_streamed_images(args: DataArguments, labels_needed: bool = True) -> Ima
     )
 
 
-def _open_splits(args: DataArguments) -> tuple[ParquetRows | TableRows, Dataset, str, str, str]:
+def _open_splits(args: ImageArguments) -> tuple[ParquetRows | TableRows, Dataset, str, str, str]:
     """The training rows, the evaluation split and its name, the column of images, and where they come from."""
     name, folder = args.dataset_name, os.path.expanduser(args.dataset_name)
     is_table = os.path.isfile(os.path.join(folder, "dataset_dict.json"))
@@ -235,7 +232,7 @@ def _open_splits(args: DataArguments) -> tuple[ParquetRows | TableRows, Dataset,
     return _table_rows(train, image_column, folder), evaluation, eval_split, image_column, source
 
 
-def _open_parquet(args: DataArguments, builder) -> tuple[ParquetRows, Dataset, str, str]:
+def _open_parquet(args: ImageArguments, builder) -> tuple[ParquetRows, Dataset, str, str]:
     files = {str(split): list(names) for split, names in builder.config.data_files.items()}
     if "train" not in files:
         raise UserError(f"{args.dataset_name} has no split `train`; it has {', '.join(files)}.")
@@ -260,24 +257,21 @@ def _open_parquet(args: DataArguments, builder) -> tuple[ParquetRows, Dataset, s
     )
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Images and batches
-# ---------------------------------------------------------------------------------------------------------------------
+# ---- Images and batches ----
 
 
 @dataclasses.dataclass(frozen=True)
-class StreamedImages:
+class StreamedSplit:
     """
-    The training split of an [`ImageData`] that nobody has read yet.
+    The training split of an [`ImageData`], not read yet.
 
     Args:
         rows ([`ParquetRows`] or [`TableRows`])
         image_column (`str`)
-        label_column (`str`, *optional*): missing where the images have no labels.
+        label_column (`str`, *optional*): missing if the images have no labels.
         ids (`dict`, *optional*): the id of each value in the label column. Default: the values are ids.
         num_labels (`int`)
         buffer_size (`int`): encoded images in the shuffle buffers of one process.
-        transform (`Callable`, *optional*): RGB image to `pixel_values`.
     """
 
     rows: ParquetRows | TableRows
@@ -286,7 +280,6 @@ class StreamedImages:
     ids: dict | None
     num_labels: int
     buffer_size: int
-    transform: Callable[[PILImage.Image], torch.Tensor] | None = None
 
     def __len__(self) -> int:
         return int(self.rows.sizes.sum())
@@ -294,9 +287,6 @@ class StreamedImages:
     @property
     def column_names(self) -> list[str]:
         return ["image"] if self.label_column is None else ["image", "label"]
-
-    def with_transform(self, transform: Callable[[PILImage.Image], torch.Tensor]) -> "StreamedImages":
-        return dataclasses.replace(self, transform=transform)
 
     def read(self, shard: int, start: int, stop: int) -> Iterator[dict]:
         columns = [self.image_column] if self.label_column is None else [self.image_column, self.label_column]
@@ -337,12 +327,44 @@ class _Range:
     stop: int
     rows: Iterator[dict] | None = None
 
-    def next(self, images: StreamedImages | None) -> tuple[int, int, dict | None]:
-        """Shard, number and content of the next row; without content where `images` is `None`."""
-        if images is not None and self.rows is None:
-            self.rows = images.read(self.shard, self.position, self.stop)
+    def next(self, split: StreamedSplit | None) -> tuple[int, int, dict | None]:
+        """Shard, number and content of the next row; without content if `split` is `None`."""
+        if split is not None and self.rows is None:
+            self.rows = split.read(self.shard, self.position, self.stop)
         self.position += 1
-        return self.shard, self.position - 1, None if images is None else next(self.rows)
+        return self.shard, self.position - 1, None if split is None else next(self.rows)
+
+
+class StreamedImages:
+    """
+    Training images of a split that is read while training.
+
+    Args:
+        split ([`StreamedSplit`])
+        transform (`Callable`): RGB image to `pixel_values`.
+        repeats (`int`, *optional*, defaults to 1): repeated augmentation.
+    """
+
+    is_streamed = True
+
+    def __init__(self, split: StreamedSplit, transform: Callable[[PILImage.Image], torch.Tensor], repeats: int = 1):
+        self.split = split
+        self.transform = transform
+        self.repeats = repeats
+
+    def __len__(self) -> int:
+        return len(self.split)
+
+    def order(self, args: DistillationTrainingArguments) -> "StreamedBatches":
+        """The batches of each epoch, for this process."""
+        return StreamedBatches(
+            self,
+            args.train_batch_size,
+            args.order_seed,
+            args.dataloader_num_workers,
+            args.process_index,
+            args.world_size,
+        )
 
 
 class StreamedBatches(torch.utils.data.IterableDataset):
@@ -356,7 +378,6 @@ class StreamedBatches(torch.utils.data.IterableDataset):
         images ([`StreamedImages`])
         batch_size (`int`): of this process.
         seed (`int`): of the run.
-        repeats (`int`): repeated augmentation; each image comes this often, in one batch or two that follow.
         num_workers (`int`): of the loader.
         process_index, num_processes (`int`)
 
@@ -364,11 +385,12 @@ class StreamedBatches(torch.utils.data.IterableDataset):
         UserError: if there are fewer images than all processes need for one step.
     """
 
-    def __init__(self, images, batch_size, seed, repeats, num_workers, process_index, num_processes):
+    def __init__(self, images, batch_size, seed, num_workers, process_index, num_processes):
         self.images = images
+        self.split = images.split
         self.batch_size = batch_size
         self.seed = seed
-        self.repeats = repeats
+        self.repeats = images.repeats  # an image comes this often, in one batch or two that follow each other
         self.num_workers = max(1, num_workers)
         self.process_index = process_index
         self.num_processes = num_processes
@@ -426,7 +448,7 @@ class StreamedBatches(torch.utils.data.IterableDataset):
 
     def _views(self, epoch: int, worker: int, skipped: int) -> Iterator[tuple[PILImage.Image, int | None]]:
         for shard, number, row in self._rows(epoch, worker, skipped):
-            view = self.images.decode(shard, number, row)
+            view = self.split.decode(shard, number, row)
             for _ in range(self.repeats):
                 yield view
 
@@ -436,7 +458,7 @@ class StreamedBatches(torch.utils.data.IterableDataset):
         ranges = self._ranges(epoch, start, start + count)
         seed = np.random.SeedSequence([self.seed, epoch, self.process_index, worker, 2]).generate_state(1, np.uint64)
         generator = random.Random(int(seed[0]))
-        buffer_size = max(1, self.images.buffer_size // self.num_workers)
+        buffer_size = max(1, self.split.buffer_size // self.num_workers)
         opened: list[_Range] = []
         buffer: list[tuple[int, int, dict | None]] = []
         for emitted in range(count):
@@ -448,7 +470,7 @@ class StreamedBatches(torch.utils.data.IterableDataset):
                 if not opened:
                     break
                 source = generator.randrange(len(opened))
-                buffer.append(opened[source].next(self.images if emitted >= skipped else None))
+                buffer.append(opened[source].next(self.split if emitted >= skipped else None))
                 if opened[source].position == opened[source].stop:
                     opened.pop(source)
             chosen = generator.randrange(len(buffer))
@@ -467,7 +489,7 @@ class StreamedBatches(torch.utils.data.IterableDataset):
 
     def _ranges(self, epoch: int, start: int, stop: int) -> Iterator[_Range]:
         """Rows `start` to `stop` of the epoch's order of shards, which is the same in all processes."""
-        sizes = self.images.rows.sizes
+        sizes = self.split.rows.sizes
         order = np.random.default_rng([self.seed, epoch]).permutation(len(sizes))
         ends = np.cumsum(sizes[order])
         for index in range(int(np.searchsorted(ends, start, side="right")), len(order)):
@@ -486,15 +508,27 @@ class StreamedBatches(torch.utils.data.IterableDataset):
         for shard, numbers in wanted.items():
             first, last = min(numbers), max(numbers) + 1
             numbers = set(numbers)
-            for number, row in enumerate(self.images.read(shard, first, last), start=first):
+            for number, row in enumerate(self.split.read(shard, first, last), start=first):
                 if number in numbers:
                     rows[shard, number] = row
         return [(shard, number, rows[shard, number]) for shard, number, _ in buffer]
 
+    def loader(self, args: DistillationTrainingArguments) -> DataLoader:
+        """A loader of these batches, which are this process's own: they need not be dealt out."""
+        loader = DataLoader(
+            self,
+            batch_size=None,
+            collate_fn=_identity,  # torch's default would make tensors of the seeds
+            num_workers=args.dataloader_num_workers,
+            pin_memory=args.dataloader_pin_memory,
+            persistent_workers=args.dataloader_persistent_workers,
+            prefetch_factor=args.dataloader_prefetch_factor,
+        )
+        # As if of one process, so that accelerate neither reads all images in each nor reads in the first for all.
+        return prepare_data_loader(
+            loader, args.device, num_processes=1, process_index=0, put_on_device=True, dispatch_batches=False
+        )
 
-def as_it_is(batch: dict) -> dict:
-    """The collate function of a loader whose dataset gives whole batches; torch's would make tensors of the seeds."""
+
+def _identity(batch: dict) -> dict:
     return batch
-
-
-__all__ = ["StreamedBatches", "StreamedImages", "UnreadableRow", "load_streamed_images"]

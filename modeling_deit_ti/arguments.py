@@ -1,0 +1,398 @@
+"""Every flag of the command: one dataclass per group, with its checks.
+
+A run is described by [`Arguments`]: which images, how they are augmented, which network, which teacher, and how it is
+trained. parsing.py makes them from flags and recipes.
+"""
+
+import os
+from dataclasses import dataclass, field
+from typing import NamedTuple
+
+from transformers import TrainingArguments
+from transformers.hf_argparser import HfArg
+from transformers.utils import is_torch_tf32_available
+
+from .classifiers import is_timm_architecture
+from .configuration_deit_ti import READOUTS
+from .distillation import MODES, resolve_mode
+from .errors import UserError
+
+
+DEFAULT_TEACHER = "regnetx_004"
+# A teacher's recipe, unless --teacher_config or the --teacher_* flags say otherwise. Crops and flips alone: a CNN that
+# has few epochs to learn in need not be slowed down. One seed, so that a teacher serves runs with any seed.
+TEACHER_RECIPE = {
+    "auto_augment": "none",
+    "random_erasing": 0,
+    "mixup": 0,
+    "cutmix": 0,
+    "repeated_augmentation": 1,
+    "num_train_epochs": 20,
+    "learning_rate": 1e-3,
+    "save_total_limit": 1,
+    "seed": 42,
+}
+# The fields of `TrainingArguments` that decide what a run learns.
+HYPERPARAMETERS = (
+    *("num_train_epochs", "max_steps", "per_device_train_batch_size", "gradient_accumulation_steps", "learning_rate"),
+    *("lr_scheduler_type", "lr_scheduler_kwargs", "warmup_steps", "optim", "optim_args", "adam_beta1", "adam_beta2"),
+    *("adam_epsilon", "weight_decay", "max_grad_norm", "label_smoothing_factor", "load_best_model_at_end"),
+    *("seed", "data_seed"),
+)
+
+
+def check_at_least(group, **limits: float) -> None:
+    """Raises a `UserError` where a field of the group is set and below its limit."""
+    for name, least in limits.items():
+        value = getattr(group, name)
+        if value is not None and value < least:
+            raise UserError(f"--{name} {value}: must be at least {least}.")
+
+
+def check_probability(group, *names: str) -> None:
+    """Raises a `UserError` where a field of the group is no probability."""
+    for name in names:
+        if not 0 <= getattr(group, name) <= 1:
+            raise UserError(f"--{name} {getattr(group, name)}: must be between 0 and 1.")
+
+
+@dataclass
+class ImageArguments:
+    """Which images."""
+
+    dataset_name: str = HfArg(
+        default="uoft-cs/cifar10",
+        help="A dataset on the Hub, a local folder (Parquet files, one folder of images per class, or what "
+        "`save_to_disk` wrote), or `digits`: the handwritten digits that ship with scikit-learn.",
+    )
+    dataset_config_name: str | None = HfArg(default=None, help="The dataset's configuration.")
+    image_column_name: str | None = HfArg(
+        default=None, help="The column of images. Default: the first that holds images."
+    )
+    label_column_name: str | None = HfArg(
+        default=None, help="The column of labels. Default: the first of class labels, or `label`."
+    )
+    train_val_split: float = HfArg(
+        default=0.1, help="Share of the training images to evaluate on if the dataset has no split for it."
+    )
+    validation_from_train: bool = HfArg(
+        default=False,
+        help="Evaluate on --train_val_split of the training images even if the dataset has another split: to "
+        "choose a recipe without looking at the test images.",
+    )
+    max_train_samples: int | None = HfArg(default=None, help="Train on a random subset of this size.")
+    max_eval_samples: int | None = HfArg(default=None, help="Evaluate on a random subset of this size.")
+    max_validation_samples: int | None = HfArg(
+        default=None,
+        help="During training, evaluate on a random subset of this size; at the end on all evaluation images.",
+    )
+    streaming: bool = HfArg(
+        default=False,
+        help="Read the training images while training, and keep none of them on disk or in memory: for Parquet "
+        "files (local or on the Hub) and image folders larger than both.",
+    )
+    shuffle_buffer_size: int = HfArg(
+        default=10_000, help="With --streaming: how many encoded images each process holds to draw its batches from."
+    )
+
+    def __post_init__(self):
+        check_at_least(self, max_train_samples=1, max_eval_samples=1, max_validation_samples=1, shuffle_buffer_size=1)
+        if not 0 < self.train_val_split < 1:
+            raise UserError(f"--train_val_split {self.train_val_split}: must be above 0 and below 1.")
+        if self.streaming and self.max_train_samples is not None:
+            raise UserError("--max_train_samples takes a random subset, which --streaming cannot: leave one out.")
+
+
+@dataclass
+class AugmentationArguments:
+    """How training images are augmented: all of it, and nothing else."""
+
+    crop: str = HfArg(
+        default="auto",
+        help="Training crops. `resized`: a random part of the image, 8 to 100 %% of its area, resized. "
+        "`padded`: the image with zeros around it, shifted. `none`: the image, resized. `auto`: as DeiT's code, "
+        "`padded` up to 32 pixels and `resized` above.",
+        metadata={"choices": ["auto", "resized", "padded", "none"]},
+    )
+    horizontal_flip: float = HfArg(default=0.5, help="Probability of a horizontal flip.")
+    auto_augment: str = HfArg(
+        default="rand-m9-mstd0.5-inc1", help="timm's AutoAugment or RandAugment policy, or `none`."
+    )
+    random_erasing: float = HfArg(default=0.25, help="Probability of random erasing.")
+    mixup: float = HfArg(default=0.8, help="Mixup's alpha; 0 turns it off.")
+    cutmix: float = HfArg(default=1.0, help="CutMix's alpha; 0 turns it off.")
+    repeated_augmentation: int = HfArg(
+        default=3, help="How often each image comes in a batch, differently augmented; 1 turns it off."
+    )
+    augment_on: str = HfArg(
+        default="auto",
+        help="`loader`: timm's transforms, image by image, in the loader's workers. `device`: the same recipe "
+        "on whole batches where the model is; for images that all have one size. `auto`: `device` where that "
+        "is possible and, without a GPU, the images and the model's input have at most 64 pixels per side.",
+        metadata={"choices": ["auto", "loader", "device"]},
+    )
+
+    def __post_init__(self):
+        check_probability(self, "horizontal_flip", "random_erasing")
+        check_at_least(self, mixup=0, cutmix=0, repeated_augmentation=1)
+
+    def crop_at(self, image_size: int) -> str:
+        """The training crop at that size: `crop`, with `auto` resolved."""
+        if self.crop != "auto":
+            return self.crop
+        return "resized" if image_size > 32 else "padded"
+
+    @property
+    def is_random(self) -> bool:
+        """Whether an image looks different each time it comes."""
+        draws = self.horizontal_flip or self.random_erasing or self.mixup or self.cutmix
+        return bool(draws) or self.crop != "none" or self.auto_augment != "none" or self.repeated_augmentation > 1
+
+
+@dataclass
+class ModelArguments:
+    """The network to train."""
+
+    model_name_or_path: str = HfArg(
+        default="deit_ti",
+        help="`deit_ti`; any timm architecture, such as resnet18 (the CNN baseline, mode none); or a local "
+        "folder or Hub id to start from.",
+    )
+    image_size: int = HfArg(default=224, help="Height and width of the network's input, in pixels.")
+    patch_size: int = HfArg(default=16, help="Height and width of a patch, in pixels.")
+    drop_path_rate: float = HfArg(default=0.1, help="Stochastic depth of the last block.")
+    eval_crop_ratio: float | None = HfArg(
+        default=None,
+        help="Evaluation resizes the shorter edge to image_size / ratio and takes the centre. Default: as "
+        "DeiT's code, 0.875 if training takes resized crops, else 1.",
+    )
+    export: list[str] = HfArg(
+        default_factory=list,
+        help="What else to save, and push, beside the model and its `transformers/`: `timm` (a checkpoint for "
+        "timm.create_model), `onnx` (model.onnx).",
+        metadata={"choices": ["timm", "onnx"]},
+    )
+    license: str = HfArg(default="unknown", help="License of the trained weights, for the card, such as apache-2.0.")
+
+    def __post_init__(self):
+        check_at_least(self, image_size=2, patch_size=1)  # torch cannot resize to a single pixel
+        if not 0 <= self.drop_path_rate < 1:
+            raise UserError(f"--drop_path_rate {self.drop_path_rate}: must be at least 0 and below 1.")
+        if self.eval_crop_ratio is not None and not 0 < self.eval_crop_ratio <= 1:
+            raise UserError(f"--eval_crop_ratio {self.eval_crop_ratio}: must be above 0 and at most 1.")
+
+    @property
+    def is_timm_architecture(self) -> bool:
+        """Whether to train from scratch. A name with a tag, such as `.fb_in1k`, stands for weights to start from."""
+        return "." not in self.model_name_or_path and is_timm_architecture(self.model_name_or_path)
+
+
+@dataclass
+class TeacherArguments:
+    """Which teacher, and how it is fitted if its labels are not the dataset's."""
+
+    teacher_model_name_or_path: str | None = HfArg(
+        default=None,
+        help="A timm architecture, or a folder or Hub id of any image classifier that "
+        f"AutoModelForImageClassification loads. Default: --teacher_config's, or {DEFAULT_TEACHER}.",
+    )
+    teacher_config: str | None = HfArg(
+        default=None,
+        help="A YAML file with flags of the teacher's own run: optim, learning_rate, auto_augment, image_size, "
+        "per_device_train_batch_size, ... The --teacher_* flags win.",
+    )
+    teacher_output_dir: str = HfArg(default="outputs/teachers", help="Where fitted teachers are kept for later runs.")
+    teacher_pretrained: bool = HfArg(
+        default=False, help="Start a timm architecture from timm's weights on the Hub, not from scratch."
+    )
+    teacher_image_size: int | None = HfArg(
+        default=None, help="The teacher's input size. Default: its own, or the student's if it starts from scratch."
+    )
+    teacher_num_train_epochs: float | None = HfArg(
+        default=None,
+        help="Epochs of fitting; 0: use the teacher as it comes or not at all. Default: --teacher_config's, or "
+        f"{TEACHER_RECIPE['num_train_epochs']}.",
+    )
+    teacher_learning_rate: float | None = HfArg(
+        default=None,
+        help=f"Peak learning rate of fitting. Default: --teacher_config's, or {TEACHER_RECIPE['learning_rate']}.",
+    )
+    teacher_cache: str = HfArg(
+        default="auto",
+        help="Store the teacher's logits under --teacher_output_dir, in half precision, for later epochs and "
+        "runs that show it the same images. `auto`: if they take no more than 1 GiB.",
+        metadata={"choices": ["auto", "on", "off"]},
+    )
+    trust_remote_code: bool = HfArg(
+        default=False, help="Run the code that a teacher from another project brings along."
+    )
+
+    def __post_init__(self):
+        if not self.teacher_output_dir:
+            raise UserError("--teacher_output_dir: the name of a folder is missing.")
+        check_at_least(self, teacher_learning_rate=0, teacher_num_train_epochs=0, teacher_image_size=2)
+
+
+@dataclass
+class DistillationTrainingArguments(TrainingArguments):
+    """`TrainingArguments` with DeiT's recipe as defaults (paper, table 9) and the options of distillation."""
+
+    output_dir: str | None = HfArg(default=None, help="Where the run goes. Default: outputs/<model>-<dataset>-<mode>.")
+    distill_mode: str = HfArg(
+        default="none", help="What teaches which head; see the README's table.", metadata={"choices": list(MODES)}
+    )
+    teacher_targets: str | None = HfArg(
+        default=None,
+        help="What the token modes learn from the teacher: its decision or its distribution.",
+        metadata={"choices": ["hard", "soft"]},
+    )
+    single_token: bool = HfArg(
+        default=False,
+        help="Modes class and distill: a network with that token alone, taught by the labels or the teacher.",
+    )
+    distillation_alpha: float | None = HfArg(
+        default=None, help="Weight of the teacher's term, 0 to 1. Default: the mode's."
+    )
+    distillation_temperature: float | None = HfArg(default=None, help="Temperature of soft targets. Default: 3.")
+
+    per_device_train_batch_size: int = HfArg(default=128, help="Training batch size of each device.")
+    per_device_eval_batch_size: int = HfArg(default=256, help="Evaluation batch size of each device.")
+    num_train_epochs: float = HfArg(default=20.0, help="Number of training epochs.")
+    learning_rate: float = HfArg(
+        default=5e-4, help="Peak learning rate. (The paper's rule is 5e-4 x batch / 512, for 300 epochs.)"
+    )
+    weight_decay: float = HfArg(default=0.05, help="Of all weights except biases, norms, tokens and positions.")
+    lr_scheduler_type: str = HfArg(default="cosine", help="Learning rate schedule.")
+    warmup_steps: float = HfArg(default=0.1, help="Steps of linear warm-up; below 1, a share of all steps.")
+    label_smoothing_factor: float = HfArg(default=0.1, help="Smoothing of the true labels.")
+    logging_strategy: str = HfArg(default="epoch", help="When to log: no, steps or epoch.")
+    eval_strategy: str = HfArg(default="epoch", help="When to evaluate: no, steps or epoch.")
+    save_strategy: str = HfArg(default="epoch", help="When to save a checkpoint: no, steps or epoch.")
+    save_total_limit: int | None = HfArg(default=2, help="How many checkpoints are kept.")
+    # Otherwise the Trainer logs the mean of earlier losses instead of one that is not a number, and carries on.
+    logging_nan_inf_filter: bool = HfArg(
+        default=False, help="Hide losses that are not finite. By default they end the run."
+    )
+    tf32: bool | None = HfArg(
+        default=None,
+        help="TF32 in float32 products and convolutions. Default: on where the GPU has it (Ampere and newer).",
+    )
+    # Not flags here. The loader's batches have more columns than the model takes: the seeds are for the augmentation.
+    remove_unused_columns: bool = field(default=False, init=False)
+    # The Trainer's own just-in-time checkpoint saves in the middle of a step, and does not know Ctrl-C.
+    enable_jit_checkpoint: bool = field(default=False, init=False)
+    # Every evaluation image counts towards every read-out's accuracy.
+    label_names: list[str] | None = field(default=None, init=False)
+    batch_eval_metrics: bool = field(default=False, init=False)
+    prediction_loss_only: bool = field(default=False, init=False)
+    dataloader_drop_last: bool = field(default=False, init=False)
+    # The command trains and evaluates; predict.py predicts.
+    do_train: bool = field(default=True, init=False)
+    do_predict: bool = field(default=False, init=False)
+    # For language models.
+    neftune_noise_alpha: float | None = field(default=None, init=False)
+    use_liger_kernel: bool = field(default=False, init=False)
+
+    def __post_init__(self):
+        self.has_default_output_dir = self.output_dir is None
+        if self.output_dir is None:
+            self.output_dir = "outputs"
+        if self.output_dir == "":
+            raise UserError("--output_dir: the name of a folder is missing.")
+        self.mode = resolve_mode(
+            self.distill_mode,
+            single_token=self.single_token,
+            teacher_targets=self.teacher_targets,
+            alpha=self.distillation_alpha,
+            temperature=self.distillation_temperature,
+        )
+        check_at_least(
+            self,
+            per_device_train_batch_size=1,
+            per_device_eval_batch_size=1,
+            gradient_accumulation_steps=1,
+            eval_accumulation_steps=1,
+            dataloader_num_workers=0,
+            learning_rate=0,
+            max_grad_norm=0,
+            seed=0,
+            data_seed=0,
+        )
+        if self.seed >= 2**32:
+            raise UserError(f"--seed {self.seed}: must be below 2**32, as NumPy requires.")
+        if self.num_train_epochs <= 0 and self.max_steps <= 0:
+            raise UserError(f"--num_train_epochs {self.num_train_epochs}: must be above 0, unless --max_steps is.")
+        if self.dataloader_persistent_workers and self.dataloader_num_workers == 0:
+            raise UserError("--dataloader_persistent_workers: there are no workers without --dataloader_num_workers.")
+        if not 0 <= self.label_smoothing_factor < 1:
+            raise UserError(f"--label_smoothing_factor {self.label_smoothing_factor}: must be at least 0 and below 1.")
+        if not (self.fp16 or self.bf16):  # from the accelerate config; DeepSpeed wants both to say the same
+            precision = os.environ.get("ACCELERATE_MIXED_PRECISION", "no")
+            self.fp16, self.bf16 = precision == "fp16", precision == "bf16"
+        if self.ddp_find_unused_parameters is None:
+            # A head that no term of the loss reaches has no gradient. Elsewhere, looking for one only costs time.
+            self.ddp_find_unused_parameters = len(self.mode.tokens) == 2 and self.mode.alpha in (0.0, 1.0)
+        if self.tf32 is None and is_torch_tf32_available():
+            self.tf32 = True
+        has_default_accelerator_config = self.accelerator_config is None
+        super().__post_init__()
+        if has_default_accelerator_config and self.device.type == "cuda":
+            # Batches are then copied while the device computes; for this the loader has to pin them.
+            self.accelerator_config.non_blocking = self.dataloader_pin_memory
+        self._check_metric_for_best_model()
+        if self.device.type == "cpu":
+            self.dataloader_pin_memory = False  # there is no device to copy to; torch would warn
+        if self.device.type == "cpu" and self.fp16:
+            raise UserError(
+                "fp16 is asked for, by --fp16 or the accelerate config, but there is no GPU: leave it out, or use "
+                "--bf16 --use_cpu."
+            )
+        if int(os.environ.get("WORLD_SIZE", 1)) > 1 and self.world_size == 1:
+            raise UserError(
+                f"{os.environ['WORLD_SIZE']} processes were launched, but each would train alone: without a GPU for "
+                "each of them, add --use_cpu."
+            )
+
+    def _check_metric_for_best_model(self) -> None:
+        """Raises a `UserError` if no evaluation has that metric: the Trainer would only notice after an epoch."""
+        if not self.load_best_model_at_end and self.save_strategy != "best":
+            return
+        readouts = ["", *(f"_{name}" for name in READOUTS)] if len(self.mode.tokens) == 2 else [""]
+        metrics = ["loss", *(f"accuracy{readout}{ending}" for readout in readouts for ending in ("", "_top5"))]
+        if str(self.metric_for_best_model).removeprefix("eval_") not in metrics:
+            raise UserError(
+                f"--metric_for_best_model {self.metric_for_best_model}: there is no such metric; there are "
+                f"{', '.join(metrics)}."
+            )
+
+    def __getstate__(self) -> dict:
+        """Without the token: these arguments are pickled into every checkpoint and pushed with the model."""
+        return {**self.__dict__, "hub_token": None}
+
+    @property
+    def total_train_batch_size(self) -> int:
+        """Images in one step of the optimizer, all processes together."""
+        return self.train_batch_size * self.gradient_accumulation_steps * self.world_size
+
+    @property
+    def order_seed(self) -> int:
+        """Seed of the images' order and augmentation."""
+        return self.data_seed if self.data_seed is not None else self.seed
+
+
+class Arguments(NamedTuple):
+    """A whole run, one group per question. `fitting` are the arguments of the run that fits its teacher, if any."""
+
+    images: ImageArguments
+    augmentation: AugmentationArguments
+    model: ModelArguments
+    teacher: TeacherArguments
+    training: DistillationTrainingArguments
+    fitting: "Arguments | None" = None
+
+    def hyperparameters(self) -> dict:
+        """What decides what the network learns from its images, by flag."""
+        shown = {name: getattr(self.training, name) for name in HYPERPARAMETERS}
+        if self.training.max_steps < 0:
+            del shown["max_steps"]  # epochs decide
+        return shown | vars(self.augmentation) | {"crop": self.augmentation.crop_at(self.model.image_size)}

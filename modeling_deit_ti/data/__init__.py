@@ -1,0 +1,28 @@
+"""Datasets in, `pixel_values` and `labels` out.
+
+Any source becomes one form, checked (loading.py; streaming.py for data larger than disk and memory), and inputs.py
+makes of it what the model takes.
+"""
+
+from ..arguments import ImageArguments
+from .loading import ImageData, load_stored_images
+from .streaming import load_streamed_images
+
+
+def load_images(args: ImageArguments, labels_needed: bool = True) -> ImageData:
+    """
+    Loads and checks the images.
+
+    Args:
+        args ([`ImageArguments`])
+        labels_needed (`bool`, *optional*, defaults to `True`): whether training needs labels. If not, the training
+            split may lack them.
+
+    Raises:
+        UserError: if the dataset is neither on disk nor reachable, lacks a column, has labels that are missing, out of
+            range or different between its splits, or holds an image that cannot be decoded.
+    """
+    return (load_streamed_images if args.streaming else load_stored_images)(args, labels_needed)
+
+
+__all__ = ["ImageData", "load_images"]

@@ -1,0 +1,303 @@
+"""Checked images become what the model takes: augmented for training, and as it is shipped for evaluation."""
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+
+import numpy as np
+import torch
+from datasets import Dataset
+from PIL import Image as PILImage
+from timm.data import create_transform
+from timm.data.constants import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
+from torchvision import transforms
+from torchvision.transforms import InterpolationMode
+from transformers import DeiTImageProcessor
+
+from ..arguments import AugmentationArguments, DistillationTrainingArguments, ModelArguments
+from ..errors import UserError
+from .augmentation import BatchAugmentation
+from .decoding import read_image
+from .loading import ImageData
+from .sampling import TrainSampler, collate_images, mix_images, seeded
+from .streaming import StreamedImages
+
+
+# Up to this height and width, of the images and of the model's input, a CPU augments whole batches faster than timm
+# does their images; far above it is slower (results/augment_on.md).
+MAX_CPU_BATCH_AUGMENTATION_SIZE = 64
+
+
+def make_image_processor(
+    model: ModelArguments,
+    augmentation: AugmentationArguments,
+    image_mean: Sequence[float] = IMAGENET_DEFAULT_MEAN,
+    image_std: Sequence[float] = IMAGENET_DEFAULT_STD,
+) -> DeiTImageProcessor:
+    """The preprocessing for evaluation and for the shipped model: resize, centre crop, normalisation."""
+    is_resized = augmentation.crop_at(model.image_size) == "resized"
+    ratio = model.eval_crop_ratio or (0.875 if is_resized else 1.0)
+    return DeiTImageProcessor(
+        size={"shortest_edge": round(model.image_size / ratio)},
+        crop_size={"height": model.image_size, "width": model.image_size},
+        image_mean=list(image_mean),
+        image_std=list(image_std),
+        do_convert_rgb=True,
+    )
+
+
+# ---- Training ----
+
+
+@dataclass
+class DeviceAugmentation:
+    """
+    What is left to do to training batches where the model is.
+
+    Args:
+        augment ([`BatchAugmentation`], *optional*): missing if the loader has augmented the images.
+        mixup, cutmix (`float`): see [`mix_images`].
+        num_labels (`int`): K.
+    """
+
+    augment: BatchAugmentation | None
+    mixup: float
+    cutmix: float
+    num_labels: int
+
+    def __call__(
+        self, pixel_values: torch.Tensor, labels: torch.Tensor | None, seeds: np.ndarray
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """
+        Args:
+            pixel_values (`torch.Tensor` of shape `(B, 3, height, width)`): uint8 if it augments, else float32.
+            labels (`torch.Tensor` of shape `(B,)`, *optional*): label ids.
+            seeds (`np.ndarray` of shape `(B,)`): of the images.
+
+        Returns:
+            float32 images `(B, 3, image_size, image_size)`, and label ids `(B,)` or distributions `(B, K)`.
+        """
+        if self.augment is not None:
+            pixel_values = self.augment(pixel_values, torch.from_numpy(seeds))
+        return mix_images(pixel_values, labels, int(seeds[0]), self.num_labels, self.mixup, self.cutmix)
+
+
+def make_train_images(
+    data: ImageData, args: AugmentationArguments, image_processor, device: str = "cpu"
+) -> tuple["TrainImages | StreamedImages", DeviceAugmentation]:
+    """
+    The training images, and what is left to do to their batches where the model is: mixing, and with `--augment_on
+    device` all augmentation.
+
+    Args:
+        device (`str`, *optional*, defaults to `"cpu"`): type of the device that trains; `auto` depends on it.
+
+    Raises:
+        UserError: if the device cannot augment these images, or timm does not know the policy.
+    """
+    image_size = image_processor.crop_size["height"]
+    size = None if data.is_streamed else common_size(data.train)
+    is_small = size is not None and max(*size, image_size) <= MAX_CPU_BATCH_AUGMENTATION_SIZE
+    on_device = args.augment_on == "device" or (
+        args.augment_on == "auto" and size is not None and (device == "cuda" or (device == "cpu" and is_small))
+    )
+    augment = None
+    if on_device:
+        try:
+            if size is None:
+                raise ValueError("the images are not all of one size, or too many to be kept decoded.")
+            augment = BatchAugmentation(
+                image_size,
+                crop=args.crop_at(image_size),
+                horizontal_flip=args.horizontal_flip,
+                auto_augment=None if args.auto_augment == "none" else args.auto_augment,
+                random_erasing=args.random_erasing,
+                image_mean=image_processor.image_mean,
+                image_std=image_processor.image_std,
+            )
+        except ValueError as error:
+            if args.augment_on == "device":
+                raise UserError(f"--augment_on device: {error} Use --augment_on loader.") from error
+    transform = make_train_transform(args, image_processor) if augment is None else None
+    kind = StreamedImages if data.is_streamed else TrainImages
+    images = kind(data.train, transform, args.repeated_augmentation)
+    return images, DeviceAugmentation(augment, args.mixup, args.cutmix, len(data.label_names))
+
+
+def make_train_transform(args: AugmentationArguments, image_processor) -> Callable[[PILImage.Image], torch.Tensor]:
+    """
+    The augmentation of one image, from timm's factory as in DeiT's code: crop, flip, RandAugment, normalisation,
+    random erasing (paper, table 9). RGB image in, `(3, image_size, image_size)` float32 out, in the size and
+    normalisation of the image processor.
+
+    Raises:
+        UserError: if timm does not know the policy of `--auto_augment`.
+    """
+    image_size = image_processor.crop_size["height"]
+    crop = args.crop_at(image_size)
+    try:
+        first, second, last = create_transform(
+            image_size,
+            is_training=True,
+            hflip=args.horizontal_flip,
+            color_jitter=None,
+            auto_augment=None if args.auto_augment == "none" else args.auto_augment,
+            interpolation="bicubic",
+            mean=tuple(image_processor.image_mean),
+            std=tuple(image_processor.image_std),
+            re_prob=args.random_erasing,
+            re_mode="pixel",
+            separate=True,
+        )
+    except (AssertionError, ValueError, KeyError, IndexError) as error:  # timm asserts what it knows
+        raise UserError(f"--auto_augment {args.auto_augment}: timm does not know this policy.") from error
+    if crop != "resized":
+        resize = transforms.Resize((image_size, image_size), InterpolationMode.BICUBIC)
+        shift = [transforms.RandomCrop(image_size, padding=image_size // 8)] if crop == "padded" else []
+        first = transforms.Compose([resize, *shift, *first.transforms[1:]])
+    return transforms.Compose([first, second, last])
+
+
+def common_size(dataset: Dataset) -> tuple[int, int] | None:
+    """Height and width of the images, if they are decoded and all of one size."""
+    if "pixels" not in dataset.column_names:
+        return None
+    heights, widths = dataset.unique("height"), dataset.unique("width")
+    return (heights[0], widths[0]) if len(heights) == len(widths) == 1 else None
+
+
+class TrainImages(torch.utils.data.Dataset):
+    """
+    Training images. Its keys are those of [`TrainSampler`]: an index, and the seed of all that is random in the image.
+
+    Args:
+        dataset (`datasets.Dataset`): a split of [`ImageData`].
+        transform (`Callable`, *optional*): RGB image to `pixel_values`. `None` gives batches of uint8 pixels, for
+            [`BatchAugmentation`].
+        repeats (`int`, *optional*, defaults to 1): repeated augmentation.
+    """
+
+    is_streamed = False
+
+    def __init__(self, dataset: Dataset, transform: Callable[[PILImage.Image], torch.Tensor] | None, repeats: int = 1):
+        self.dataset = dataset
+        self.transform = transform
+        self.repeats = repeats
+        self.batches = ImageBatches(dataset) if transform is None else None
+
+    def __len__(self) -> int:
+        return len(self.dataset)
+
+    def __getitem__(self, key: tuple[int, int]) -> dict:
+        return {name: values[0] for name, values in collate_images(self.__getitems__([key])).items()}
+
+    def __getitems__(self, keys: list[tuple[int, int]]) -> list[dict] | dict:
+        if self.batches is not None:
+            return self.batches.fetch([index for index, _ in keys]) | {"seeds": np.array([seed for _, seed in keys])}
+        samples = []
+        for (_, seed), row in zip(keys, _rows(self.dataset, [index for index, _ in keys]), strict=True):
+            with seeded(seed):
+                sample = {"pixel_values": self.transform(read_image(row)), "seeds": seed}
+            if "label" in row:
+                sample["labels"] = row["label"]
+            samples.append(sample)
+        return samples
+
+    def order(self, args: DistillationTrainingArguments) -> TrainSampler:
+        """The keys of each epoch, for all processes together."""
+        return TrainSampler(len(self), args.train_batch_size * args.world_size, args.order_seed, self.repeats)
+
+
+# ---- Evaluation ----
+
+
+class EvalImages(torch.utils.data.Dataset):
+    """Images as the image processor, which ships with the model, prepares them."""
+
+    def __init__(self, dataset: Dataset, image_processor):
+        self.dataset = dataset
+        self.image_processor = image_processor
+        self.batches = ImageBatches(dataset) if common_size(dataset) else None
+
+    def __len__(self) -> int:
+        return len(self.dataset)
+
+    def __getitem__(self, index: int) -> dict:
+        return {name: values[0] for name, values in collate_images(self.__getitems__([index])).items()}
+
+    def __getitems__(self, indices: list[int]) -> list[dict] | dict:
+        if self.batches is not None:  # the processor makes the same of tensors, without a detour through PIL
+            batch = self.batches.fetch(indices)
+            return batch | {"pixel_values": self._processed(batch["pixel_values"])}
+        rows = list(_rows(self.dataset, indices))
+        pixel_values = self._processed([read_image(row) for row in rows])
+        return [
+            {"pixel_values": pixels, "labels": row["label"]} for pixels, row in zip(pixel_values, rows, strict=True)
+        ]
+
+    def _processed(self, images: torch.Tensor | list[PILImage.Image]) -> torch.Tensor:
+        return self.image_processor(images, return_tensors="pt")["pixel_values"]
+
+
+# ---- Both ----
+
+
+def _rows(dataset: Dataset, indices: list[int]) -> Iterator[dict]:
+    columns = dataset[indices]
+    for values in zip(*columns.values(), strict=True):
+        yield dict(zip(columns, values, strict=True))
+
+
+class ImageBatches:
+    """
+    Whole batches of decoded images of one size: NumPy gathers the rows where `datasets` has mapped its Arrow files
+    into memory, so that no image becomes a Python object, and each is copied once, into its batch.
+
+    Args:
+        dataset (`datasets.Dataset`): a split of [`ImageData`].
+    """
+
+    def __init__(self, dataset: Dataset):
+        # A selection of rows is a second table, of indices into the first.
+        self.dataset = dataset if dataset._indices is None else dataset.flatten_indices()
+
+    def __getstate__(self) -> dict:
+        """For a worker that is not forked: it maps the files itself, since pickled arrays would be copies."""
+        return {"dataset": self.dataset}
+
+    @cached_property
+    def chunks(self) -> list[np.ndarray]:
+        """The images as the file has them: `(rows, height, width, 3)` uint8, each a view of one Arrow array."""
+        height, width = self.dataset[0]["height"], self.dataset[0]["width"]
+        chunks = []
+        for array in filter(len, self.dataset.data.column("pixels").chunks):
+            _, offsets, values = array.buffers()  # of a `binary` array: validity, where each row starts, all rows
+            start = int(np.frombuffer(offsets, np.int32)[array.offset])
+            pixels = np.frombuffer(values, np.uint8, count=len(array) * height * width * 3, offset=start)
+            chunks.append(pixels.reshape(len(array), height, width, 3))
+        return chunks
+
+    @cached_property
+    def starts(self) -> np.ndarray:
+        """The row that each chunk starts with, and after the last one the number of rows."""
+        return np.cumsum([0, *map(len, self.chunks)])
+
+    @cached_property
+    def labels(self) -> torch.Tensor | None:
+        """`(rows,)` int64, if the images have labels."""
+        if "label" not in self.dataset.column_names:
+            return None
+        return torch.from_numpy(self.dataset.data.column("label").to_numpy().copy())
+
+    def fetch(self, indices: Sequence[int]) -> dict[str, torch.Tensor]:
+        """`pixel_values` `(B, 3, height, width)` uint8, with the channels last in memory; `labels` `(B,)`, if any."""
+        indices = np.asarray(indices)
+        batch = np.empty((len(indices), *self.chunks[0].shape[1:]), np.uint8)
+        order = np.argsort(indices)
+        rows = indices[order]
+        bounds = np.searchsorted(rows, self.starts)  # sorted, the rows of one chunk are a slice
+        for chunk in np.flatnonzero(np.diff(bounds)):
+            here = slice(bounds[chunk], bounds[chunk + 1])
+            batch[order[here]] = self.chunks[chunk][rows[here] - self.starts[chunk]]
+        fetched = {"pixel_values": torch.from_numpy(batch).permute(0, 3, 1, 2)}
+        return fetched if self.labels is None else fetched | {"labels": self.labels[torch.from_numpy(indices)]}

@@ -1,0 +1,116 @@
+"""Where rows come from (the Hub, a local folder, scikit-learn): one training split and one to evaluate on."""
+
+import contextlib
+import os
+from collections.abc import Iterator
+
+import numpy as np
+from datasets import (
+    ClassLabel,
+    Dataset,
+    DatasetDict,
+    Features,
+    Image,
+    load_dataset,
+    load_dataset_builder,
+    load_from_disk,
+)
+from datasets.packaged_modules.parquet.parquet import ParquetConfig
+from PIL import Image as PILImage
+from sklearn.datasets import load_digits
+
+from ..arguments import ImageArguments
+from ..errors import UserError, first_line
+from .sampling import SUBSET_SEED
+
+
+EVALUATION_SPLITS = ("validation", "valid", "val", "dev", "test")
+
+
+def load_splits(name: str, config_name: str | None) -> tuple[DatasetDict, str]:
+    """The dataset's splits, and where they come from."""
+    if name == "digits" and not os.path.isdir(name):
+        return _digits(), "scikit-learn"
+    folder = os.path.expanduser(name)
+    if os.path.isfile(folder):  # `datasets` would look for a cached dataset of that name
+        raise UserError(f"--dataset_name {name}: this is a file, not a folder.")
+    with naming_the_dataset(name):
+        if os.path.isfile(os.path.join(folder, "dataset_dict.json")):
+            # Through the cache: `datasets` keeps results beside the rows, so in the user's folder otherwise.
+            files = {
+                split: [file["filename"] for file in rows.cache_files]
+                for split, rows in load_from_disk(folder).items()
+            }
+            return _load_each("arrow", files), "local"
+        if os.path.isdir(folder):
+            return _load_folder(folder, config_name), "local"
+        return load_dataset(name, config_name), "hub"
+
+
+@contextlib.contextmanager
+def naming_the_dataset(name: str) -> Iterator[None]:
+    """
+    Raises:
+        UserError: if `name` stands for a folder that does not exist, or loading it fails inside.
+    """
+    if (name.startswith((".", "/", "~")) or name.count("/") > 1) and not os.path.isdir(os.path.expanduser(name)):
+        raise UserError(f"--dataset_name {name}: there is no such folder.")
+    try:
+        yield
+    except UserError:
+        raise
+    except Exception as error:  # whatever the builder or the network raises, it is about what the user named
+        raise UserError(
+            f"--dataset_name {name}: the dataset is neither a readable local folder nor reachable on the Hub "
+            f"({first_line(error)}). To run offline, name a folder of Parquet files or one with a folder of images "
+            "per class, or use `--dataset_name digits`; a dataset that was loaded before is taken from the cache with "
+            "HF_HUB_OFFLINE=1."
+        ) from error
+
+
+def _load_folder(folder: str, config_name: str | None) -> DatasetDict:
+    builder = load_dataset_builder(folder, config_name)
+    if not isinstance(builder.config, ParquetConfig):
+        return load_dataset(folder, config_name)
+    return _load_each("parquet", {str(split): list(files) for split, files in builder.config.data_files.items()})
+
+
+def _load_each(kind: str, files: dict[str, list[str]]) -> DatasetDict:
+    """
+    Splits, one by one: loaded together, all are read with the features of the first file, whatever the others say.
+    Label 0 could silently be `cat` in training and `dog` in evaluation.
+    """
+    return DatasetDict(
+        {split: load_dataset(kind, data_files={split: names}, split=split) for split, names in files.items()}
+    )
+
+
+def _digits() -> DatasetDict:
+    """scikit-learn's 1,797 handwritten digits, 8x8 grey pixels (Alpaydin, 1998); every fifth is held out."""
+    digits = load_digits()
+    images = [PILImage.fromarray(np.uint8(image * 255 / 16)) for image in digits.images]
+    features = Features({"image": Image(), "label": ClassLabel(names=[str(digit) for digit in range(10)])})
+    rows = Dataset.from_dict({"image": images, "label": digits.target.tolist()}, features=features)
+    held_out = np.arange(len(rows)) % 5 == 4
+    return DatasetDict(
+        {"train": rows.select(np.flatnonzero(~held_out)), "test": rows.select(np.flatnonzero(held_out))}
+    )
+
+
+def train_and_evaluation(splits: DatasetDict, args: ImageArguments) -> tuple[Dataset, Dataset, str]:
+    """The training split, the evaluation split, and the latter's name."""
+    if "train" not in splits:
+        raise UserError(f"{args.dataset_name} has no split `train`; it has {', '.join(splits)}.")
+    eval_split = next((name for name in EVALUATION_SPLITS if name in splits), None)
+    if eval_split is not None and not args.validation_from_train:
+        train, evaluation = splits["train"], splits[eval_split]
+    else:
+        if len(splits["train"]) < 2:
+            raise UserError(f"{args.dataset_name} has {len(splits['train'])} images: too few to hold some out.")
+        held_out = max(1, round(args.train_val_split * len(splits["train"])))
+        parts = splits["train"].train_test_split(test_size=held_out, seed=SUBSET_SEED)
+        train, evaluation, eval_split = parts["train"], parts["test"], "train (held out)"
+    for name, split in (("train", train), (eval_split, evaluation)):
+        if len(split) == 0:
+            raise UserError(f"{args.dataset_name}: split `{name}` is empty.")
+    return train, evaluation, eval_split

@@ -1,0 +1,212 @@
+"""The teacher of a run: loaded by its name, and fitted first if its labels are not the dataset's.
+
+It is fitted by a run of its own, which leaves what any run does: card, curves, results, in a folder named after its
+recipe. Later runs with the same images and recipe take it from there.
+"""
+
+import contextlib
+import json
+import os
+import shutil
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+from accelerate.logging import get_logger
+from accelerate.state import AcceleratorState
+from accelerate.utils import broadcast_object_list
+from filelock import FileLock
+from transformers import PreTrainedModel, set_seed
+
+from .arguments import Arguments
+from .card import TeacherRecord
+from .checkpoints import checkpoints_of, last_complete
+from .classifiers import (
+    check_takes_images,
+    input_format,
+    is_timm_architecture,
+    label_maps,
+    label_names,
+    load_classifier,
+    timm_hub_id,
+)
+from .configuration_deit_ti import DeiTTiConfig
+from .data import ImageData
+from .data.inputs import make_image_processor
+from .errors import UserError, first_line
+from .interop import load_student
+from .runs import build_network, build_trainer, train_and_save
+from .teacher import Teacher, match_labels, teacher_folder_name
+
+
+logger = get_logger(__name__)
+
+# Bump when the way of fitting changes in code: teachers that were fitted the old way are then not reused.
+FITTING_VERSION = 2
+RECIPE_FILE = "teacher_recipe.json"
+FLAG = "--teacher_model_name_or_path"
+SHOWN_OF_RECIPE = ("num_train_epochs", "optim", "learning_rate", "batch_size", "crop", "horizontal_flip", "precision")
+
+
+def prepare_teacher(args: Arguments, data: ImageData, image_processor) -> tuple[Teacher, TeacherRecord, str]:
+    """
+    Loads the teacher. If its labels are not the dataset's, fits it first, or takes the one that an earlier run fitted.
+
+    Args:
+        args ([`Arguments`]): the student's, with those of the teacher's own run in `fitting`.
+        data ([`ImageData`])
+        image_processor: the student's.
+
+    Returns:
+        The teacher; what the card says of it, with its accuracy still to be measured; and where its model is.
+
+    Raises:
+        UserError: if there is no such model, its labels cannot be matched, it has to be fitted and cannot be, or it
+            does not take images of `--teacher_image_size`.
+    """
+    options = args.teacher
+    name, is_timm = options.teacher_model_name_or_path, is_timm_architecture(options.teacher_model_name_or_path)
+    path = timm_hub_id(name) if is_timm and options.teacher_pretrained else name
+    model = label_order = fitted = None
+    if not is_timm or options.teacher_pretrained:
+        model, missing = load_classifier(path, FLAG, options.trust_remote_code)
+        if not missing:
+            label_order = match_labels(label_names(model.config), data.label_names)
+    if label_order is None:
+        fitted = "scratch" if model is None else "pretrained"
+        path = str(_fit(args, model, path, data, image_processor))
+        model, _ = load_classifier(path, FLAG, options.trust_remote_code)
+    image_size, mean, std = input_format(model, path, options.trust_remote_code)
+    image_size = options.teacher_image_size or image_size
+    student_mean, student_std = list(image_processor.image_mean), list(image_processor.image_std)
+    try:
+        teacher = Teacher(model, image_size, mean, std, student_mean, student_std, label_order)
+        teacher(torch.zeros(1, 3, image_size, image_size))
+    except Exception as error:  # any architecture, and whatever its config says about size, mean and deviation
+        raise UserError(
+            f"The teacher {name} cannot take images of {image_size}x{image_size} pixels ({first_line(error)})."
+        ) from error
+    recipe = json.loads(Path(path, RECIPE_FILE).read_text()) if fitted else {}
+    record = TeacherRecord(
+        name=name,
+        source="timm" if is_timm else "local" if os.path.isdir(name) else "hub",
+        fitted=fitted,
+        image_size=image_size,
+        num_parameters=sum(parameter.numel() for parameter in model.parameters()),
+        hyperparameters={key: recipe[key] for key in SHOWN_OF_RECIPE if key in recipe},
+    )
+    return teacher, record, path
+
+
+def _fit(args: Arguments, pretrained: PreTrainedModel | None, source: str, data: ImageData, student_processor) -> Path:
+    """The folder of the teacher that this recipe makes; fits it if no earlier run has."""
+    name = args.teacher.teacher_model_name_or_path
+    if args.teacher.teacher_num_train_epochs == 0:
+        raise UserError(
+            f"The labels of the teacher {name} are not the dataset's, and --teacher_num_train_epochs 0 forbids "
+            "fitting it."
+        )
+    if not data.has_train_labels:
+        raise UserError(
+            f"The teacher {name} has to be fitted, but the training images have no labels: name a teacher that knows "
+            "the dataset's labels."
+        )
+    run, mean, std = args.fitting, student_processor.image_mean, student_processor.image_std
+    if pretrained is None:
+        model = replace(run.model, model_name_or_path=name.partition(".")[0])  # a tag stands for weights
+    else:
+        image_size, mean, std = input_format(pretrained, source, args.teacher.trust_remote_code)
+        image_size = args.teacher.teacher_image_size or image_size
+        model = replace(run.model, model_name_or_path=source, image_size=image_size)
+    run = run._replace(model=model)
+    image_processor = make_image_processor(run.model, run.augmentation, mean, std)
+    recipe = _recipe(run, name, data, pretrained is not None)
+    folder = Path(args.teacher.teacher_output_dir) / teacher_folder_name(name, data.name, recipe)
+    run.training.output_dir = str(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    with _alone(folder) if run.training.process_index == 0 else contextlib.nullcontext():
+        # One process decides for all: another machine may see another folder.
+        (is_fitted,) = broadcast_object_list([_is_fitted(folder, recipe)])
+        if is_fitted:
+            logger.info(f"Teacher: {name}, fitted by an earlier run, from {folder}")
+        else:
+            logger.info(f"Teacher: {name}, fitting for {run.training.num_train_epochs:g} epochs, into {folder}")
+            if pretrained is None:
+                network, _ = build_network(run, data, image_processor)
+            else:
+                set_seed(run.training.seed)
+                network = _with_labels(pretrained, source, data.label_names, args.teacher.trust_remote_code)
+                batch_size = min(run.training.train_batch_size, len(data.train))
+                check_takes_images(network, name, run.model.image_size, batch_size)
+            (checkpoint,) = broadcast_object_list([last_complete(folder)])
+            if checkpoint is not None:
+                logger.info(f"Teacher: an earlier run was interrupted while fitting it; resuming from {checkpoint}")
+            trainer = build_trainer(run, data, network, image_processor)
+            if trainer.is_world_process_zero():
+                (folder / RECIPE_FILE).write_text(json.dumps(recipe, indent=2, default=str) + "\n")
+            train_and_save(trainer, run, data, checkpoint)
+            trainer.accelerator.wait_for_everyone()
+            if trainer.is_deepspeed_enabled:
+                # accelerate takes one DeepSpeed plugin, and the student's Trainer brings its own.
+                AcceleratorState._reset_state()
+        if not _is_fitted(folder, recipe):
+            raise UserError(
+                f"--teacher_output_dir {args.teacher.teacher_output_dir}: the fitted teacher is there on the first "
+                "machine, but not on this one; choose a folder on storage that all machines share."
+            )
+        if run.training.process_index == 0:
+            for checkpoint in checkpoints_of(folder):
+                shutil.rmtree(checkpoint)
+    return folder
+
+
+def _recipe(run: Arguments, name: str, data: ImageData, is_pretrained: bool) -> dict:
+    """All that decides what a fitted teacher is."""
+    hyperparameters = run.hyperparameters()
+    for name in ("per_device_train_batch_size", "gradient_accumulation_steps"):  # what counts is their product
+        del hyperparameters[name]
+    return {
+        "teacher": name,
+        "pretrained": is_pretrained,
+        "image_size": run.model.image_size,
+        "dataset": data.fingerprint,
+        **{name: str(value) if name == "optim" else value for name, value in hyperparameters.items()},
+        "batch_size": run.training.total_train_batch_size,
+        "precision": run.training.mixed_precision,
+        "version": FITTING_VERSION,
+    }
+
+
+@contextlib.contextmanager
+def _alone(folder: Path) -> Iterator[None]:
+    """
+    One process at a time, until it ends or is killed. Those who waited find the teacher fitted, so the lock may be
+    deleted.
+    """
+    with FileLock(f"{folder}.lock"):
+        yield
+    Path(f"{folder}.lock").unlink(missing_ok=True)
+
+
+def _is_fitted(folder: Path, recipe: dict) -> bool:
+    """Whether a finished run with this recipe is there."""
+    if not (folder / "all_results.json").is_file():
+        return False
+    try:
+        return json.loads((folder / RECIPE_FILE).read_text()) == json.loads(json.dumps(recipe, default=str))
+    except (OSError, ValueError):
+        return False
+
+
+def _with_labels(
+    pretrained: PreTrainedModel, source: str, label_names: list[str], trust_remote_code: bool
+) -> PreTrainedModel:
+    """The classifier with a new head for these labels."""
+    labels = label_maps(label_names)
+    if isinstance(pretrained.config, DeiTTiConfig):
+        # With a class token alone, whatever it had: it is fitted without a teacher, and no other head would learn.
+        size = {name: getattr(pretrained.config, name) for name in ("image_size", "patch_size")}
+        return load_student(source, DeiTTiConfig(**size, **labels))[0]
+    options = {"ignore_mismatched_sizes": True, "num_labels": len(label_names), **labels}
+    return load_classifier(source, FLAG, trust_remote_code, **options)[0]

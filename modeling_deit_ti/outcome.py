@@ -1,0 +1,170 @@
+"""What a finished run leaves: exports, curves, card and results; what it says at the end; and the push."""
+
+import os
+import shlex
+import sys
+from pathlib import Path
+
+from huggingface_hub import HfApi
+
+from .arguments import Arguments
+from .card import (
+    CURVES_FILE,
+    EXAMPLE_FILE,
+    DatasetRecord,
+    RunRecord,
+    TeacherRecord,
+    describe_hardware,
+    plot_training_curves,
+    write_model_card,
+)
+from .configuration_deit_ti import DeiTTiConfig
+from .data import ImageData
+from .data.decoding import read_image
+from .errors import StorageError, first_line
+from .interop import export_onnx, save_timm, save_transformers
+from .modeling_deit_ti import DeiTTiForImageClassification
+from .trainer import DistillationTrainer
+
+
+def save_exports(trainer: DistillationTrainer, formats: list[str]) -> None:
+    """The same model for those who do not run this project's code. `formats` are those of `--export`."""
+    if not trainer.is_deit_ti:
+        return
+    folder = Path(trainer.args.output_dir)
+    # From the file: a wrapped or sharded model keeps its weights elsewhere.
+    saved = DeiTTiForImageClassification.from_pretrained(folder, use_safetensors=True)
+    save_transformers(saved, trainer.processing_class, folder / "transformers")
+    if "timm" in formats:
+        save_timm(saved, trainer.processing_class, folder / "timm")
+    if "onnx" in formats:
+        export_onnx(saved, folder / "model.onnx")
+
+
+def write_reports(
+    trainer: DistillationTrainer,
+    args: Arguments,
+    data: ImageData,
+    teacher: TeacherRecord | None,
+    results: dict[str, dict],
+) -> None:
+    """Curves, card and results. `all_results.json` comes last: where it exists, the run is finished."""
+    folder = Path(trainer.args.output_dir)
+    plot_training_curves(trainer.state.log_history, folder / CURVES_FILE, teacher.accuracy if teacher else None)
+    example_label = None
+    if data.source != "local":  # a user's own images stay private
+        example = data.evaluation[0]
+        read_image(example).save(folder / EXAMPLE_FILE)
+        example_label = data.label_names[example["label"]]
+    record = describe_run(trainer, args, data, teacher, results["all"], example_label)
+    record.save(folder)
+    write_model_card(record, folder)
+    for name, metrics in results.items():
+        trainer.save_metrics(name, metrics, combined=False)
+
+
+def describe_run(
+    trainer: DistillationTrainer,
+    args: Arguments,
+    data: ImageData,
+    teacher: TeacherRecord | None,
+    metrics: dict,
+    example_label: str | None,
+) -> RunRecord:
+    """What the card says."""
+    model, images, training = args.model, args.images, args.training
+    started_from = None
+    if not model.is_timm_architecture and model.model_name_or_path != "deit_ti":
+        started_from = model.model_name_or_path
+    hyperparameters = args.hyperparameters() | {
+        "augment_on": "loader" if trainer.augment.augment is None else "device",
+        "eval_crop_ratio": model.eval_crop_ratio,
+        "max_train_samples": images.max_train_samples,
+        "max_eval_samples": images.max_eval_samples,
+        "max_validation_samples": images.max_validation_samples,
+    }
+    if images.streaming:
+        hyperparameters |= {"streaming": True, "shuffle_buffer_size": images.shuffle_buffer_size}
+    hyperparameters |= {"precision": training.mixed_precision, "num_processes": training.world_size}
+    return RunRecord(
+        architecture=getattr(trainer.model.config, "architecture", trainer.model.config.model_type),  # timm's, ours
+        num_parameters=trainer.model.num_parameters(),
+        image_size=model.image_size,
+        patch_size=model.patch_size if trainer.is_deit_ti else None,
+        drop_path_rate=model.drop_path_rate if trainer.is_deit_ti else None,
+        mode=training.mode,
+        teacher=teacher,
+        dataset=DatasetRecord(
+            name=data.name,
+            source=data.source,
+            config_name=images.dataset_config_name,
+            label_names=data.label_names,
+            num_train_images=len(data.train),
+            num_eval_images=len(data.evaluation),
+            eval_split=data.eval_split,
+        ),
+        metrics=metrics,
+        hyperparameters=hyperparameters,
+        hardware=describe_hardware(training),
+        base_model=started_from,
+        base_model_on_hub=started_from is not None and not os.path.isdir(started_from),
+        hub_model_id=training.hub_model_id if training.push_to_hub else None,
+        license=model.license,
+        # `accelerate launch` leaves its settings in the environment.
+        command=[*(["accelerate", "launch"] if "ACCELERATE_MIXED_PRECISION" in os.environ else ["python"]), *sys.argv],
+        example_label=example_label,
+    )
+
+
+def summary(trainer: DistillationTrainer, teacher: TeacherRecord | None, metrics: dict) -> str:
+    """What a person wants to know at the end. `metrics` are those of `all_results.json`."""
+    folder = trainer.args.output_dir
+    lines = ["", f"{'':34}{'top-1':>8}{'top-5':>9}"]
+    if teacher is not None:
+        lines.append(f"{'teacher, ' + teacher.name:34}{teacher.accuracy:8.2%}")
+    for readout in trainer.readouts:
+        name = {"": "student", "_both": "  mean of both heads"}.get(readout, f"  {readout[1:]} head")
+        top1, top5 = metrics[f"eval_accuracy{readout}"], metrics[f"eval_accuracy{readout}_top5"]
+        lines.append(f"{name:34}{top1:8.2%}{top5:9.2%}")
+    minutes, seconds = divmod(round(metrics["train_runtime"]), 60)
+    cached = metrics.get("teacher_cached", 0)
+    cached = f", {cached:.0%} of the teacher's logits read from its cache" if cached else ""
+    remote_code = ", trust_remote_code=True" if isinstance(trainer.model.config, DeiTTiConfig) else ""
+    lines += [
+        "",
+        f"Trained in {minutes} min {seconds} s, {metrics['train_samples_per_second']:.0f} images/s{cached}.",
+        f"The model, its card (README.md) and its curves are in {folder}",
+        *([f"The teacher is in {metrics['teacher_path']}"] if teacher is not None else []),
+        "",
+        "    from transformers import pipeline",
+        f'    print(pipeline("image-classification", "{folder}"{remote_code})("image.png"))',
+        "",
+    ]
+    return "\n".join(lines)
+
+
+def push(trainer: DistillationTrainer) -> None:
+    """
+    Uploads the finished run; checkpoints stay here, except those that --hub_strategy has pushed.
+
+    Raises:
+        StorageError: if the push fails; the run is complete on disk, and the message says how to push it.
+    """
+    args = trainer.args
+    unwanted = ["checkpoint-*", "last-checkpoint/*", "_*"]
+    try:
+        HfApi(token=args.hub_token).upload_folder(
+            repo_id=trainer.hub_model_id,
+            folder_path=args.output_dir,
+            commit_message="End of training",
+            ignore_patterns=[*unwanted],  # it adds to the list
+            revision=args.hub_revision,
+        )
+    except Exception as error:  # whatever the network or the Hub did, nothing is lost
+        revision = f" --revision {args.hub_revision}" if args.hub_revision else ""
+        excluded = " ".join(f'--exclude "{pattern}"' for pattern in unwanted)
+        raise StorageError(
+            f"the run is finished and saved in {args.output_dir}, but the push failed ({first_line(error)}). Push it "
+            "later, logged in by `hf auth login` or HF_TOKEN, with\n\n"
+            f"    hf upload {trainer.hub_model_id} {shlex.quote(args.output_dir)} .{revision} {excluded}\n"
+        ) from error

@@ -1,0 +1,223 @@
+"""Flags and YAML recipes become [`Arguments`]: the student's run, and from it the run that fits its teacher."""
+
+import argparse
+import dataclasses
+import difflib
+import importlib.util
+import json
+import math
+import os
+from pathlib import Path
+
+import yaml
+from transformers import HfArgumentParser
+from transformers.hf_argparser import string_to_bool
+
+from .arguments import (
+    DEFAULT_TEACHER,
+    TEACHER_RECIPE,
+    Arguments,
+    AugmentationArguments,
+    DistillationTrainingArguments,
+    ImageArguments,
+    ModelArguments,
+    TeacherArguments,
+)
+from .errors import UserError, first_line
+
+
+GROUPS = (ImageArguments, AugmentationArguments, ModelArguments, TeacherArguments, DistillationTrainingArguments)
+
+# What a teacher's run takes over from its student's: the machine, the size of its batches, and what is reported.
+INHERITED_BY_TEACHER = (
+    *("per_device_train_batch_size", "per_device_eval_batch_size", "gradient_accumulation_steps"),
+    *("fp16", "bf16", "tf32", "use_cpu", "torch_compile", "torch_compile_backend", "torch_compile_mode"),
+    *("dataloader_num_workers", "dataloader_pin_memory", "disable_tqdm", "log_level"),
+)
+# What --teacher_config may not set.
+NOT_THE_TEACHERS = {
+    *("distill_mode", "teacher_targets", "single_token", "distillation_alpha", "distillation_temperature"),
+    *("output_dir", "resume_from_checkpoint", "push_to_hub", "export"),
+    *(entry.name for group in (ImageArguments, TeacherArguments) for entry in dataclasses.fields(group)),
+}
+
+
+class _Parser(HfArgumentParser):
+    def __init__(self, description: str | None = None):
+        super().__init__(GROUPS, description=description, allow_abbrev=False)
+        for action in self._actions:
+            if action.type is float:
+                action.type = _finite_float
+        self.add_argument("--config", help="A YAML file that sets any of the flags; the command line wins.")
+
+    def error(self, message: str):
+        raise UserError(message)  # without the usage text of more than a hundred flags
+
+    def parse(self, argv: list[str]) -> Arguments:
+        try:
+            *groups, _, unknown = self.parse_args_into_dataclasses(
+                argv, return_remaining_strings=True, look_for_args_file=False
+            )
+        except ValueError as error:  # a UserError, or a combination of options
+            raise UserError(str(error)) from error
+        except Exception as error:  # whatever TrainingArguments and what it configures make of the flags
+            raise UserError(f"the flags cannot be used: {first_line(error)}.") from error
+        if unknown:
+            raise UserError(f"unknown flag {unknown[0]}{self.closest(unknown[0].split('=')[0])}")
+        return Arguments(*groups)
+
+    def closest(self, flag: str) -> str:
+        close = difflib.get_close_matches(flag, self._option_string_actions, n=1)
+        return f"; did you mean {close[0]}?" if close else "; --help lists all flags."
+
+    def read_recipe(self, option: str, file: str) -> dict:
+        """The flags that a YAML file sets."""
+        try:
+            recipe = yaml.safe_load(Path(file).read_text(encoding="utf-8"))
+        except (OSError, ValueError, yaml.YAMLError) as error:
+            raise UserError(f"{option} {file}: the file cannot be read as YAML ({error}).") from error
+        if not isinstance(recipe, dict):
+            raise UserError(f"{option} {file}: it must consist of `flag: value` lines.")
+        for key in recipe:
+            if f"--{key}" not in self._option_string_actions or key == "config":
+                raise UserError(f"{option} {file}: unknown key {key!r}{self.closest(f'--{key}')}")
+        return recipe
+
+    def flags(self, recipe: dict) -> list[str]:
+        """A recipe as flags, so that one parser checks the types of both."""
+        flags = []
+        for key, value in recipe.items():
+            if isinstance(value, list):
+                flags += [f"--{key}", *map(str, value)]
+            elif value is not None:
+                if isinstance(value, bool) and self._option_string_actions[f"--{key}"].type is not string_to_bool:
+                    value = "yes" if value else "no"  # YAML reads a bare `no` as false: save_strategy: no
+                flags.append(f"--{key}={json.dumps(value) if isinstance(value, dict) else value}")
+        return flags
+
+
+def _finite_float(text: str) -> float:
+    """A flag's value. Most code takes nan and inf without a word, and the trained model is worthless."""
+    try:
+        value = float(text)
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(f"invalid float value: {text!r}") from error
+    if not math.isfinite(value):
+        raise argparse.ArgumentTypeError(f"{text} is not a finite number")
+    return value
+
+
+def parse_arguments(argv: list[str], description: str | None = None) -> Arguments:
+    """
+    The groups of arguments, from `--config FILE.yaml` and the flags on top of it.
+
+    Args:
+        argv (`list[str]`): the command line without the command.
+        description (`str`, *optional*): for `--help`.
+
+    Raises:
+        UserError: if a flag is unknown, has a value out of range, or contradicts another.
+    """
+    parser = _Parser(description)
+    if "--config" in argv or any(argument.startswith("--config=") for argument in argv):
+        recipe = parser.read_recipe("--config", parser.parse_known_args(argv)[0].config)
+        argv = [*parser.flags(recipe), *argv]
+    args = parser.parse(argv)
+    _check_combinations(args)
+    model, training = args.model, args.training
+    if training.has_default_output_dir:
+        dataset = Path(args.images.dataset_name).name
+        name = f"{Path(model.model_name_or_path).name}-{dataset}-{training.distill_mode}"
+        training.output_dir = os.path.join("outputs", name + "-single_token" * training.single_token)
+    return args._replace(fitting=_fitting_arguments(args)) if training.mode.has_teacher else args
+
+
+def _check_combinations(args: Arguments) -> None:
+    model, training = args.model, args.training
+    if model.is_timm_architecture and model.export:
+        raise UserError("--export is for a DeiT-Ti; a timm architecture is already saved as timm's own model.")
+    if model.is_timm_architecture and training.mode.tokens != ("class",):
+        raise UserError(
+            f"--model_name_or_path {model.model_name_or_path} has one head, but --distill_mode "
+            f"{training.distill_mode} needs a class and a distillation token: use deit_ti, or mode none, soft or hard."
+        )
+    if model.image_size % model.patch_size and not model.is_timm_architecture:
+        raise UserError(
+            f"--patch_size {model.patch_size} does not divide --image_size {model.image_size}: use a multiple, such "
+            f"as --image_size {max(1, round(model.image_size / model.patch_size)) * model.patch_size}."
+        )
+    if args.images.streaming and args.augmentation.augment_on == "device":
+        raise UserError(
+            "--augment_on device needs images of one size, which --streaming only knows once it has read them all: "
+            "use --augment_on loader."
+        )
+    if args.images.max_validation_samples is not None and training.dataloader_persistent_workers:
+        raise UserError("--max_validation_samples and --dataloader_persistent_workers exclude each other.")
+    if "onnx" in model.export and importlib.util.find_spec("onnxscript") is None:
+        raise UserError("--export onnx needs packages that are missing: pip install onnx onnxscript.")
+
+
+# ---- The teacher's own run ----
+
+
+def fitting_flags(args: Arguments) -> list[str]:
+    """
+    The flags of the run that fits the teacher: a run in mode `none` on its student's images and machine.
+
+    Its recipe is a plain one; `--teacher_config` sets any of it, and the `--teacher_*` flags win.
+
+    Raises:
+        UserError: if `--teacher_config` cannot be read, or sets what is not the teacher's to set.
+    """
+    parser = _Parser()
+    student, teacher = args.augmentation, args.teacher
+    recipe = {
+        **{name: getattr(args.training, name) for name in INHERITED_BY_TEACHER},
+        "report_to": args.training.report_to or "none",
+        "model_name_or_path": DEFAULT_TEACHER,
+        "image_size": args.model.image_size,
+        "crop": student.crop,
+        "horizontal_flip": student.horizontal_flip,
+        "augment_on": student.augment_on,
+        **TEACHER_RECIPE,
+        **_own_recipe(teacher, parser),
+    }
+    images = {entry.name: getattr(args.images, entry.name) for entry in dataclasses.fields(args.images)}
+    return parser.flags(images | recipe)
+
+
+def _own_recipe(teacher: TeacherArguments, parser: _Parser) -> dict:
+    """What the user says about the teacher's run."""
+    recipe = {}
+    if teacher.teacher_config is not None:
+        recipe = parser.read_recipe("--teacher_config", teacher.teacher_config)
+        for key in recipe:
+            if key in NOT_THE_TEACHERS:
+                raise UserError(
+                    f"--teacher_config {teacher.teacher_config}: {key} is not the teacher's to set: a teacher is "
+                    "fitted to its student's images, by their labels, into --teacher_output_dir."
+                )
+    flags = {
+        "model_name_or_path": teacher.teacher_model_name_or_path,
+        "image_size": teacher.teacher_image_size,
+        "num_train_epochs": teacher.teacher_num_train_epochs or None,  # 0: it will not be fitted
+        "learning_rate": teacher.teacher_learning_rate,
+    }
+    return recipe | {name: value for name, value in flags.items() if value is not None}
+
+
+def _fitting_arguments(args: Arguments) -> Arguments:
+    """The arguments of the teacher's own run; also fills in what `--teacher_config` says of `args.teacher`."""
+    teacher = args.teacher
+    parser = _Parser()
+    flags = fitting_flags(args)
+    try:
+        fitting = parser.parse(flags)
+    except UserError as error:
+        if teacher.teacher_config is None:
+            raise
+        raise UserError(f"--teacher_config {teacher.teacher_config}: {error}") from error
+    teacher.teacher_model_name_or_path = fitting.model.model_name_or_path
+    if "image_size" in _own_recipe(teacher, parser):
+        teacher.teacher_image_size = fitting.model.image_size
+    return fitting

@@ -1,0 +1,143 @@
+"""What must hold before hours of training: found now, not after them."""
+
+import os
+from pathlib import Path
+
+import datasets
+import torch
+from accelerate.utils import broadcast_object_list
+from huggingface_hub import HfApi, snapshot_download
+from transformers import PreTrainedModel, Trainer, get_scheduler
+from transformers.integrations import get_reporting_integration_callbacks
+
+from .arguments import Arguments, DistillationTrainingArguments
+from .checkpoints import checkpoints_of, flaw_of, last_complete
+from .errors import UserError, check_writable, first_line
+
+
+def checkpoint_to_resume(args: DistillationTrainingArguments) -> str | None:
+    """
+    The checkpoint to resume from, if any. `True` means the last complete one, or the beginning if there is none yet.
+
+    Raises:
+        UserError: if the output folder holds a finished run, or anything else that would be overwritten; or if the
+            checkpoint does not exist, or is incomplete or damaged.
+    """
+    folder, resume = Path(args.output_dir), args.resume_from_checkpoint
+    if folder.exists() and not folder.is_dir():
+        raise UserError(f"--output_dir {folder}: this is a file, not a folder.")
+    if (folder / "all_results.json").is_file():
+        raise UserError(
+            f"--output_dir {folder} already holds a finished run: choose another folder, or delete this one."
+        )
+    if resume is None or resume.lower() == "false":
+        if checkpoints_of(folder):
+            raise UserError(
+                f"--output_dir {folder} holds an unfinished run: continue it with --resume_from_checkpoint True, or "
+                "choose another folder."
+            )
+        for name in ("model.safetensors", "config.json", "README.md"):
+            if (folder / name).exists():
+                raise UserError(f"--output_dir {folder}: its {name} would be overwritten; choose another folder.")
+        return None
+    if resume.lower() == "true":
+        # One process decides for all: another machine may see another folder.
+        return broadcast_object_list([last_complete(folder)])[0]
+    if resume == "last-checkpoint" and not os.path.isdir(resume):
+        resume = _pushed_checkpoint(args)
+    if not os.path.isdir(resume):
+        raise UserError(f"--resume_from_checkpoint {resume}: there is no such folder.")
+    flaw = flaw_of(resume) if args.process_index == 0 else None
+    if flaw is not None:
+        raise UserError(f"--resume_from_checkpoint {resume}: this is not a complete checkpoint; {flaw}.")
+    return resume
+
+
+def _pushed_checkpoint(args: DistillationTrainingArguments) -> str:
+    """The checkpoint that `--hub_strategy checkpoint` keeps on the Hub, from the output folder or fetched."""
+    local = os.path.join(args.output_dir, "last-checkpoint")
+    if os.path.isdir(local) or not (args.hub_model_id or args.push_to_hub):
+        return local
+    name = hub_repository(args)
+    try:
+        if "/" not in name:  # a push adds the user, a download does not
+            name = f"{HfApi(token=args.hub_token).whoami()['name']}/{name}"
+        pushed = snapshot_download(
+            name, revision=args.hub_revision, allow_patterns="last-checkpoint/*", token=args.hub_token
+        )
+    except Exception as error:  # of the network or the Hub
+        raise UserError(
+            f"--resume_from_checkpoint last-checkpoint: cannot be downloaded from {name} ({first_line(error)})."
+        ) from error
+    pushed = os.path.join(pushed, "last-checkpoint")
+    if not os.path.isdir(pushed):
+        raise UserError(f"--resume_from_checkpoint last-checkpoint: the repository {name} has no such folder.")
+    return pushed
+
+
+def hub_repository(args: DistillationTrainingArguments) -> str:
+    """The name of the repository to push to, with or without its owner. Default: the output folder's name."""
+    return args.hub_model_id or Path(args.output_dir).absolute().name
+
+
+def check_hub_access(args: DistillationTrainingArguments) -> None:
+    """
+    Creates the repository to push to, and sets `args.hub_model_id` to its full name: before training, not after it.
+
+    Raises:
+        UserError: if the Hub is not reachable, or the token is missing, invalid or may not write there.
+    """
+    api = HfApi(token=args.hub_token)
+    name = hub_repository(args)
+    try:
+        role = api.whoami().get("auth", {}).get("accessToken", {}).get("role")
+        if role == "read":
+            raise UserError("--push_to_hub: the token may only read; create one that may write.")
+        args.hub_model_id = api.create_repo(name, private=args.hub_private_repo, exist_ok=True).repo_id
+        api.auth_check(args.hub_model_id, write=True)
+        if args.hub_revision and not api.revision_exists(args.hub_model_id, args.hub_revision):
+            api.create_branch(args.hub_model_id, branch=args.hub_revision)
+    except UserError:
+        raise
+    except Exception as error:  # from the network, the Hub or the token's file: a push would fail
+        raise UserError(
+            f"--push_to_hub: cannot write to the repository {name} ({first_line(error)}). "
+            "Log in with `hf auth login`, or set HF_TOKEN to a token that may write; or train without --push_to_hub "
+            "and use `hf upload` later."
+        ) from error
+
+
+def check_folders(args: Arguments) -> None:
+    """Raises a `UserError` if a run could not write what it has to."""
+    if args.training.local_process_index == 0:  # each machine has a datasets cache of its own
+        check_writable("HF_DATASETS_CACHE", datasets.config.HF_DATASETS_CACHE)
+    if args.training.process_index == 0:
+        check_writable("--output_dir", args.training.output_dir)
+        if args.training.mode.has_teacher:
+            check_writable("--teacher_output_dir", args.teacher.teacher_output_dir)
+
+
+def check_training(args: DistillationTrainingArguments, student: PreTrainedModel) -> None:
+    """
+    Tries out what the Trainer only makes when training starts, which is after a teacher is fitted.
+
+    Raises:
+        UserError: if the optimizer, the schedule, `torch.compile` or a reporting integration refuses its flags.
+    """
+    number = [torch.nn.Parameter(torch.zeros(1))]
+    flags = f"--optim {args.optim.value}, with --learning_rate, --weight_decay, --adam_* and --optim_args"
+    try:
+        kind, options = Trainer.get_optimizer_cls_and_kwargs(args, student)
+        if kind in vars(torch.optim).values():
+            kind(number, weight_decay=args.weight_decay, **options)
+        flags = f"--lr_scheduler_type {args.lr_scheduler_type.value}, with --lr_scheduler_kwargs"
+        optimizer = torch.optim.SGD(number, args.learning_rate)
+        get_scheduler(args.lr_scheduler_type, optimizer, 1, 2, args.lr_scheduler_kwargs)
+        flags = f"--torch_compile_backend {args.torch_compile_backend} --torch_compile_mode {args.torch_compile_mode}"
+        if args.torch_compile:
+            torch.compile(student, backend=args.torch_compile_backend, mode=args.torch_compile_mode)
+        flags = f"--report_to {' '.join(args.report_to)}"
+        for callback in get_reporting_integration_callbacks(args.report_to):
+            callback()
+    except Exception as error:  # many libraries, each with errors of its own
+        raise UserError(f"{flags}: {first_line(error)}.") from error

@@ -1,0 +1,110 @@
+"""A run from its arguments: the network, its trainer, its training. The student's, the teacher's, anybody's."""
+
+from transformers import PreTrainedModel, set_seed
+
+from .arguments import Arguments
+from .card import TeacherRecord
+from .classifiers import check_takes_images, label_maps, new_timm_classifier
+from .configuration_deit_ti import DeiTTiConfig
+from .data import ImageData
+from .data.inputs import EvalImages, make_train_images
+from .errors import UserError, first_line
+from .interop import load_student
+from .modeling_deit_ti import DeiTTiForImageClassification
+from .outcome import save_exports, write_reports
+from .teacher import Teacher
+from .teacher_cache import TeacherCache
+from .trainer import DistillationTrainer
+
+
+def build_network(args: Arguments, data: ImageData, image_processor) -> tuple[PreTrainedModel, list[str]]:
+    """
+    The network to train, and a sentence on each part of `--model_name_or_path` that was not simply taken over.
+
+    Raises:
+        UserError: if it cannot be loaded, or does not take the images.
+    """
+    model, training = args.model, args.training
+    set_seed(training.seed)
+    if model.is_timm_architecture:
+        network = new_timm_classifier(model.model_name_or_path, data.label_names, model.image_size, image_processor)
+        batch_size = min(training.train_batch_size, len(data.train))
+        check_takes_images(network, model.model_name_or_path, model.image_size, batch_size)
+        return network, []
+    config = DeiTTiConfig(
+        image_size=model.image_size,
+        patch_size=model.patch_size,
+        drop_path_rate=model.drop_path_rate,
+        **label_maps(data.label_names),
+        **training.mode.network,
+    )
+    if model.model_name_or_path != "deit_ti":
+        return load_student(model.model_name_or_path, config)
+    try:
+        return DeiTTiForImageClassification(config), []
+    except (RuntimeError, TypeError, OverflowError) as error:
+        raise UserError(
+            f"--image_size {model.image_size} --patch_size {model.patch_size}: so many patches do not fit into memory "
+            f"({first_line(error)})."
+        ) from error
+
+
+def build_trainer(
+    args: Arguments,
+    data: ImageData,
+    network: PreTrainedModel,
+    image_processor,
+    teacher: Teacher | None = None,
+    teacher_cache: TeacherCache | None = None,
+) -> DistillationTrainer:
+    """
+    Args:
+        args ([`Arguments`])
+        data ([`ImageData`])
+        network (`PreTrainedModel`): the classifier to train.
+        image_processor (`DeiTImageProcessor`): its preprocessing.
+        teacher ([`Teacher`], *optional*), teacher_cache ([`TeacherCache`], *optional*): as `DistillationTrainer` has
+            them.
+
+    Raises:
+        UserError: if the images cannot be augmented as asked, or the Trainer refuses a flag.
+    """
+    train_images, augment = make_train_images(data, args.augmentation, image_processor, args.training.device.type)
+    try:
+        return DistillationTrainer(
+            model=network,
+            args=args.training,
+            teacher=teacher,
+            teacher_cache=teacher_cache,
+            augment=augment,
+            train_dataset=train_images,
+            eval_dataset=EvalImages(data.validation, image_processor),
+            processing_class=image_processor,
+        )
+    except (ValueError, ImportError) as error:  # for flags that only the Trainer looks at
+        raise UserError(str(error)) from error
+
+
+def train_and_save(
+    trainer: DistillationTrainer,
+    args: Arguments,
+    data: ImageData,
+    checkpoint: str | None = None,
+    teacher: TeacherRecord | None = None,
+    teacher_path: str | None = None,
+) -> dict:
+    """Trains and evaluates, and writes all that a run leaves; returns the metrics of `all_results.json`."""
+    train = trainer.train(resume_from_checkpoint=checkpoint).metrics
+    evaluation = trainer.evaluate(EvalImages(data.evaluation, trainer.processing_class))
+    metrics = train | evaluation
+    if teacher is not None:
+        metrics |= {"teacher_accuracy": teacher.accuracy, "teacher_path": teacher_path}
+    if trainer.teacher_cache is not None:
+        metrics["teacher_cached"] = trainer.teacher_cache.share_read
+
+    trainer.save_model(_internal_call=True)  # otherwise it pushes what is incomplete, and ends the run if it cannot
+    trainer.save_state()
+    if trainer.is_world_process_zero():
+        save_exports(trainer, args.model.export)
+        write_reports(trainer, args, data, teacher, {"train": train, "eval": evaluation, "all": metrics})
+    return metrics
