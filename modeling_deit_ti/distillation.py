@@ -1,4 +1,4 @@
-"""What each distillation mode is, and its losses: pure functions of logits.
+"""What each distillation mode is, and its losses as pure functions of logits.
 
 B images, K labels. Equations and sections are those of "Training data-efficient image transformers & distillation
 through attention" (Touvron et al., 2021).
@@ -21,7 +21,7 @@ class DistillMode:
         tokens (`tuple[str, ...]`): the student's learned tokens, each with a head.
         readout (`str`): the head the student predicts with, or `"both"` for the mean of their logits.
         teacher_targets (`str`, *optional*): `"hard"` for the teacher's argmax (equation 3), `"soft"` for its
-            distribution (equation 2), `None` where the mode has no teacher.
+            distribution (equation 2), `None` if the mode has no teacher.
         alpha (`float`): weight of the teacher's term; the labels' has `1 - alpha`.
         temperature (`float`): temperature T of the soft term.
     """
@@ -35,17 +35,17 @@ class DistillMode:
 
     @property
     def has_teacher(self) -> bool:
-        """Whether the loss asks the teacher anything."""
+        """Whether the loss needs the teacher."""
         return self.teacher_targets is not None and self.alpha > 0
 
     @property
     def needs_labels(self) -> bool:
-        """Whether the loss asks for labels: without them the mode trains on unlabelled images."""
+        """Whether the loss needs labels. If not, the mode trains on unlabelled images."""
         return not self.has_teacher or self.alpha < 1
 
     @property
     def network(self) -> dict:
-        """What the student's `DeiTTiConfig` says of the mode."""
+        """What the student's `DeiTTiConfig` says about the mode."""
         return {"distill_mode": self.name, "tokens": list(self.tokens), "readout": self.readout}
 
 
@@ -72,7 +72,7 @@ def resolve_mode(
     temperature: float | None = None,
 ) -> DistillMode:
     """
-    The mode of that name with what the caller sets on top.
+    The mode of that name, with the caller's options applied.
 
     Args:
         name (`str`): a key of `MODES`.
@@ -83,52 +83,49 @@ def resolve_mode(
         temperature (`float`, *optional*): temperature of the soft term, above 0.
 
     Raises:
-        ValueError: if the mode is unknown, or an option is out of range or has no meaning in it.
+        ValueError: if the mode is unknown, or an option is out of range or has no meaning in that mode.
     """
     if name not in MODES:
-        raise ValueError(f"distill_mode {name!r} is unknown: it is one of {', '.join(MODES)}.")
-    mode = MODES[name]
+        raise ValueError(f"distill_mode must be one of {', '.join(MODES)}, not {name!r}.")
+    mode, setting = MODES[name], f"mode {name}" + " with single_token" * single_token
     if single_token:
         if name not in ("class", "distill"):
             raise ValueError(f"single_token is for the modes class and distill, not for {name}.")
-        mode = replace(mode, tokens=(mode.readout,), alpha=0.0 if name == "class" else 1.0)
-        if name == "class":
-            mode = replace(mode, teacher_targets=None)
+        teacher, weight = ("labels", 0.0) if name == "class" else ("teacher", 1.0)
         if alpha is not None:
             raise ValueError(
-                f"distillation_alpha has no meaning in mode {name} with single_token: "
-                f"its one head learns from the {'labels' if name == 'class' else 'teacher'} alone."
+                f"distillation_alpha has no meaning in {setting}: its head learns from the {teacher} alone."
             )
+        mode = replace(mode, tokens=(mode.readout,), alpha=weight)
+        if name == "class":
+            mode = replace(mode, teacher_targets=None)
     if mode.teacher_targets is None:
-        for option, value in (
-            ("teacher_targets", teacher_targets),
-            ("distillation_alpha", alpha),
-            ("distillation_temperature", temperature),
-        ):
+        options = {"teacher_targets": teacher_targets, "distillation_alpha": alpha}
+        options["distillation_temperature"] = temperature
+        for option, value in options.items():
             if value is not None:
-                with_token = " with single_token" if single_token else ""
-                raise ValueError(f"{option} has no meaning in mode {name}{with_token}: it has no teacher.")
+                raise ValueError(f"{option} has no meaning in {setting}: it has no teacher.")
     if teacher_targets not in (None, "hard", "soft"):
-        raise ValueError(f"teacher_targets is hard or soft, not {teacher_targets!r}.")
-    if teacher_targets is not None and teacher_targets != mode.teacher_targets:
+        raise ValueError(f"teacher_targets must be hard or soft, not {teacher_targets!r}.")
+    if teacher_targets not in (None, mode.teacher_targets):
         if name in ("soft", "hard"):
             raise ValueError(f"teacher_targets {teacher_targets} contradicts mode {name}: use mode {teacher_targets}.")
         mode = replace(mode, teacher_targets=teacher_targets, temperature=MODES[teacher_targets].temperature)
     if alpha is not None:
         if not 0 <= alpha <= 1:
-            raise ValueError(f"distillation_alpha is between 0 and 1, not {alpha}.")
+            raise ValueError(f"distillation_alpha must be between 0 and 1, not {alpha}.")
         mode = replace(mode, alpha=alpha)
     if temperature is not None:
         if mode.teacher_targets != "soft":
-            raise ValueError("distillation_temperature has a meaning with soft teacher targets only.")
-        if not temperature > 0:
-            raise ValueError(f"distillation_temperature is above 0, not {temperature}.")
+            raise ValueError("distillation_temperature only has a meaning with soft teacher targets.")
+        if temperature <= 0:
+            raise ValueError(f"distillation_temperature must be above 0, not {temperature}.")
         mode = replace(mode, temperature=temperature)
     return mode
 
 
 class LossParts(NamedTuple):
-    """The loss of a batch and its two terms before weighting, each a scalar; a term that the mode lacks is `None`."""
+    """The loss of a batch and its two terms before weighting, each a scalar; `None` if the mode lacks it."""
 
     loss: torch.Tensor
     label_loss: torch.Tensor | None
@@ -142,7 +139,7 @@ def label_loss(logits: torch.Tensor, labels: torch.Tensor, label_smoothing: floa
     Args:
         logits (`torch.Tensor` of shape `(B, K)`)
         labels (`torch.Tensor` of shape `(B,)`, label ids, or `(B, K)`, distributions as mixup makes them)
-        label_smoothing (`float`): share of the mass that is spread evenly over all K labels.
+        label_smoothing (`float`): share of the probability that is spread evenly over all K labels.
     """
     return F.cross_entropy(logits.float(), labels, label_smoothing=label_smoothing)
 
@@ -186,14 +183,14 @@ def distillation_loss(
 ) -> LossParts:
     """
     The training loss of a mode. The labels teach the class head; the teacher teaches the distillation head, or the
-    class head where there is no other.
+    class head if there is no other.
 
     Args:
         mode (`DistillMode`)
-        class_logits (`torch.Tensor` of shape `(B, K)`, *optional*): where the student has a class head.
-        distillation_logits (`torch.Tensor` of shape `(B, K)`, *optional*): where it has a distillation head.
+        class_logits (`torch.Tensor` of shape `(B, K)`, *optional*): if the student has a class head.
+        distillation_logits (`torch.Tensor` of shape `(B, K)`, *optional*): if it has a distillation head.
         labels (`torch.Tensor` of shape `(B,)` or `(B, K)`, *optional*): needed unless the teacher is alone.
-        teacher_logits (`torch.Tensor` of shape `(B, K)`, *optional*): needed where the mode has a teacher.
+        teacher_logits (`torch.Tensor` of shape `(B, K)`, *optional*): needed if the mode has a teacher.
         label_smoothing (`float`): smoothing of the true labels.
 
     Returns:

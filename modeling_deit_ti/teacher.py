@@ -72,8 +72,8 @@ class Teacher(nn.Module):
 def match_labels(teacher_names: list[str], names: list[str]) -> list[int] | None:
     """
     For each of the dataset's labels its id in the teacher, matched by name (ignoring case, `_` and `-`). A teacher
-    with unnamed labels (`LABEL_0`, ...) matches by order if the numbers of labels are equal. A teacher with more labels
-    than the dataset, all of the dataset's among them, matches too.
+    with unnamed labels (`LABEL_0`, ...) matches by order if it has as many. A teacher with more labels than the
+    dataset, all of the dataset's among them, matches too.
 
     Returns:
         `list[int]` of length `len(names)`, or `None` if the teacher knows other labels.

@@ -3,10 +3,10 @@
 The rows of a dataset lie in shards whose sizes are known before anything is read: the row groups of Parquet files, or
 the files of an image folder. So every epoch is planned before it is read: the shards are put in random order, and each
 worker of each process gets a range of their rows, just as long as its batches need. Each image then comes at most once
-in an epoch and all processes take the same number of steps, whatever the sizes of the files.
+per epoch, and all processes take the same number of steps, whatever the sizes of the files.
 
-(`datasets`' own streaming deals out whole shards, of which some processes have more than others, and loses what is in
-its shuffle buffer when it resumes. Here, both are exact.)
+(`datasets`' own streaming assigns whole shards, so some processes get more than others, and loses what is in its
+shuffle buffer when it resumes.)
 """
 
 import dataclasses
@@ -45,7 +45,7 @@ from .sampling import collate_images, seeded
 from .sources import EVALUATION_SPLITS, load_splits, naming_the_dataset, train_and_evaluation
 
 
-# From so many shards at a time a shuffle buffer is filled: files are often sorted by label.
+# A shuffle buffer is filled from so many shards at a time, since files are often sorted by label.
 OPEN_SHARDS = 10
 ROWS_AT_ONCE = 16
 
@@ -164,26 +164,26 @@ def _table_rows(dataset: Dataset, image_column: str, folder: str) -> TableRows:
 
 def load_streamed_images(args: ImageArguments, labels_needed: bool = True) -> ImageData:
     """
-    As `data.load_images`, but the training split is a [`StreamedImages`]: its images and labels are checked when they
-    are read. The evaluation split is loaded and checked as ever, before training.
+    As [`load_images`], but the training split is a [`StreamedSplit`], whose images and labels are checked as they are
+    read. The evaluation split is loaded and checked before training.
 
-    `ImageData.fingerprint` knows the labels; the images, which nobody has read yet, it knows by the sizes that each
-    row group of a Parquet file has (on the Hub, by the commit), or by their names and sizes (image folder).
+    `ImageData.fingerprint` covers the labels. The images, not read yet, it identifies by the sizes of each Parquet row
+    group (on the Hub, by the commit), or by their names and sizes (image folder).
 
     Raises:
-        UserError: as `data.load_images`; if the dataset is neither Parquet nor an image folder; if Parquet files have
-            no evaluation split.
+        UserError: as `load_images`; if the dataset is neither Parquet nor an image folder; if Parquet files have no
+            evaluation split.
     """
     rows, evaluation, eval_split, image_column, source = _open_splits(args)
     label_column = find_label_column(evaluation, args)
     features, content, found = rows.features, hashlib.sha256(rows.digest.encode()), set()
     has_labels = label_column in features
     has_names = has_labels and isinstance(features[label_column], ClassLabel)
-    if has_labels and not (has_names and source == "hub"):  # there, it would take a request for each row group
+    if has_labels and not (has_names and source == "hub"):  # there, it would take a request per row group
         for values in rows.column(label_column):
             found.update(values)
             content.update(repr(values).encode())
-    # What the checks need of a split: its columns, and one row for each label that has no name there.
+    # What the checks need of a split: its columns, and a row for each label that has no name yet.
     values = list(found) if has_labels and not has_names else []
     columns = {name: values if name == label_column else [None] * len(values) for name in features}
     train, evaluation, label_names = with_label_ids(
@@ -239,7 +239,7 @@ def _open_parquet(args: ImageArguments, builder) -> tuple[ParquetRows, Dataset, 
     eval_split = next((split for split in EVALUATION_SPLITS if split in files), None)
     if eval_split is None:
         raise UserError(
-            f"{args.dataset_name} has the one split `train`, and --streaming cannot hold images out of it: put some "
+            f"{args.dataset_name} only has the split `train`, and --streaming cannot hold images out of it: put some "
             "of its Parquet files into a split of their own (test-00000.parquet, or a folder test/)."
         )
     with naming_the_dataset(args.dataset_name):
@@ -372,7 +372,7 @@ class StreamedBatches(torch.utils.data.IterableDataset):
     One process's batches of an epoch, as `collate_images` makes them, for a `DataLoader` with `batch_size=None`.
 
     What is in a batch depends on the seed, the epoch, and the numbers of processes and workers. As with
-    `data.TrainSampler`, images that do not fill a batch of all processes are left out, others each epoch.
+    `TrainSampler`, images that do not fill a batch of all processes are left out, others each epoch.
 
     Args:
         images ([`StreamedImages`])
@@ -400,13 +400,29 @@ class StreamedBatches(torch.utils.data.IterableDataset):
                 f"--streaming: {len(images)} training images are fewer than one step of all processes takes "
                 f"({batch_size} x {num_processes}): use a smaller --per_device_train_batch_size, or leave it out."
             )
-        # The epoch, and what of which epoch is skipped: shared, since workers that persist have copies of the rest.
+        # The epoch, and how much of which epoch is skipped: shared, since persistent workers have copies of the rest.
         self._epoch, self._skip = torch.zeros(1, dtype=torch.int64), torch.zeros(2, dtype=torch.int64)
         self._epoch.share_memory_()
         self._skip.share_memory_()
 
     def __len__(self) -> int:
         return self.num_batches
+
+    def loader(self, args: DistillationTrainingArguments) -> DataLoader:
+        """A loader of these batches, which are this process's own: they need not be dealt out."""
+        loader = DataLoader(
+            self,
+            batch_size=None,
+            collate_fn=_identity,  # torch's default would make tensors of the seeds
+            num_workers=args.dataloader_num_workers,
+            pin_memory=args.dataloader_pin_memory,
+            persistent_workers=args.dataloader_persistent_workers,
+            prefetch_factor=args.dataloader_prefetch_factor,
+        )
+        # Declared as one process, so that accelerate neither reads all images in each nor reads in the first for all.
+        return prepare_data_loader(
+            loader, args.device, num_processes=1, process_index=0, put_on_device=True, dispatch_batches=False
+        )
 
     def set_epoch(self, epoch: int) -> None:
         self._epoch[0] = epoch
@@ -463,7 +479,7 @@ class StreamedBatches(torch.utils.data.IterableDataset):
         buffer: list[tuple[int, int, dict | None]] = []
         for emitted in range(count):
             if emitted == skipped and skipped:
-                # The order of rows takes no reading; now come the rows that a run without interruption would hold.
+                # The order of rows is known without reading; now come those that an uninterrupted run would hold.
                 buffer = self._read_again(buffer)
             while len(buffer) < buffer_size:
                 opened += islice(ranges, OPEN_SHARDS - len(opened))
@@ -512,22 +528,6 @@ class StreamedBatches(torch.utils.data.IterableDataset):
                 if number in numbers:
                     rows[shard, number] = row
         return [(shard, number, rows[shard, number]) for shard, number, _ in buffer]
-
-    def loader(self, args: DistillationTrainingArguments) -> DataLoader:
-        """A loader of these batches, which are this process's own: they need not be dealt out."""
-        loader = DataLoader(
-            self,
-            batch_size=None,
-            collate_fn=_identity,  # torch's default would make tensors of the seeds
-            num_workers=args.dataloader_num_workers,
-            pin_memory=args.dataloader_pin_memory,
-            persistent_workers=args.dataloader_persistent_workers,
-            prefetch_factor=args.dataloader_prefetch_factor,
-        )
-        # As if of one process, so that accelerate neither reads all images in each nor reads in the first for all.
-        return prepare_data_loader(
-            loader, args.device, num_processes=1, process_index=0, put_on_device=True, dispatch_batches=False
-        )
 
 
 def _identity(batch: dict) -> dict:
