@@ -30,6 +30,16 @@ from transformers.hf_argparser import string_to_bool
 from transformers.integrations import get_reporting_integration_callbacks
 
 from modeling_deit_ti import DeiTTiConfig, DeiTTiForImageClassification
+from modeling_deit_ti.card import (
+    CURVES_FILE,
+    EXAMPLE_FILE,
+    DatasetRecord,
+    RunRecord,
+    TeacherRecord,
+    describe_hardware,
+    plot_training_curves,
+    write_model_card,
+)
 from modeling_deit_ti.checkpoints import checkpoints_of, flaw_of, last_complete
 from modeling_deit_ti.data import (
     DataArguments,
@@ -52,16 +62,6 @@ from modeling_deit_ti.interop import (
     save_transformers,
 )
 from modeling_deit_ti.interruption import Interrupted, interrupt_on_signals
-from modeling_deit_ti.model_card import (
-    CURVES_FILE,
-    EXAMPLE_FILE,
-    DatasetRecord,
-    RunRecord,
-    TeacherRecord,
-    describe_hardware,
-    plot_training_curves,
-    write_model_card,
-)
 from modeling_deit_ti.streaming import load_streamed_images
 from modeling_deit_ti.teacher import (
     TeacherArguments,

@@ -269,7 +269,7 @@ def prepare_teacher(
         image_processor: the student's.
 
     Returns:
-        The teacher, where its model is, and what `model_card.TeacherRecord` says of it but for its accuracy.
+        The teacher, where its model is, and what `card.TeacherRecord` says of it but for its accuracy.
 
     Raises:
         UserError: if there is no such model, its labels cannot be matched, it has to be fitted and cannot, or it does

@@ -579,7 +579,7 @@ class DistillationTrainer(Trainer):
         return total / max(1, last_step)
 
     def create_model_card(self, *args, **kwargs) -> None:
-        """Nothing: the run writes its own card (model_card.py), which Trainer's pushes would overwrite."""
+        """Nothing: the run writes its own card (card/), which Trainer's pushes would overwrite."""
 
     # ---- Evaluation ----
 

@@ -1,0 +1,194 @@
+"""The model card of a run: `template.md` holds the prose, this module the numbers, formulas and metadata."""
+
+import json
+import os
+import shlex
+from dataclasses import dataclass
+from pathlib import Path
+
+from huggingface_hub import EvalResult, ModelCard, ModelCardData
+from scipy.stats import binomtest
+
+from ..distillation import DistillMode
+from .curves import CURVES_FILE
+from .markdown import clean, code, duration, percent, text
+from .record import RunRecord, folder_name
+
+
+TEMPLATE = Path(__file__).with_name("template.md")
+EXAMPLE_FILE = "example.png"
+
+# Top-1 of the published baseline, a student re-implementation of DeiT-Ti on CIFAR-10: 20 epochs, 224x224, one T4 GPU.
+# Its token rows are named after their read-out; "class" and "distillation" are networks with only that token.
+PUBLISHED_BASELINE = {
+    "none": 0.6769,
+    "soft": 0.6885,
+    "hard": 0.4019,
+    "distillation": 0.0807,
+    "class": 0.6169,
+    "both, soft teacher": 0.6919,
+    "both, hard teacher": 0.4611,
+    "resnet18": 0.8846,
+}
+READOUT_NAMES = {"class": "class head", "distillation": "distillation head", "both": "both heads, mean of logits"}
+
+
+@dataclass
+class ResultRow:
+    """Accuracies of one read-out, from 0 to 1. `baseline` is top-1 of the published baseline."""
+
+    name: str
+    predicts: bool
+    accuracy: float
+    top5: float | None
+    baseline: float | None
+
+
+def write_model_card(record: RunRecord, folder: str | os.PathLike) -> None:
+    """
+    Writes the card of a run to `README.md` in its folder. Call it after everything else is saved: the card covers
+    `training_curves.png`, `example.png`, `timm/` and `model.onnx` only if they are in the folder.
+    """
+    folder = Path(folder)
+    name = record.hub_model_id.rpartition("/")[2] if record.hub_model_id else folder_name(folder)
+    rows = results(record)
+    card = ModelCard.from_template(
+        card_metadata(record, name, rows),
+        template_path=str(TEMPLATE),
+        record=record,
+        name=name,
+        results=rows,
+        interval=confidence_interval(rows[0].accuracy, record.dataset.num_eval_images) if rows else None,
+        # max_steps may have ended the run before its num_train_epochs.
+        epochs=record.metrics.get("epoch", record.hyperparameters.get("num_train_epochs")),
+        has_baseline=any(row.baseline is not None for row in rows),
+        equation=loss_equation(record.mode),
+        labels_in_training=labels_in_training(record.hyperparameters),
+        has_curves=(folder / CURVES_FILE).is_file(),
+        has_timm=(folder / "timm" / "config.json").is_file(),
+        has_onnx=(folder / "model.onnx").is_file(),
+        has_example=record.example_label is not None and (folder / EXAMPLE_FILE).is_file(),
+        # As Python literals, so that the code blocks run.
+        repo_literal=json.dumps(record.hub_model_id or "."),
+        example_label_literal=json.dumps(clean(record.example_label), ensure_ascii=False),
+        command=clean(shlex.join(record.command)) if record.command else None,
+        text=text,
+        code=code,
+        percent=percent,
+        duration=duration,
+    )
+    card.save(folder / "README.md")
+
+
+def card_metadata(record: RunRecord, name: str, rows: list[ResultRow]) -> ModelCardData:
+    """The card's YAML block, which the Hub reads."""
+    mode, dataset, teacher = record.mode, record.dataset, record.teacher
+    tags = ["vision", *(["deit", "vit"] if record.architecture == "deit_ti" else ["timm", record.architecture])]
+    # The Hub links a dataset's type to the dataset with that id, so it must not be the name of a local folder.
+    dataset_type = {"hub": dataset.name, "local": "imagefolder", "scikit-learn": "scikit-learn-digits"}[dataset.source]
+    evaluations = [
+        EvalResult(
+            task_type="image-classification",
+            task_name="Image Classification",
+            dataset_type=dataset_type,
+            dataset_name=clean(dataset.name),
+            dataset_config=dataset.config_name,
+            dataset_split=dataset.eval_split,
+            metric_type="accuracy",
+            metric_name=metric_name if row.predicts else f"{metric_name}, {row.name}",
+            metric_value=round(value, 6),
+        )
+        for row in rows
+        for metric_name, value in (("Accuracy", row.accuracy), ("Top-5 accuracy", row.top5))
+        if value is not None
+    ]
+    metadata = ModelCardData(
+        license=record.license,
+        library_name="transformers",
+        pipeline_tag="image-classification",
+        tags=tags + (["distillation", "knowledge-distillation"] if mode.has_teacher else []),
+        datasets=[dataset.name] if dataset.source == "hub" else None,
+        metrics=["accuracy"] if evaluations else None,
+        model_name=name if evaluations else None,
+        eval_results=evaluations or None,
+    )
+    if record.base_model_on_hub:
+        metadata["base_model"] = record.base_model
+        metadata["base_model_relation"] = "finetune"
+    # Not a base model: the Hub knows adapter, finetune, merge and quantized, and a student is none of them.
+    if mode.has_teacher and teacher.source == "hub":
+        metadata["teacher"] = teacher.name
+    return metadata
+
+
+# ---- Results ----
+
+
+def results(record: RunRecord) -> list[ResultRow]:
+    """A row per read-out, the predicting one first; none if the model was not evaluated."""
+    mode, metrics = record.mode, record.metrics
+    if "eval_accuracy" not in metrics:
+        return []
+    keys = {mode.readout: "eval_accuracy"}
+    if len(mode.tokens) == 2:
+        keys |= {name: f"eval_accuracy_{name}" for name in ("both", "class", "distillation") if name != mode.readout}
+    return [
+        ResultRow(
+            name=READOUT_NAMES[readout] if record.architecture == "deit_ti" else record.architecture,
+            predicts=readout == mode.readout,
+            accuracy=metrics[key],
+            # With five labels or fewer, the true one is always among the first five.
+            top5=metrics[f"{key}_top5"] if len(record.dataset.label_names) > 5 else None,
+            baseline=baseline_row(record, readout),
+        )
+        for readout, key in keys.items()
+    ]
+
+
+def baseline_row(record: RunRecord, readout: str) -> float | None:
+    """Top-1 in `PUBLISHED_BASELINE` that corresponds to a read-out, if there is one."""
+    mode = record.mode
+    if not record.dataset.is_cifar10:
+        return None
+    if record.architecture != "deit_ti":
+        return PUBLISHED_BASELINE.get(record.architecture) if mode.name == "none" else None
+    if mode.name in ("none", "soft", "hard"):
+        return PUBLISHED_BASELINE[mode.name]
+    if readout == "both":
+        return PUBLISHED_BASELINE.get(f"both, {mode.teacher_targets} teacher")
+    return PUBLISHED_BASELINE[readout]
+
+
+def confidence_interval(accuracy: float, num_images: int) -> tuple[float, float]:
+    """The 95 % Wilson interval of an accuracy measured on this many images."""
+    return binomtest(round(accuracy * num_images), num_images).proportion_ci(method="wilson")
+
+
+# ---- How it was trained ----
+
+
+def loss_equation(mode: DistillMode) -> str:
+    """The training loss of a mode, with its numbers; `class`, `distillation` and `teacher` are logits, `y` labels."""
+    on_labels = "CE(class, y)"
+    if not mode.has_teacher:
+        return f"loss = {on_labels}"
+    head = "distillation" if "distillation" in mode.tokens else "class"
+    if mode.teacher_targets == "hard":
+        on_teacher = f"CE({head}, argmax teacher)"
+    elif mode.temperature == 1:
+        on_teacher = f"KL(softmax(teacher) || softmax({head}))"
+    else:
+        t = f"{mode.temperature:g}"
+        on_teacher = f"{t}^2 KL(softmax(teacher / {t}) || softmax({head} / {t}))"
+    if not mode.needs_labels:
+        return f"loss = {on_teacher}"
+    return f"loss = {1 - mode.alpha:g} {on_labels} + {mode.alpha:g} {on_teacher}"
+
+
+def labels_in_training(hyperparameters: dict) -> str:
+    """What happens to the true labels before the student sees them."""
+    smoothing = hyperparameters.get("label_smoothing_factor")
+    mixing = [name for key, name in (("mixup", "mixup"), ("cutmix", "CutMix")) if hyperparameters.get(key)]
+    steps = [f"smoothed by {smoothing:g}"] if smoothing else []
+    steps += [f"mixed by {' and '.join(mixing)}"] if mixing else []
+    return " and ".join(steps) or "unchanged"

@@ -1,0 +1,185 @@
+"""The record of a run: everything its card says, as plain data, without credentials or absolute paths."""
+
+import json
+import math
+import os
+import platform
+import re
+from collections.abc import Iterable
+from dataclasses import asdict, dataclass, field
+from datetime import date
+from enum import Enum
+from importlib.metadata import version
+from numbers import Real
+from pathlib import Path
+from typing import Literal
+
+import torch
+from transformers import TrainingArguments
+
+from ..distillation import DistillMode
+
+
+RECORD_FILE = "run_record.json"
+CIFAR10_LABELS = {"airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck"}
+
+
+@dataclass
+class DatasetRecord:
+    """The images of a run."""
+
+    name: str  # the value of --dataset_name; of a local folder, only its last part is kept
+    source: Literal["hub", "local", "scikit-learn"]
+    label_names: list[str]  # in the order of the label ids
+    num_train_images: int  # after --max_train_samples
+    num_eval_images: int  # after --max_eval_samples
+    eval_split: str = "test"
+    config_name: str | None = None
+
+    def __post_init__(self):
+        if self.source == "local":
+            self.name = folder_name(self.name)
+
+    @property
+    def is_cifar10(self) -> bool:
+        name = re.sub(r"[^a-z0-9]", "", self.name.lower().rpartition("/")[2])
+        return name == "cifar10" and set(self.label_names) == CIFAR10_LABELS
+
+
+@dataclass
+class TeacherRecord:
+    """The teacher of a run."""
+
+    name: str  # a timm architecture, a Hub id or a folder; of a local folder, only its last part is kept
+    source: Literal["timm", "hub", "local"]
+    accuracy: float  # top-1 on the evaluation split, from 0 to 1
+    num_parameters: int
+    image_size: int  # height and width of its input, in pixels
+    fitted: Literal["scratch", "pretrained"] | None = None  # what it was fitted to the dataset from; None: used as is
+    hyperparameters: dict = field(default_factory=dict)  # of that fitting
+
+    def __post_init__(self):
+        if self.source == "local":
+            self.name = folder_name(self.name)
+        self.hyperparameters = shareable(self.hyperparameters)
+
+
+def library_versions() -> dict[str, str]:
+    """Versions of Python and of each library that affects what a run computes."""
+    libraries = ("torch", "torchvision", "transformers", "accelerate", "datasets", "timm", "huggingface_hub")
+    return {"Python": platform.python_version(), **{library: version(library) for library in libraries}}
+
+
+def describe_hardware(args: TrainingArguments) -> str:
+    """The devices that a run uses, in words: `2 x NVIDIA H100`, `8 CPU cores (x86_64)`."""
+    if args.device.type == "cpu":
+        # A container or a scheduler may allow fewer cores than the machine has; only Linux can tell.
+        count = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+        return f"{count} CPU core{'s' if count != 1 else ''} ({platform.machine()})"
+    if args.device.type == "cuda":
+        return f"{args.world_size * max(1, args.n_gpu)} x {torch.cuda.get_device_name(args.device)}"
+    return f"{args.world_size} x {args.device.type.upper()}"
+
+
+@dataclass
+class RunRecord:
+    """
+    Everything that a model card says about a run, as plain data. `save` and `load` keep it as JSON next to the model.
+
+    Since it is pushed with the model, credentials are removed and absolute paths are cut down to their last part.
+    """
+
+    architecture: str  # "deit_ti", or the name of a timm architecture
+    num_parameters: int  # of the student
+    image_size: int  # height and width of the student's input, in pixels
+    mode: DistillMode
+    dataset: DatasetRecord
+    metrics: dict[str, float]  # those of all_results.json; anything but a finite number is dropped
+    hyperparameters: dict  # the arguments that matter, by the names of their flags; None values are dropped
+    hardware: str  # see `describe_hardware`
+    teacher: TeacherRecord | None = None
+    patch_size: int | None = None  # of a DeiT-Ti, in pixels
+    drop_path_rate: float | None = None  # of a DeiT-Ti
+    base_model: str | None = None  # the model that the student's weights come from; None if they were random
+    base_model_on_hub: bool = False  # whether that is a Hub id, rather than a local folder
+    hub_model_id: str | None = None  # owner/name, if the model is pushed
+    license: str = "unknown"  # one of the Hub's license identifiers
+    command: list[str] | None = None  # the full command line: ["accelerate", "launch", *sys.argv]
+    example_label: str | None = None  # of the image that the run saved as example.png, if it saved one
+    versions: dict[str, str] = field(default_factory=library_versions)
+    date: str = field(default_factory=lambda: date.today().isoformat())
+
+    def __post_init__(self):
+        if self.base_model is not None and not self.base_model_on_hub:
+            self.base_model = folder_name(self.base_model)
+        self.metrics = {name: value for name, value in self.metrics.items() if is_finite(value)}
+        self.hyperparameters = shareable(self.hyperparameters)
+        self.command = None if self.command is None else shareable_command(self.command)
+
+    def save(self, folder: str | os.PathLike) -> None:
+        """Writes `run_record.json` to the folder."""
+        text = json.dumps(asdict(self), indent=2, ensure_ascii=False)
+        # A label read from a broken file name may contain a lone surrogate, which UTF-8 cannot encode.
+        Path(folder, RECORD_FILE).write_text(text + "\n", encoding="utf-8", errors="replace")
+
+    @classmethod
+    def load(cls, folder: str | os.PathLike) -> "RunRecord":
+        """Reads `run_record.json` from the folder."""
+        values = json.loads(Path(folder, RECORD_FILE).read_text(encoding="utf-8"))
+        values["mode"] = DistillMode(**{**values["mode"], "tokens": tuple(values["mode"]["tokens"])})
+        values["dataset"] = DatasetRecord(**values["dataset"])
+        if values["teacher"] is not None:
+            values["teacher"] = TeacherRecord(**values["teacher"])
+        return cls(**values)
+
+
+def is_finite(value) -> bool:
+    """Whether a value is a number other than NaN and infinity."""
+    return isinstance(value, Real) and math.isfinite(value)
+
+
+# ---- What may be published ----
+
+_TOKEN = re.compile(r"\b(?:hf|api_org)_[A-Za-z0-9]{16,}")
+_SECRET_FLAG = re.compile(r"(?:(?<!single_)token|secret|password|api_key)$", re.IGNORECASE)
+# Not inside a word (224/16, and/or), a URL (https://...) or a relative path (../data).
+_ABSOLUTE_PATH = re.compile(r"(?<![\w:/.\\-])(?:~|[A-Za-z]:)?[/\\][^\s'\",;]+")
+
+
+def folder_name(path: str | os.PathLike) -> str:
+    """The last part of a path, which reveals nothing about the machine it is on."""
+    return re.split(r"[/\\]", str(Path(path).expanduser().resolve()))[-1]
+
+
+def shareable(value):
+    """The value as plain JSON data: enums become their values; `None`, credentials and absolute paths are removed."""
+    if isinstance(value, dict):
+        return {
+            name: shareable(inner)
+            for name, inner in value.items()
+            if inner is not None and not _SECRET_FLAG.search(name)
+        }
+    if isinstance(value, list | tuple):
+        return [shareable(inner) for inner in value]
+    if isinstance(value, Enum):
+        return shareable(value.value)
+    if isinstance(value, bool | int | float) or value is None:
+        return value
+    text = str(value)
+    if _ABSOLUTE_PATH.match(text):  # the whole text is one path, which may contain spaces
+        return folder_name(text)
+    text = _ABSOLUTE_PATH.sub(lambda found: folder_name(found.group()), text)
+    return _TOKEN.sub("(hidden)", text)
+
+
+def shareable_command(command: Iterable[str]) -> list[str]:
+    """The command line without the flags that carry credentials, and with only the last part of absolute paths."""
+    words, is_secret = [], False
+    for word in command:
+        flag, equals, value = word.partition("=")
+        is_flag = word.startswith("-")
+        if is_flag:
+            is_secret = _SECRET_FLAG.search(flag) is not None
+        if not is_secret:  # nor is the value of a secret flag, which may be a word of its own
+            words.append(f"{flag}={shareable(value)}" if is_flag and equals else shareable(word))
+    return words
