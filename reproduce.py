@@ -28,17 +28,11 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator, PercentFormatter
 
 import train_hf
+from modeling_deit_ti.card import CURVES_FILE, PUBLISHED_BASELINE, RunRecord, curve_series
+from modeling_deit_ti.card.markdown import duration
+from modeling_deit_ti.card.record import folder_name, shareable
 from modeling_deit_ti.distillation import DistillMode
 from modeling_deit_ti.errors import UserError
-from modeling_deit_ti.model_card import (
-    CURVES_FILE,
-    SEED_CIFAR10,
-    RunRecord,
-    curve_series,
-    duration,
-    folder_name,
-    shareable,
-)
 from modeling_deit_ti.trainer import DistillationTrainingArguments
 
 
@@ -93,25 +87,30 @@ class Line:
 
 # Colours of Okabe and Ito: told apart with any kind of colour vision. Read-outs of one network share theirs.
 LINES = (
-    Line("no distillation", "none", "", SEED_CIFAR10["none"], 0.722, "#000000"),
-    Line("usual (soft) distillation", "soft", "", SEED_CIFAR10["soft"], 0.722, "#E69F00"),
-    Line("hard distillation", "hard", "", SEED_CIFAR10["hard"], 0.743, "#D55E00"),
+    Line("no distillation", "none", "", PUBLISHED_BASELINE["none"], 0.722, "#000000"),
+    Line("usual (soft) distillation", "soft", "", PUBLISHED_BASELINE["soft"], 0.722, "#E69F00"),
+    Line("hard distillation", "hard", "", PUBLISHED_BASELINE["hard"], 0.743, "#D55E00"),
     Line("token: distillation embedding only", "both", "_distillation", None, 0.746, "#009E73", ":"),
     Line("token: class embedding only", "both", "_class", None, 0.739, "#009E73", "--"),
     Line(
         "token: class + distillation, soft teacher",
         "both-soft",
         "",
-        SEED_CIFAR10["both, soft teacher"],
+        PUBLISHED_BASELINE["both, soft teacher"],
         None,
         "#0072B2",
     ),
     Line(
-        "token: class + distillation, hard teacher", "both", "", SEED_CIFAR10["both, hard teacher"], 0.745, "#009E73"
+        "token: class + distillation, hard teacher",
+        "both",
+        "",
+        PUBLISHED_BASELINE["both, hard teacher"],
+        0.745,
+        "#009E73",
     ),
-    Line("distillation token alone", "distill", "", SEED_CIFAR10["distillation"], None, "#CC79A7", "-."),
-    Line("class token alone", "class", "", SEED_CIFAR10["class"], None, "#56B4E9", (0, (5, 3))),
-    Line("CNN baseline", "cnn", "", SEED_CIFAR10["resnet18"], None, "#777777"),
+    Line("distillation token alone", "distill", "", PUBLISHED_BASELINE["distillation"], None, "#CC79A7", "-."),
+    Line("class token alone", "class", "", PUBLISHED_BASELINE["class"], None, "#56B4E9", (0, (5, 3))),
+    Line("CNN baseline", "cnn", "", PUBLISHED_BASELINE["resnet18"], None, "#777777"),
     Line("teacher", "teacher"),
 )
 

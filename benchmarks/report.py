@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
-from modeling_deit_ti.model_card import describe_hardware, library_versions
+from modeling_deit_ti.card import describe_hardware, library_versions
 
 
 NOT_MEASURED = "not measured"

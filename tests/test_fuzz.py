@@ -23,10 +23,11 @@ from transformers import HfArgumentParser
 
 import train_hf
 from modeling_deit_ti import DeiTTiConfig
+from modeling_deit_ti.card import DatasetRecord, RunRecord, write_model_card
+from modeling_deit_ti.card.markdown import clean
 from modeling_deit_ti.data import DataArguments, decode_image, label_maps, load_images
 from modeling_deit_ti.distillation import MODES
 from modeling_deit_ti.errors import UserError
-from modeling_deit_ti.model_card import DatasetRecord, RunRecord, clean, write_model_card
 from modeling_deit_ti.teacher import TeacherArguments
 from modeling_deit_ti.trainer import DistillationTrainingArguments
 
@@ -265,7 +266,7 @@ def test_label_names_leave_the_card_whole(profile, tmp_path):
             patch_size=4,
             mode=MODES["none"],
             dataset=DatasetRecord(dataset_name, "scikit-learn", names, 10, 10),
-            metrics={"eval_accuracy": 0.5},
+            metrics={"eval_accuracy": 0.5, "eval_accuracy_top5": 0.9},
             hyperparameters={"learning_rate": 1e-3},
             hardware="2 CPU cores",
             example_label=names[0],

@@ -14,10 +14,10 @@ import pytest
 from PIL import Image
 
 import reproduce
+from modeling_deit_ti.card import DatasetRecord, RunRecord
 from modeling_deit_ti.data import DataArguments
 from modeling_deit_ti.distillation import resolve_mode
 from modeling_deit_ti.errors import UserError
-from modeling_deit_ti.model_card import DatasetRecord, RunRecord
 from modeling_deit_ti.teacher import _fitting_arguments
 
 

@@ -133,7 +133,7 @@ TRAINING = [
         ),
         "while a checkpoint is sealed": ("modeling_deit_ti.checkpoints.os.replace", 1, "before"),
         "before an older checkpoint is deleted": ("modeling_deit_ti.trainer.rotate_checkpoints", 1, "before"),
-        "while the card is written": ("modeling_deit_ti.model_card.write_model_card", 1, "before"),
+        "while the card is written": ("modeling_deit_ti.card.write_model_card", 1, "before"),
     },
 ]
 

@@ -1,6 +1,7 @@
 """The record, the curves and the model card: rendered, validated as the Hub does, and every code block run."""
 
 import functools
+import inspect
 import json
 import math
 import os
@@ -15,26 +16,23 @@ import yaml
 from huggingface_hub import ModelCard
 from huggingface_hub.repocard_data import eval_results_to_model_index, model_index_to_eval_results
 from markdown_it import MarkdownIt
-from matplotlib.text import Text
 from PIL import Image
 from transformers import DeiTImageProcessor, TimmWrapperConfig, TimmWrapperForImageClassification
 from transformers.trainer_utils import SchedulerType
 
 from modeling_deit_ti import DeiTTiConfig, DeiTTiForImageClassification
-from modeling_deit_ti.distillation import MODES, resolve_mode
-from modeling_deit_ti.interop import save_transformers
-from modeling_deit_ti.model_card import (
-    TEMPLATE,
+from modeling_deit_ti.card import (
     DatasetRecord,
     RunRecord,
     TeacherRecord,
     curve_series,
-    loss_equation,
     plot_training_curves,
-    text,
-    wilson_interval,
     write_model_card,
 )
+from modeling_deit_ti.card.card import TEMPLATE, confidence_interval, loss_equation
+from modeling_deit_ti.card.markdown import text
+from modeling_deit_ti.distillation import MODES, resolve_mode
+from modeling_deit_ti.interop import save_transformers
 
 
 CIFAR10 = ["airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck"]
@@ -186,7 +184,7 @@ def test_every_mode_has_a_valid_card_that_tells_how_it_was_trained(variant, tmp_
     assert ("distillation" in card.data.tags) == mode.has_teacher
     assert ("regnetx_004" in content) == mode.has_teacher
     assert ("93.12 %" in content) == mode.has_teacher
-    assert ("as it was initialised" in content) == ("alpha" in variant)
+    assert ("head was not trained**" in content) == ("alpha" in variant)
 
 
 def test_loss_equations_are_those_of_the_paper():
@@ -206,6 +204,7 @@ def test_every_read_out_stands_beside_the_published_row(tmp_path):
     assert rows["both heads, mean of logits"] == ["69.19 %", "97.19 %", "46.11 %"]
     assert rows["class head"] == ["68.01 %", "96.01 %", "61.69 %"]
     soft = results_table(render(make_record(resolve_mode("both", teacher_targets="soft")), tmp_path))
+    assert soft["read-out"] == ["top-1", "top-5", "published baseline, top-1"]
     assert soft["both heads, mean of logits (predicts)"][-1] == "69.19 %"
     for name, published in (("none", "67.69 %"), ("soft", "68.85 %"), ("hard", "40.19 %")):
         assert results_table(render(make_record(MODES[name]), tmp_path))["class head"][-1] == published
@@ -224,7 +223,7 @@ def test_other_datasets_have_no_column_of_cifar10(dataset, tmp_path):
     content = render(make_record(dataset=dataset), tmp_path)
     check_card(content, tmp_path)
     assert results_table(content)["read-out"] == ["top-1", "top-5"]
-    assert "re-implementation" not in content
+    assert "published baseline" not in content
 
 
 def test_model_index_has_the_predicting_read_out_first(tmp_path):
@@ -358,13 +357,13 @@ def test_checkpoint_chosen_on_the_evaluation_split_is_said(tmp_path):
 
 def test_interval_of_an_accuracy_is_wilsons():
     # 50 of 100: Wilson (1927) gives 0.4038 to 0.5962 at 95 %.
-    assert wilson_interval(0.5, 100) == pytest.approx((0.4038, 0.5962), abs=1e-4)
-    assert wilson_interval(1.0, 100) == pytest.approx((0.9630, 1.0), abs=1e-4)
+    assert confidence_interval(0.5, 100) == pytest.approx((0.4038, 0.5962), abs=1e-4)
+    assert confidence_interval(1.0, 100) == pytest.approx((0.9630, 1.0), abs=1e-4)
 
 
 def test_template_needs_nothing_that_is_not_passed():
     wanted = jinja2.meta.find_undeclared_variables(jinja2.Environment().parse(TEMPLATE.read_text(encoding="utf-8")))
-    source = (TEMPLATE.parents[1] / "modeling_deit_ti" / "model_card.py").read_text(encoding="utf-8")
+    source = inspect.getsource(write_model_card)
     assert {name for name in wanted if f"        {name}=" not in source} == {"card_data"}
 
 
@@ -442,7 +441,12 @@ def training_log(epochs: int, logs_per_epoch: int = 1, two_tokens: bool = True, 
 
 
 def drawn(axes) -> dict[str, list[float]]:
-    return {line.get_label().split("\n")[0]: list(line.get_ydata()) for line in axes.get_lines()}
+    """The curves by their names in the legend, which has their last values as well."""
+    return {re.sub(r" [\d.]+( %)?$", "", line.get_label()): list(line.get_ydata()) for line in axes.get_lines()}
+
+
+def legend(axes) -> list[str]:
+    return [entry.get_text() for entry in axes.get_legend().get_texts()]
 
 
 def test_curves_hold_the_logged_values(tmp_path):
@@ -452,9 +456,9 @@ def test_curves_hold_the_logged_values(tmp_path):
     assert lines["both heads"] == pytest.approx([1 - 1 / 3, 1 - 1 / 4, 1 - 1 / 5])
     assert lines["class head"] == pytest.approx([1 - 1 / 3 - 0.02, 1 - 1 / 4 - 0.02, 1 - 1 / 5 - 0.02])
     assert lines["distillation head"] == pytest.approx([1 - 1 / 3 - 0.01, 1 - 1 / 4 - 0.01, 1 - 1 / 5 - 0.01])
-    assert lines["agrees with teacher"] == pytest.approx([1 / 2, 2 / 3, 3 / 4])
+    assert lines["agrees with teacher (training)"] == pytest.approx([1 / 2, 2 / 3, 3 / 4])
     assert "student" not in lines
-    assert [0.9, 0.9] in [list(line.get_ydata()) for line in accuracy.get_lines()]
+    assert lines["teacher"] == [0.9, 0.9]
     assert drawn(loss)["training loss"] == pytest.approx([2, 1, 2 / 3])
     assert drawn(loss)["label term"] == pytest.approx([3, 1.5, 1])
     assert drawn(loss)["teacher term"] == pytest.approx([1, 0.5, 1 / 3])
@@ -472,18 +476,32 @@ def test_without_a_teacher_there_is_one_training_loss(tmp_path):
     assert set(drawn(loss)) == {"training loss", "evaluation loss"}
 
 
+def test_legends_name_each_curve_and_its_last_value(tmp_path):
+    figure = plot_training_curves(training_log(3), tmp_path / "curves.png", teacher_accuracy=0.9)
+    accuracy, loss = figure.axes
+    assert legend(accuracy) == [
+        *("both heads 80.0 %", "class head 78.0 %", "distillation head 79.0 %"),
+        *("agrees with teacher (training) 75.0 %", "teacher 90.0 %"),
+    ]
+    assert legend(loss) == ["training loss 0.667", "label term 1", "teacher term 0.333", "evaluation loss 0.833"]
+
+
 @pytest.mark.parametrize(("epochs", "logs_per_epoch"), [(1, 1), (300, 1), (5, 100)])
-def test_labels_of_curves_never_overlap(epochs, logs_per_epoch, tmp_path):
+def test_legends_overlap_nothing_and_are_not_cut_off(epochs, logs_per_epoch, tmp_path):
     figure = plot_training_curves(training_log(epochs, logs_per_epoch), tmp_path / "curves.png", teacher_accuracy=0.6)
-    for axes in figure.axes:
-        # Of the text alone: an annotation's own extent includes the line to its curve.
-        boxes = [Text.get_window_extent(label) for label in axes.texts]
-        assert len(boxes) in (4, 5)
-        for index, box in enumerate(boxes):
-            assert not any(box.overlaps(other) for other in boxes[index + 1 :])
-            assert box.x1 <= figure.bbox.x1 and box.y1 <= figure.bbox.y1
-    left, right = figure.axes
-    assert max(Text.get_window_extent(label).x1 for label in left.texts) < right.get_tightbbox().x0
+    left, right = (axes.get_legend().get_window_extent() for axes in figure.axes)
+    assert not left.overlaps(right)
+    for box in (left, right):
+        assert figure.bbox.x0 <= box.x0 and box.x1 <= figure.bbox.x1 and figure.bbox.y0 <= box.y0
+        for axes in figure.axes:
+            assert box.y1 < axes.xaxis.get_tightbbox().y0  # below the ticks and the word epoch
+
+
+def test_curves_logged_by_step_are_smoothed_over_an_epoch_or_less(tmp_path):
+    figure = plot_training_curves(training_log(5, 100), tmp_path / "curves.png")
+    each, mean = (list(line.get_ydata()) for line in figure.axes[1].get_lines()[:2])
+    assert len(each) == len(mean) == 500
+    assert mean[250] == pytest.approx(sum(each[240:260]) / 20)  # a 25th of the run
 
 
 def test_values_that_are_not_finite_and_empty_logs_are_drawn_around(tmp_path):
