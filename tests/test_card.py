@@ -107,7 +107,7 @@ def make_record(mode=MODES["both"], **changes) -> RunRecord:
             "max_train_samples": None,
             "fp16": False,
         },
-        "teacher": TeacherRecord("regnetx_004", "timm", 0.9312, 5_157_512, 224, "scratch", {"num_train_epochs": 10})
+        "teacher": TeacherRecord("regnetx_004", "timm", 5_157_512, 224, 0.9312, "scratch", {"num_train_epochs": 10})
         if mode.has_teacher
         else None,
         "hardware": "2 CPU cores (x86_64)",
@@ -240,7 +240,7 @@ def test_model_index_has_the_predicting_read_out_first(tmp_path):
 
 
 def test_local_names_never_become_ids_of_the_hub(tmp_path):
-    teacher = TeacherRecord("/home/me/models/my teacher", "local", 0.9, 1000, 32)
+    teacher = TeacherRecord("/home/me/models/my teacher", "local", 1000, 32, 0.9)
     record = make_record(
         dataset=DatasetRecord("/home/me/secret project/cifar10/", "local", CIFAR10, 500, 100),
         teacher=teacher,
