@@ -2,17 +2,15 @@
 
 The recipe is DeiT's, as timm's `create_transform(is_training=True, interpolation="bicubic", re_mode="pixel")` builds
 it for one PIL image: random crop and bicubic resize, horizontal flip, RandAugment, normalisation, random erasing. Here
-every step takes a batch `(B, 3, H, W)` and one set of parameters an image, so that a step costs a few kernels however
-many images there are.
+every step takes a batch `(B, 3, H, W)` and one set of parameters per image, so that it costs a few kernels however many
+images there are.
 
-Three properties that the rest of this file is arranged around:
-
-- Whatever is random about an image is a function of that image's seed alone (a counter-based generator, no state), so
-  that neither batch size, workers nor processes change it.
-- The parameters are drawn on the CPU, where they also say which images an operation takes. The pixels never leave
-  their device, and the device is never waited for.
-- The arithmetic is Pillow's: the same integer rounding, the same filters. tests/test_augmentation.py holds every step
-  against the timm and Pillow code that it stands for.
+- Everything random about an image is a function of its seed alone (a counter-based generator without state), so that
+  neither batch size, workers nor processes change it.
+- The parameters are drawn on the CPU, where they also say which images an operation applies to. The pixels never leave
+  their device, and nothing waits for it.
+- The arithmetic is Pillow's: the same integer rounding, the same filters. tests/test_augmentation.py compares every
+  step with the timm and Pillow code that it replaces.
 """
 
 import contextlib
@@ -26,9 +24,9 @@ import torch.nn.functional as F
 from torchvision.transforms.v2.functional import equalize
 
 
-# --- Random numbers: SplitMix64 (Steele, Lea, Flood 2014), a hash of (seed, counter), on wrapping int64 --------------
+# ---- Random numbers: SplitMix64 (Steele, Lea, Flood 2014), a hash of (seed, counter), on wrapping int64 ----
 
-# One purpose, one stream: switching one augmentation off leaves the random numbers of the others as they were.
+# One stream per purpose: switching one augmentation off does not change the random numbers of the others.
 CROP_STREAM, FLIP_STREAM, RAND_AUGMENT_STREAM, ERASING_STREAM, NOISE_STREAM = range(5)
 ATTEMPTS = 10  # timm's crop and its erasing both draw up to ten boxes and take the first that fits
 
@@ -61,7 +59,7 @@ def normal_quantiles() -> torch.Tensor:
     return torch.special.ndtri((torch.arange(2**16, dtype=torch.float64) + 0.5) / 2**16).float()
 
 
-# --- Crop, resize, flip ----------------------------------------------------------------------------------------------
+# ---- Crop, resize, flip ----
 
 
 def uniform_integer(uniform: torch.Tensor, largest: torch.Tensor) -> torch.Tensor:
@@ -80,7 +78,7 @@ def draw_boxes(
 ) -> torch.Tensor:
     """Boxes (top, left, height, width) of random area (a fraction) and log(width / height).
 
-    They are rounded as timm rounds them. One that does not fit the image is returned all the same, to be rejected.
+    They are rounded as timm rounds them. Those that do not fit the image are for the caller to reject.
 
     Args:
         uniform: `(B, ATTEMPTS, 4)`, as is what is returned; height, width: of the image, in pixels.
@@ -100,7 +98,7 @@ def draw_crop_boxes(seeds: torch.Tensor, height: int, width: int) -> torch.Tenso
     uniform = random_uniform(seeds, CROP_STREAM, ATTEMPTS, 4)
     boxes = draw_boxes(uniform, height, width, area=(0.08, 1.0), log_ratio=(math.log(smallest), math.log(largest)))
     fits = (boxes[..., 2] <= height) & (boxes[..., 3] <= width)
-    # Only a very long image fits none of ten boxes: its largest central part within the ratios.
+    # Only in a very long image none of ten boxes fits. Then take its largest central part within the ratios.
     box_width = min(width, round(height * largest)) if width / height > largest else width
     box_height = min(height, round(width / smallest)) if width / height < smallest else height
     central = [(height - box_height) // 2, (width - box_width) // 2, box_height, box_width]
@@ -110,7 +108,7 @@ def draw_crop_boxes(seeds: torch.Tensor, height: int, width: int) -> torch.Tenso
 def bicubic_weights(
     starts: torch.Tensor, extents: torch.Tensor, length: int, size: int, flips: torch.Tensor
 ) -> torch.Tensor:
-    """Pillow's antialiased bicubic resize along one axis, as one matrix an image: `(B, size, length)`.
+    """Pillow's antialiased bicubic resize along one axis, as one matrix per image: `(B, size, length)`.
 
     Pixels `starts` to `starts + extents` (both `(B,)`) of an axis of `length` become `size` pixels, in reverse order
     where `flips` `(B,)` is set. As in Pillow's `Resample.c`, the filter widens when it shrinks an image, and pixels
@@ -129,14 +127,14 @@ def bicubic_weights(
     weights += ((-0.5 * far + 2.5) * far).sub_(4).mul_(far).add_(2)
     weights *= (inputs > starts) & (inputs < starts + extents)
     weights /= weights.sum(dim=-1, keepdim=True)
-    # Fixed point, as in Pillow, but 15 bits: 8-bit pixels times these sum exactly in float32, so that the result
-    # depends neither on the order of the sum nor on the batch that a matrix product is tuned for.
+    # Fixed point, as in Pillow, but 15 bits: 8-bit pixels times these add up exactly in float32, so that the result
+    # depends neither on the order of the sum nor on the batch size that a matrix product is tuned for.
     return weights.mul_(2**15).round_().mul_(2.0**-15)
 
 
 @contextlib.contextmanager
 def whole_float32() -> Iterator[None]:
-    """CUDA's matrix products take float32 as it is inside, whatever `--tf32` says."""
+    """CUDA's matrix products are full float32 inside, whatever `--tf32` says."""
     matmul = torch.backends.cuda.matmul
     before = matmul.fp32_precision
     matmul.fp32_precision = "ieee"
@@ -161,7 +159,7 @@ def resize(images: torch.Tensor, boxes: torch.Tensor, size: int, flips: torch.Te
     top, left, box_height, box_width = boxes.unbind(dim=1)
     columns = bicubic_weights(left, box_width, width, size, flips)
     rows = bicubic_weights(top, box_height, height, size, torch.zeros_like(flips))
-    # Channels between rows and columns: then both products are one matrix an image.
+    # Channels between rows and columns: then both products take one matrix per image.
     pixels = images.transpose(1, 2).to(torch.float32, memory_format=torch.contiguous_format)
     pixels = torch.bmm(pixels.view(batch, height * 3, width), columns.transpose(1, 2))
     pixels = pixels.add_(0.5).floor_().clamp_(0, 255)
@@ -187,7 +185,7 @@ def shifted_crop(images: torch.Tensor, offsets: torch.Tensor, padding: int, flip
     return padded.flatten(2).gather(2, index.view(batch, 1, -1).expand(-1, 3, -1)).view_as(images)
 
 
-# --- RandAugment's operations, as in Pillow --------------------------------------------------------------------------
+# ---- RandAugment's operations, as in Pillow ----
 # From `(b, 3, S, S)` uint8 images and an argument for each, `(b,)` float64, to new images.
 
 
@@ -326,14 +324,14 @@ def rotate(images: torch.Tensor, degrees: torch.Tensor, fill: torch.Tensor) -> t
     return torch.where(inside[:, None], rotated, fill)
 
 
-# --- RandAugment (Cubuk et al. 2020, arXiv:1909.13719), timm's variant -----------------------------------------------
+# ---- RandAugment (Cubuk et al. 2020, arXiv:1909.13719), timm's variant ----
 
 
 class Operation(NamedTuple):
     """One of RandAugment's operations, and how a magnitude m (0 to 10) becomes its argument.
 
     The argument is start + step * m / 10, or start - step * m / 10 by chance where `random_sign` is set, within
-    [lowest, highest]. Operations that take integers are `whole`: what is added is cut to one. (timm's `LEVEL_TO_ARG`.)
+    [lowest, highest]. If `whole`, what is added is truncated to an integer. (timm's `LEVEL_TO_ARG`.)
     """
 
     apply: Callable[..., torch.Tensor]
@@ -424,7 +422,7 @@ class RandAugment(NamedTuple):
             if match is None:
                 raise ValueError(
                     f"auto_augment={config!r}: cannot read {section!r}. A whole batch takes m (magnitude), n "
-                    "(operations an image), mmax (upper limit of the magnitude) and inc (0 or 1), with an integer "
+                    "(operations per image), mmax (upper limit of the magnitude) and inc (0 or 1), with an integer "
                     "each, p (probability of an operation) and mstd (standard deviation of the magnitude), with a "
                     "number each."
                 )
@@ -463,7 +461,7 @@ def draw_operations(settings: RandAugment, seeds: torch.Tensor) -> tuple[torch.T
 def rand_augment(images: torch.Tensor, settings: RandAugment, seeds: torch.Tensor, fill: torch.Tensor) -> torch.Tensor:
     """Applies the operations drawn for each seed to uint8 images `(B, 3, S, S)`, which it overwrites.
 
-    An operation is one call for all the images that drew it. `seeds` `(B,)` are on the CPU; `fill` `(3, 1, 1)` uint8,
+    Each operation is called once for all the images that drew it. `seeds` `(B,)` are on the CPU; `fill` `(3, 1, 1)` uint8,
     on the images' device, is what geometric operations show beyond an edge.
     """
     chosen, arguments = draw_operations(settings, seeds)
@@ -474,7 +472,7 @@ def rand_augment(images: torch.Tensor, settings: RandAugment, seeds: torch.Tenso
     for layer in range(settings.layers):
         counts = chosen[:, layer].bincount(minlength=len(settings.operations) + 1).tolist()
         groups = order[:, layer].split(counts), arguments[:, layer].split(counts)
-        # One group more than operations, the last: images that none is applied to.
+        # The last of the groups, one more than the operations, is of images that none is applied to.
         for (name, operation), index, argument in zip(settings.operations.items(), *groups, strict=False):
             if len(index) > 0:
                 beyond = (fill,) if name in GEOMETRIC else ()
@@ -482,11 +480,11 @@ def rand_augment(images: torch.Tensor, settings: RandAugment, seeds: torch.Tenso
     return images
 
 
-# --- Random erasing (Zhong et al. 2017, arXiv:1708.04896), timm's mode "pixel" ---------------------------------------
+# ---- Random erasing (Zhong et al. 2017, arXiv:1708.04896), timm's mode "pixel" ----
 
 
 def draw_erasing_boxes(seeds: torch.Tensor, size: int, probability: float) -> tuple[torch.Tensor, torch.Tensor]:
-    """timm's `RandomErasing`: a box (top, left, height, width) an image `(B, 4)`, and which are erased `(B,)`."""
+    """timm's `RandomErasing`: a box (top, left, height, width) per image `(B, 4)`, and which are erased `(B,)`."""
     uniform = random_uniform(seeds, ERASING_STREAM, 1 + ATTEMPTS, 4)
     boxes = draw_boxes(uniform[:, 1:], size, size, area=(0.02, 1 / 3), log_ratio=(math.log(0.3), -math.log(0.3)))
     fits = (boxes[..., 2] < size) & (boxes[..., 3] < size)
@@ -498,7 +496,7 @@ def erase(
 ) -> None:
     """Overwrites each box with standard normal noise, in place.
 
-    Only erased pixels are computed: they form one list, image after image, each image's own row by row.
+    Only erased pixels are computed: as one list, image by image and row by row.
 
     Args:
         images: `(B, 3, S, S)` float, normalised, on the device; normal: `normal_quantiles()`, on the device.
@@ -513,16 +511,16 @@ def erase(
     owner = torch.repeat_interleave(plan[:, -1], output_size=total)  # (total,): the box that an erased pixel lies in
     image, top, left, width, first, seed, _ = plan[owner].unbind(dim=1)
     place = torch.arange(total, device=images.device) - first
-    bits = random_bits(seed, NOISE_STREAM, place)  # 64 a pixel: 16 a channel, and 16 to spare
+    bits = random_bits(seed, NOISE_STREAM, place)  # 64 per pixel: 16 per channel, and 16 to spare
     noise = normal[torch.stack([(bits >> shift) & 0xFFFF for shift in (0, 16, 32)], dim=1)]
     images[image, :, top + place // width, left + place % width] = noise.to(images.dtype)
 
 
-# --- All of it -------------------------------------------------------------------------------------------------------
+# ---- All of it ----
 
 
 class BatchAugmentation:
-    """Augments batches of images on their own device (CPU or CUDA), each image as its seed says.
+    """Augments batches of images on their own device (CPU or CUDA), each image by its seed.
 
     The steps and their order are those of timm's `create_transform(is_training=True)`: crop and resize, horizontal
     flip, RandAugment, normalisation, random erasing.
@@ -555,10 +553,10 @@ class BatchAugmentation:
         image_std: Sequence[float],
     ):
         if crop not in ("resized", "padded", "none"):
-            raise ValueError(f'crop={crop!r}: it is one of "resized", "padded" and "none".')
+            raise ValueError(f'crop={crop!r}: must be "resized", "padded" or "none".')
         for name, probability in (("horizontal_flip", horizontal_flip), ("random_erasing", random_erasing)):
             if not 0 <= probability <= 1:
-                raise ValueError(f"{name}={probability}: it is a probability, from 0 to 1.")
+                raise ValueError(f"{name}={probability}: must be between 0 and 1.")
         if len(image_mean) != 3 or len(image_std) != 3 or min(image_std) <= 0:
             raise ValueError(f"image_mean={image_mean}, image_std={image_std}: three numbers each, image_std above 0.")
         self.image_size = image_size
@@ -578,25 +576,25 @@ class BatchAugmentation:
         """
         Args:
             images (`torch.Tensor`): `(B, 3, H, W)` uint8, on any device.
-            seeds (`torch.Tensor`): `(B,)` int64, on the CPU: all that is random about an image follows from its seed.
+            seeds (`torch.Tensor`): `(B,)` int64, on the CPU: everything random about an image follows from its seed.
 
         Returns:
             `torch.Tensor`: `(B, 3, image_size, image_size)` float32, normalised, on the images' device.
 
         Raises:
-            ValueError: Images or seeds of another shape, type or place.
+            ValueError: Images or seeds of another shape, type or device.
         """
         if images.dtype != torch.uint8 or images.ndim != 4 or images.shape[1] != 3:
             raise ValueError(f"images: expected (B, 3, H, W) uint8, found {tuple(images.shape)} {images.dtype}.")
         if seeds.shape != images.shape[:1] or seeds.dtype != torch.int64 or seeds.device.type != "cpu":
             raise ValueError(
-                f"seeds: expected one int64 an image, ({len(images)},), on the CPU; "
+                f"seeds: expected one int64 per image, ({len(images)},), on the CPU; "
                 f"found {tuple(seeds.shape)} {seeds.dtype} on {seeds.device}."
             )
         if self.normal.device != images.device:
             for name in ("mean", "std", "fill", "normal"):
                 setattr(self, name, getattr(self, name).to(images.device))
-        # Inside autocast the resize's products would be taken in 16 bits, and in TF32 their factors be cut to 11.
+        # Autocast would take the resize's products in 16 bits, and TF32 would cut their factors to 11.
         with torch.autocast(images.device.type, enabled=False), whole_float32():
             images = self.crop_and_flip(images, seeds)
             if self.rand_augment is not None:
