@@ -2,8 +2,8 @@
 
 The recipe is DeiT's, as timm's `create_transform(is_training=True, interpolation="bicubic", re_mode="pixel")` builds
 it for one PIL image: random crop and bicubic resize, horizontal flip, RandAugment, normalisation, random erasing. Here
-every step takes a batch `(B, 3, H, W)` and one set of parameters per image, so that it costs a few kernels however many
-images there are.
+every step takes a batch `(B, 3, H, W)` and one set of parameters per image, so that it costs a few kernels for any
+number of images.
 
 - Everything random about an image is a function of its seed alone (a counter-based generator without state), so that
   neither batch size, workers nor processes change it.
@@ -461,8 +461,8 @@ def draw_operations(settings: RandAugment, seeds: torch.Tensor) -> tuple[torch.T
 def rand_augment(images: torch.Tensor, settings: RandAugment, seeds: torch.Tensor, fill: torch.Tensor) -> torch.Tensor:
     """Applies the operations drawn for each seed to uint8 images `(B, 3, S, S)`, which it overwrites.
 
-    Each operation is called once for all the images that drew it. `seeds` `(B,)` are on the CPU; `fill` `(3, 1, 1)` uint8,
-    on the images' device, is what geometric operations show beyond an edge.
+    Each operation is called once for all the images that drew it. `seeds` `(B,)` are on the CPU; `fill` `(3, 1, 1)`
+    uint8, on the images' device, is what geometric operations show beyond an edge.
     """
     chosen, arguments = draw_operations(settings, seeds)
     # Sorted by operation, the images of one are a slice: the CPU knows the slices, the device needs only the order.
