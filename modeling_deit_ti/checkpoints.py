@@ -7,6 +7,7 @@ from pathlib import Path
 
 
 CHECKSUMS_FILE = "checksums.json"
+SETTINGS_FILE = "run_settings.json"
 
 
 def seal(checkpoint: str | Path) -> None:
@@ -43,6 +44,21 @@ def flaw_of(checkpoint: str | Path) -> str | None:
         except OSError:
             return f"its {name} is missing or cannot be read"
     return None
+
+
+def save_settings(checkpoint: str | Path, settings: dict) -> None:
+    """Keeps what decides the run in its checkpoint."""
+    Path(checkpoint, SETTINGS_FILE).write_text(json.dumps(settings, indent=2) + "\n")
+
+
+def changed_settings(checkpoint: str | Path, settings: dict) -> list[str]:
+    """What differs between the run that wrote a checkpoint and a run with these settings, in words."""
+    file = Path(checkpoint, SETTINGS_FILE)
+    if not file.is_file():  # written by an older version
+        return []
+    before, now = json.loads(file.read_text()), json.loads(json.dumps(settings))
+    names = [name for name in before | now if before.get(name) != now.get(name)]
+    return [f"{name} {before.get(name)}, not {now.get(name)}" for name in names]
 
 
 def checkpoints_of(folder: str | Path) -> list[Path]:

@@ -36,7 +36,7 @@ from .data import ImageData
 from .data.inputs import make_image_processor
 from .errors import UserError, first_line
 from .interop import load_student
-from .runs import build_network, build_trainer, train_and_save
+from .runs import build_network, build_trainer, run_settings, train_and_save
 from .teacher import Teacher, match_labels, teacher_folder_name
 
 
@@ -163,19 +163,7 @@ def _fit(args: Arguments, pretrained: PreTrainedModel | None, source: str, data:
 
 def _recipe(run: Arguments, name: str, data: ImageData, is_pretrained: bool) -> dict:
     """All that decides what a fitted teacher is."""
-    hyperparameters = run.hyperparameters()
-    for name in ("per_device_train_batch_size", "gradient_accumulation_steps"):  # what counts is their product
-        del hyperparameters[name]
-    return {
-        "teacher": name,
-        "pretrained": is_pretrained,
-        "image_size": run.model.image_size,
-        "dataset": data.fingerprint,
-        **{name: str(value) if name == "optim" else value for name, value in hyperparameters.items()},
-        "batch_size": run.training.total_train_batch_size,
-        "precision": run.training.mixed_precision,
-        "version": FITTING_VERSION,
-    }
+    return {**run_settings(run, data), "teacher": name, "pretrained": is_pretrained, "version": FITTING_VERSION}
 
 
 @contextlib.contextmanager

@@ -11,7 +11,7 @@ from transformers import PreTrainedModel, Trainer, get_scheduler
 from transformers.integrations import get_reporting_integration_callbacks
 
 from .arguments import Arguments, DistillationTrainingArguments
-from .checkpoints import checkpoints_of, flaw_of, last_complete
+from .checkpoints import changed_settings, checkpoints_of, flaw_of, last_complete
 from .errors import UserError, check_writable, first_line
 
 
@@ -51,6 +51,16 @@ def checkpoint_to_resume(args: DistillationTrainingArguments) -> str | None:
     if flaw is not None:
         raise UserError(f"--resume_from_checkpoint {resume}: this is not a complete checkpoint; {flaw}.")
     return resume
+
+
+def check_same_run(checkpoint: str, settings: dict) -> None:
+    """Raises a `UserError` if the checkpoint is from a run with other settings, since its end would be neither's."""
+    changed = changed_settings(checkpoint, settings)
+    if changed:
+        raise UserError(
+            f"--resume_from_checkpoint {checkpoint}: it belongs to another run, with {'; '.join(changed)}. Resume "
+            "with the same flags and images, or choose another --output_dir."
+        )
 
 
 def _pushed_checkpoint(args: DistillationTrainingArguments) -> str:

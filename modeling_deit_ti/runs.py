@@ -49,6 +49,35 @@ def build_network(args: Arguments, data: ImageData, image_processor) -> tuple[Pr
         ) from error
 
 
+def run_settings(args: Arguments, data: ImageData) -> dict:
+    """All that decides what a run learns, as plain data: a checkpoint is only resumed by a run with the same."""
+    training, mode, model = args.training, args.training.mode, args.model
+    settings = {
+        "train_images": len(data.train),
+        "images": data.fingerprint[:12],
+        "batch_size": training.total_train_batch_size,
+        "distill_mode": mode.name,
+        "tokens": list(mode.tokens),
+        "teacher_targets": mode.teacher_targets,
+        "distillation_alpha": mode.alpha,
+        "distillation_temperature": mode.temperature,
+        "teacher": args.teacher.teacher_model_name_or_path if mode.has_teacher else None,
+        "model_name_or_path": model.model_name_or_path,
+        "image_size": model.image_size,
+        "patch_size": model.patch_size,
+        "drop_path_rate": model.drop_path_rate,
+        "precision": training.mixed_precision,
+        **args.hyperparameters(),
+    }
+    for name in ("per_device_train_batch_size", "gradient_accumulation_steps"):  # what counts is the batch size
+        del settings[name]
+    if args.fitting is not None:
+        settings |= {f"teacher_{name}": value for name, value in args.fitting.hyperparameters().items()}
+    if data.is_streamed:  # who reads what depends on the readers
+        settings |= {"processes": training.world_size, "dataloader_num_workers": training.dataloader_num_workers}
+    return settings
+
+
 def build_trainer(
     args: Arguments,
     data: ImageData,
@@ -76,6 +105,7 @@ def build_trainer(
             args=args.training,
             teacher=teacher,
             teacher_cache=teacher_cache,
+            settings=run_settings(args, data),
             augment=augment,
             train_dataset=train_images,
             eval_dataset=EvalImages(data.validation, image_processor),

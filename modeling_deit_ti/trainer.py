@@ -13,7 +13,7 @@ from torch.utils.data import DataLoader, Dataset
 from transformers import Trainer, TrainerCallback
 from transformers.trainer_utils import EvalPrediction, rotate_checkpoints
 
-from .checkpoints import seal
+from .checkpoints import save_settings, seal
 from .configuration_deit_ti import READOUTS
 from .data.sampling import TrainSampler, collate_images
 from .data.streaming import UnreadableRow
@@ -118,6 +118,7 @@ class DistillationTrainer(Trainer):
         teacher (`Callable`, *optional*): maps `pixel_values` as the student sees them to logits `(B, num_labels)` in
             the student's order of labels, as `teacher.Teacher` does. Needed if `args.mode` has a teacher.
         teacher_cache (`teacher_cache.TeacherCache`, *optional*): answers for the teacher in training.
+        settings (`dict`, *optional*): what decides the run, kept in its checkpoints.
         augment (`Callable`): maps a training batch's `pixel_values`, labels and seeds to augmented `pixel_values` and
             labels, as `inputs.DeviceAugmentation` does.
 
@@ -127,7 +128,7 @@ class DistillationTrainer(Trainer):
     # The loss is a mean over each batch, so the Trainer has to divide it by the number of accumulated batches.
     loss_is_scaled_for_ga = False
 
-    def __init__(self, *, train_dataset, augment, teacher=None, teacher_cache=None, **kwargs):
+    def __init__(self, *, train_dataset, augment, teacher=None, teacher_cache=None, settings=None, **kwargs):
         super().__init__(
             train_dataset=train_dataset,
             data_collator=collate_images,
@@ -142,6 +143,7 @@ class DistillationTrainer(Trainer):
         self.augment = augment
         self.teacher = self.training_teacher = teacher
         self.teacher_cache = teacher_cache
+        self.settings = settings
         if teacher is not None:
             dtype = {"fp16": torch.float16, "bf16": torch.bfloat16}.get(self.args.mixed_precision, torch.float32)
             teacher.to(self.args.device, dtype, memory_format=torch.channels_last)
@@ -303,6 +305,8 @@ class DistillationTrainer(Trainer):
         checkpoint = os.path.join(folder, f"checkpoint-{self.state.global_step}")
         if args.should_save:
             torch.save(args, os.path.join(checkpoint, "training_args.bin"))  # without the two changes above
+            if self.settings is not None:
+                save_settings(checkpoint, self.settings)
             seal(checkpoint)
         if push_to_hub:
             self._push_from_checkpoint(checkpoint)

@@ -1,0 +1,69 @@
+"""A checkpoint is only resumed by the run that wrote it: the same images, batches and recipe."""
+
+import json
+import signal
+from pathlib import Path
+
+import pytest
+from real_command import run
+
+
+FLAGS = (
+    "--config=recipes/digits.yaml",
+    "--distill_mode=none",
+    "--max_train_samples=96",
+    "--max_eval_samples=50",
+    "--num_train_epochs=2",
+    "--per_device_train_batch_size=16",
+    "--disable_tqdm=true",
+)
+
+
+@pytest.fixture(scope="module")
+def stopped(tmp_path_factory) -> Path:
+    """A run that was told to stop in its second epoch."""
+    folder = tmp_path_factory.mktemp("runs") / "stopped"
+    fault = {
+        "function": "modeling_deit_ti.trainer.DistillationTrainer.compute_loss",
+        "call": 9,
+        "signum": signal.SIGTERM,
+    }
+    ended = run(*FLAGS, f"--output_dir={folder}", fault=fault)
+    assert ended.returncode == 75, ended.stderr
+    return folder
+
+
+@pytest.mark.parametrize(
+    ("flags", "difference"),
+    [
+        (["--per_device_train_batch_size=32"], "batch_size 16, not 32"),
+        (["--gradient_accumulation_steps=2"], "batch_size 16, not 32"),
+        (["--max_train_samples=48"], "train_images 96, not 48"),
+        (["--seed=7"], "seed 42, not 7"),
+        (["--mixup=0.8"], "mixup 0.0, not 0.8"),
+        (["--learning_rate=1e-4"], "learning_rate 0.0005, not 0.0001"),
+        (["--num_train_epochs=3"], "num_train_epochs 2.0, not 3.0"),
+        (["--distill_mode=soft"], "distill_mode none, not soft"),
+        (["--distill_mode=both"], "distill_mode none, not both"),
+        (["--validation_from_train=true"], "images "),
+        (["--model_name_or_path=resnet18"], "model_name_or_path deit_ti, not resnet18"),
+        (["--patch_size=8"], "patch_size 16, not 8"),
+    ],
+    ids=lambda value: value[0].strip("-") if isinstance(value, list) else "",
+)
+def test_another_run_is_refused_in_one_line_that_names_what_differs(stopped, flags, difference):
+    before = {path: path.stat().st_mtime_ns for path in stopped.rglob("*")}
+    ended = run(*FLAGS, *flags, f"--output_dir={stopped}", "--resume_from_checkpoint=True")
+    assert ended.returncode == 2
+    message = ended.stderr.strip().splitlines()[-1]
+    assert message.startswith("train_hf.py: error: --resume_from_checkpoint") and "Traceback" not in ended.stderr
+    assert difference in message
+    assert {path: path.stat().st_mtime_ns for path in stopped.rglob("*")} == before
+
+
+def test_what_does_not_decide_a_run_may_differ(stopped):
+    flags = ["--per_device_train_batch_size=8", "--gradient_accumulation_steps=2", "--per_device_eval_batch_size=10"]
+    flags += ["--save_total_limit=9", "--logging_strategy=steps", "--logging_steps=5"]
+    ended = run(*FLAGS, *flags, f"--output_dir={stopped}", "--resume_from_checkpoint=True")
+    assert ended.returncode == 0, ended.stderr
+    assert json.loads((stopped / "all_results.json").read_text())["epoch"] == 2
