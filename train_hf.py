@@ -109,9 +109,9 @@ def load_data(args: Arguments) -> ImageData:
 def run() -> int:
     """`main`, with whatever ends it reported in one message; returns the exit code."""
     interrupt_on_signals()
-    report = logging.StreamHandler(sys.stdout)  # what the library has to say
-    logging.getLogger("modeling_deit_ti").addHandler(report)
-    logging.getLogger("modeling_deit_ti").setLevel(logging.INFO)
+    library = logging.getLogger("modeling_deit_ti")
+    library.addHandler(logging.StreamHandler(sys.stdout))
+    library.setLevel(logging.INFO if int(os.environ.get("RANK", 0)) == 0 else logging.WARNING)
     try:
         main()
     except UserError as error:

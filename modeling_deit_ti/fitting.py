@@ -6,6 +6,7 @@ recipe. Later runs with the same images and recipe take it from there.
 
 import contextlib
 import json
+import logging
 import os
 import shutil
 from collections.abc import Iterator
@@ -13,7 +14,6 @@ from dataclasses import replace
 from pathlib import Path
 
 import torch
-from accelerate.logging import get_logger
 from accelerate.state import AcceleratorState
 from accelerate.utils import broadcast_object_list
 from filelock import FileLock
@@ -40,7 +40,7 @@ from .runs import build_network, build_trainer, run_settings, train_and_save
 from .teacher import Teacher, match_labels, teacher_folder_name
 
 
-logger = get_logger(__name__)
+logger = logging.getLogger(__name__)
 
 # Bump when the way of fitting changes in code: teachers that were fitted the old way are then not reused.
 FITTING_VERSION = 2

@@ -15,6 +15,7 @@ written, damaged or shared by several processes and runs at any time: what is wr
 import hashlib
 import importlib.metadata
 import json
+import logging
 import math
 import os
 import zlib
@@ -22,7 +23,6 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from accelerate.logging import get_logger
 
 from .arguments import Arguments
 from .data import ImageData
@@ -31,7 +31,7 @@ from .errors import UserError, first_line
 from .teacher import Teacher, digest_of, teacher_folder_name
 
 
-logger = get_logger(__name__)
+logger = logging.getLogger(__name__)
 
 MAX_AUTO_BYTES = 2**30  # of all files of a run; --teacher_cache auto stores nothing if they would be larger
 RECIPE_FILE = "recipe.json"  # for people: what a folder's logits are of
@@ -168,7 +168,7 @@ class TeacherCache:
 
     def _turn_off(self, error: Exception) -> None:
         self._is_off = True  # but for the rounding: the rest of the run must not depend on the disk
-        logger.info(
+        logger.warning(
             f"Teacher: its logits cannot be stored in {self.folder} ({first_line(error)}); training continues without"
         )
 

@@ -1,8 +1,12 @@
 """Where rows come from (the Hub, a local folder, scikit-learn): one training split and one to evaluate on."""
 
 import contextlib
+import glob
+import logging
 import os
+from collections import Counter
 from collections.abc import Iterator
+from pathlib import Path
 
 import numpy as np
 from datasets import (
@@ -15,14 +19,18 @@ from datasets import (
     load_dataset_builder,
     load_from_disk,
 )
+from datasets.data_files import SPLIT_KEYWORDS
+from datasets.packaged_modules.imagefolder.imagefolder import ImageFolder
 from datasets.packaged_modules.parquet.parquet import ParquetConfig
 from PIL import Image as PILImage
 from sklearn.datasets import load_digits
 
 from ..arguments import ImageArguments
-from ..errors import UserError, first_line
+from ..errors import UserError, first_line, list_some
 from .sampling import SUBSET_SEED
 
+
+logger = logging.getLogger(__name__)
 
 EVALUATION_SPLITS = ("validation", "valid", "val", "dev", "test")
 
@@ -69,10 +77,66 @@ def naming_the_dataset(name: str) -> Iterator[None]:
 
 
 def _load_folder(folder: str, config_name: str | None) -> DatasetDict:
+    class_folders = find_class_folders(folder)
+    if class_folders is not None:
+        splits = _load_each("imagefolder", {split: [pattern] for split, (pattern, _) in class_folders.items()})
+        for split, (_, expected) in class_folders.items():
+            if len(splits[split]) != expected:
+                raise UserError(
+                    f"--dataset_name {folder}: of {expected} images in `{split}`, {len(splits[split])} are loaded."
+                )
+            names = splits[split].features["label"].names
+            logger.info(f"Images: {expected:,} in {len(names)} classes ({split}): {list_some(names)}")
+        return splits
     builder = load_dataset_builder(folder, config_name)
     if not isinstance(builder.config, ParquetConfig):
         return load_dataset(folder, config_name)
     return _load_each("parquet", {str(split): list(files) for split, files in builder.config.data_files.items()})
+
+
+def find_class_folders(folder: str) -> dict[str, tuple[str, int]] | None:
+    """
+    The splits of a folder whose images lie in one folder per class, optionally below `train/`, `test/`, `validation/`
+    in any case: for each split the pattern of its files, and how many images there are. `None` for other folders.
+
+    (`datasets` would guess the splits from the names of all files and folders: a class `bus stop` is then lost beside
+    the classes `train station` and `train track`.)
+
+    Raises:
+        UserError: if some images lie at another depth than the rest.
+    """
+    counts, has_metadata = Counter(), False
+    for path, _, files in os.walk(folder, followlinks=True):
+        parts = Path(path).relative_to(folder).parts
+        if any(part.startswith(".") for part in parts):
+            continue
+        counts[parts] = sum(
+            os.path.splitext(file)[1].lower() in ImageFolder.EXTENSIONS for file in files if not file.startswith(".")
+        )
+        has_metadata |= len(parts) == 1 and not set(files).isdisjoint(ImageFolder.METADATA_FILENAMES)
+    counts = +counts  # without empty folders
+    depths = {len(parts) for parts in counts}
+    if depths in (set(), {0}) or (depths == {1} and has_metadata):
+        return None  # no images, or their labels are in a metadata file
+    if depths == {1}:
+        return {"train": (f"{glob.escape(folder)}/*/*", counts.total())}
+    tops = sorted({parts[0] for parts in counts if parts}, key=str.lower, reverse=True)
+    splits = {name: str(split) for split, names in SPLIT_KEYWORDS.items() for name in names}
+    if depths != {2} or not all(top.lower() in splits for top in tops):
+        example = os.path.join("", *max(counts, key=len))
+        raise UserError(
+            f"--dataset_name {folder}: images have to lie in one folder per class, optionally below train/ and test/, "
+            f"but they lie at several depths, or too deep ({example})."
+        )
+    if len({splits[top.lower()] for top in tops}) < len(tops):
+        raise UserError(f"--dataset_name {folder}: {list_some(sorted(tops))} are two folders for one split.")
+    return {
+        splits[top.lower()]: (
+            f"{glob.escape(os.path.join(folder, top))}/*/*",
+            sum(count for parts, count in counts.items() if parts[0] == top),
+        )
+        for top in tops
+    }
 
 
 def _load_each(kind: str, files: dict[str, list[str]]) -> DatasetDict:

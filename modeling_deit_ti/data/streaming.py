@@ -42,7 +42,7 @@ from .loading import (
     with_label_ids,
 )
 from .sampling import collate_images, seeded
-from .sources import EVALUATION_SPLITS, load_splits, naming_the_dataset, train_and_evaluation
+from .sources import EVALUATION_SPLITS, find_class_folders, load_splits, naming_the_dataset, train_and_evaluation
 
 
 # A shuffle buffer is filled from so many shards at a time, since files are often sorted by label.
@@ -215,7 +215,7 @@ def _open_splits(args: ImageArguments) -> tuple[ParquetRows | TableRows, Dataset
     name, folder = args.dataset_name, os.path.expanduser(args.dataset_name)
     is_table = os.path.isfile(os.path.join(folder, "dataset_dict.json"))
     is_table = is_table or (name == "digits" and not os.path.isdir(name))
-    if not is_table:
+    if not is_table and not (os.path.isdir(folder) and find_class_folders(folder)):
         with naming_the_dataset(name):
             builder = load_dataset_builder(folder if os.path.isdir(folder) else name, args.dataset_config_name)
         if isinstance(builder.config, ParquetConfig):

@@ -1,0 +1,101 @@
+"""A folder of images is read by its own structure: every image counts, with its folder's name as the label."""
+
+from pathlib import Path
+
+import pytest
+from PIL import Image
+
+from modeling_deit_ti.arguments import ImageArguments
+from modeling_deit_ti.data import load_images
+from modeling_deit_ti.errors import UserError
+
+
+def write(folder: Path, *files: str) -> str:
+    for index, file in enumerate(files):
+        path = folder / file
+        path.parent.mkdir(parents=True, exist_ok=True)
+        Image.new("RGB", (8, 8), (20 * index % 256, 90, 200)).save(path)
+    return str(folder)
+
+
+def several(folder: str, names: str = "{}.png", count: int = 5) -> list[str]:
+    return [f"{folder}/{names.format(index)}" for index in range(count)]
+
+
+def load(folder: str, **options):
+    return load_images(ImageArguments(dataset_name=folder, **options))
+
+
+def all_images(data) -> int:
+    return len(data.train) + len(data.evaluation)
+
+
+@pytest.mark.parametrize("streaming", [False, True])
+def test_classes_with_the_names_of_splits_in_them_are_classes(tmp_path, streaming):
+    classes = ["train station", "train track", "bus stop"]
+    folder = write(tmp_path / "data", *(file for name in classes for file in several(name)))
+    if streaming:
+        write(tmp_path / "data")
+    data = load(folder, streaming=streaming)
+    assert data.label_names == sorted(classes) and all_images(data) == 15
+
+
+def test_files_with_the_names_of_splits_in_them_are_all_used(tmp_path):
+    folder = write(
+        tmp_path, *several("cat", "train_{}.jpg"), *several("dog", "test_{}.jpg"), *several("dog", "{}.jpg")
+    )
+    data = load(folder)
+    assert data.label_names == ["cat", "dog"] and all_images(data) == 15 and data.eval_split == "train (held out)"
+
+
+def test_splits_may_be_capitalised(tmp_path):
+    folder = write(
+        tmp_path, *several("Train/cat"), *several("Train/dog"), *several("Test/dog", count=2), "Test/cat/1.JPG"
+    )
+    data = load(folder)
+    assert (len(data.train), len(data.evaluation), data.eval_split) == (10, 3, "test")
+    assert data.label_names == ["cat", "dog"] and data.evaluation["label"][:] == [0, 1, 1]
+
+
+@pytest.mark.parametrize("classes", [["train", "bus"], ["train", "test"]])
+def test_a_class_may_be_called_train(tmp_path, classes):
+    data = load(write(tmp_path, *(file for name in classes for file in several(name))))
+    assert data.label_names == sorted(classes) and all_images(data) == 10
+
+
+def test_class_folders_count_whatever_a_metadata_file_beside_them_says(tmp_path):
+    folder = write(tmp_path, *several("cat"), *several("dog"))
+    (tmp_path / "metadata.csv").write_text("file_name,text\ncat/0.png,a cat\n")
+    data = load(folder)
+    assert data.label_names == ["cat", "dog"] and all_images(data) == 10
+
+
+def test_labels_in_metadata_files_are_read_if_there_are_no_class_folders(tmp_path):
+    folder = write(
+        tmp_path, *(f"train/{index}.png" for index in range(4)), *(f"test/{index}.png" for index in range(2))
+    )
+    for split, count in (("train", 4), ("test", 2)):
+        rows = "".join(f"{index}.png,{'cat' if index % 2 else 'dog'}\n" for index in range(count))
+        (tmp_path / split / "metadata.csv").write_text("file_name,label\n" + rows)
+    data = load(folder)
+    assert (len(data.train), len(data.evaluation), data.label_names) == (4, 2, ["cat", "dog"])
+
+
+@pytest.mark.parametrize(
+    "files",
+    [["cat/a/1.png", "cat/b/1.png"], ["cat/1.png", "dog/1.png", "2.png"], ["train/cat/1.png", "train/2.png"]],
+    ids=["too deep", "beside the class folders", "beside the class folders of a split"],
+)
+def test_images_at_other_depths_are_refused(tmp_path, files):
+    with pytest.raises(UserError, match="one folder per class, optionally below train/ and test/"):
+        load(write(tmp_path, *files))
+
+
+def test_two_folders_for_one_split_are_refused(tmp_path):
+    with pytest.raises(UserError, match="'Train', 'train' are two folders for one split"):
+        load(write(tmp_path, *several("Train/cat"), *several("train/dog")))
+
+
+def test_characters_with_a_meaning_in_patterns_are_plain_in_names(tmp_path):
+    data = load(write(tmp_path / "my [photos]*", *several("cat?"), *several("[dog]")))
+    assert data.label_names == ["[dog]", "cat?"] and all_images(data) == 10
