@@ -2,11 +2,13 @@
 
 from pathlib import Path
 
+import numpy as np
 import pytest
 from PIL import Image
 
-from modeling_deit_ti.arguments import ImageArguments
-from modeling_deit_ti.data import load_images
+from modeling_deit_ti.arguments import AugmentationArguments, ImageArguments, ModelArguments
+from modeling_deit_ti.data import load_images, loading
+from modeling_deit_ti.data.inputs import EvalImages, make_image_processor, make_train_images
 from modeling_deit_ti.errors import UserError
 
 
@@ -99,3 +101,22 @@ def test_two_folders_for_one_split_are_refused(tmp_path):
 def test_characters_with_a_meaning_in_patterns_are_plain_in_names(tmp_path):
     data = load(write(tmp_path / "my [photos]*", *several("cat?"), *several("[dog]")))
     assert data.label_names == ["[dog]", "cat?"] and all_images(data) == 10
+
+
+@pytest.mark.parametrize("streaming", [False, True])
+def test_images_too_large_to_be_kept_decoded_are_decoded_when_they_are_read(tmp_path, monkeypatch, streaming):
+    folder = write(tmp_path, *several("train/cat"), *several("train/dog"), *several("test/cat"), *several("test/dog"))
+    inputs = []
+    for limit in (loading.MAX_DECODED_BYTES, 1):
+        monkeypatch.setattr(loading, "MAX_DECODED_BYTES", limit)
+        data = load(folder, streaming=streaming)
+        assert ("pixels" in data.evaluation.column_names) == (limit > 1)
+        augmentation = AugmentationArguments(crop="none", horizontal_flip=0, auto_augment="none", random_erasing=0)
+        processor = make_image_processor(ModelArguments(image_size=16), augmentation)
+        evaluation = EvalImages(data.evaluation, processor)
+        inputs.append([evaluation[index]["pixel_values"] for index in range(10)])
+        if not streaming:
+            train, _ = make_train_images(data, augmentation, processor, device="none")
+            inputs[-1] += [train[index, 0]["pixel_values"] for index in range(10)]
+    for decoded, encoded in zip(*inputs, strict=True):
+        np.testing.assert_allclose(decoded, encoded, atol=0.02)

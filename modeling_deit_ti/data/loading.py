@@ -257,8 +257,10 @@ def check_split(
         desc=f"Checking {split_name}",
     )
     if not decode:
-        encoded = split.select_columns(image_column).rename_column(image_column, "image").cast_column("image", Image())
-        checked = concatenate_datasets([encoded, checked], axis=1)
+        encoded = split.select_columns(image_column)
+        if image_column != "image":  # `datasets` refuses to rename a column to its own name
+            encoded = encoded.rename_column(image_column, "image")
+        checked = concatenate_datasets([encoded.cast_column("image", Image()), checked], axis=1)
     if not labels_needed and -1 in checked.unique("label"):
         checked = checked.remove_columns("label")
     return checked
