@@ -16,6 +16,8 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_outputs import BaseModelOutput
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from transformers.utils import ModelOutput
+from transformers.utils.generic import can_return_tuple, merge_with_config_defaults
+from transformers.utils.output_capturing import capture_outputs
 
 from .configuration_deit_ti import CLASS_TOKEN, DISTILLATION_TOKEN, DeiTTiConfig
 
@@ -27,13 +29,13 @@ class DeiTTiImageClassifierOutput(ModelOutput):
 
     Args:
         loss (`torch.FloatTensor` of shape `(1,)`, *optional*, returned when `labels` is given):
-            Cross-entropy of `logits` and the labels.
+            Loss of `logits` and the labels.
         logits (`torch.FloatTensor` of shape `(B, num_labels)`):
             What the model predicts with: the head that `config.readout` names, or the mean of both.
-        class_logits (`torch.FloatTensor` of shape `(B, num_labels)`, *optional*, where there is a class token):
+        class_logits (`torch.FloatTensor` of shape `(B, num_labels)`, *optional*, returned if there is a class token):
             Logits of the class head.
-        distillation_logits (`torch.FloatTensor` of shape `(B, num_labels)`, *optional*, where there is a distillation
-            token):
+        distillation_logits (`torch.FloatTensor` of shape `(B, num_labels)`, *optional*, returned if there is a
+            distillation token):
             Logits of the distillation head.
         hidden_states (`tuple` of `num_hidden_layers + 1` tensors of shape `(B, N, D)`, *optional*, returned when
             `output_hidden_states=True`):
@@ -56,7 +58,7 @@ def interpolate_position_embeddings(
 ) -> torch.Tensor:
     """
     Fits position embeddings to another number of patches: bicubic over the square grid of patches, as in
-    transformers' ViT and DeiT; those of the learned tokens stay as they are.
+    transformers' ViT and DeiT; those of the learned tokens do not change.
 
     Args:
         position_embeddings (`torch.Tensor` of shape `(1, num_tokens + rows * rows, D)`)
@@ -106,6 +108,7 @@ class DeiTTiEmbeddings(nn.Module):
 
     def forward(self, pixel_values: torch.Tensor, interpolate_pos_encoding: bool = False) -> torch.Tensor:
         batch_size, _, height, width = pixel_values.shape
+        pixel_values = pixel_values.to(self.patch_projection.weight.dtype)
         positions = self.position_embeddings
         if (height, width) != (self.image_size, self.image_size):
             if not interpolate_pos_encoding:
@@ -125,7 +128,7 @@ class DeiTTiEmbeddings(nn.Module):
 
 
 def eager_attention_forward(module, query, key, value, attention_mask, scaling, dropout=0.0, **kwargs):
-    """The attention written out; unlike the fused kernels it can return its probabilities."""
+    """Attention in separate steps; unlike the fused kernels, it can return its probabilities."""
     attention = torch.matmul(query, key.transpose(2, 3)) * scaling  # (B, H, N, N)
     if attention_mask is not None:
         attention = attention + attention_mask
@@ -179,12 +182,11 @@ class DeiTTiLayer(GradientCheckpointingLayer):
         self.dropout = nn.Dropout(config.hidden_dropout_prob)
         self.drop_path_rate = drop_path_rate
 
-    def forward(self, hidden_states: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None]:
-        branch, attention = self.attention(self.attention_norm(hidden_states))
+    def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        branch, _ = self.attention(self.attention_norm(hidden_states))
         hidden_states = hidden_states + drop_path(self.dropout(branch), self.drop_path_rate, self.training)
         branch = self.mlp(self.mlp_norm(hidden_states))
-        hidden_states = hidden_states + drop_path(self.dropout(branch), self.drop_path_rate, self.training)
-        return hidden_states, attention
+        return hidden_states + drop_path(self.dropout(branch), self.drop_path_rate, self.training)
 
 
 class DeiTTiPreTrainedModel(PreTrainedModel):
@@ -199,6 +201,7 @@ class DeiTTiPreTrainedModel(PreTrainedModel):
     _supports_sdpa = True
     _supports_flash_attn = True
     _supports_attention_backend = True
+    _can_record_outputs = {"hidden_states": DeiTTiLayer, "attentions": DeiTTiAttention}
 
     @torch.no_grad()
     def _init_weights(self, module: nn.Module):
@@ -230,14 +233,10 @@ class DeiTTiModel(DeiTTiPreTrainedModel):
     def get_input_embeddings(self) -> nn.Module:
         return self.embeddings.patch_projection
 
+    @merge_with_config_defaults
+    @capture_outputs(tie_last_hidden_states=False)
     def forward(
-        self,
-        pixel_values: torch.Tensor,
-        interpolate_pos_encoding: bool = False,
-        output_hidden_states: bool | None = None,
-        output_attentions: bool | None = None,
-        return_dict: bool | None = None,
-        **kwargs,
+        self, pixel_values: torch.Tensor, interpolate_pos_encoding: bool = False, **kwargs
     ) -> BaseModelOutput | tuple:
         """
         Args:
@@ -245,40 +244,20 @@ class DeiTTiModel(DeiTTiPreTrainedModel):
                 Normalised images, as the image processor makes them.
             interpolate_pos_encoding (`bool`, *optional*, defaults to `False`):
                 Whether to take images of another size, with interpolated position embeddings.
-            output_hidden_states (`bool`, *optional*): Whether to return the hidden states.
-            output_attentions (`bool`, *optional*): Whether to return the attention probabilities.
-            return_dict (`bool`, *optional*): Whether to return a `ModelOutput` rather than a tuple.
+            output_hidden_states, output_attentions, return_dict (`bool`, *optional*):
+                As in every model of transformers. Attention probabilities need `attn_implementation="eager"`.
 
         Returns:
             `BaseModelOutput` with `last_hidden_state` of shape `(B, N, D)`: class token, distillation token (those
             that the model has), patches.
 
         Raises:
-            ValueError: if the images have another size and `interpolate_pos_encoding` is not set, or if attention
-                probabilities are asked of an implementation that has none.
+            ValueError: if the images have another size and `interpolate_pos_encoding` is not set.
         """
-        if output_hidden_states is None:
-            output_hidden_states = self.config.output_hidden_states
-        if output_attentions is None:
-            output_attentions = self.config.output_attentions
-        if output_attentions and self.config._attn_implementation != "eager":
-            raise ValueError(
-                f"attn_implementation={self.config._attn_implementation!r} cannot return attention probabilities: "
-                'load the model with attn_implementation="eager".'
-            )
         hidden_states = self.embeddings(pixel_values, interpolate_pos_encoding)
-        all_hidden_states = (hidden_states,) if output_hidden_states else None
-        all_attentions = () if output_attentions else None
         for layer in self.layers:
-            hidden_states, attention = layer(hidden_states)
-            if output_hidden_states:
-                all_hidden_states += (hidden_states,)
-            if output_attentions:
-                all_attentions += (attention,)
-        output = BaseModelOutput(
-            last_hidden_state=self.norm(hidden_states), hidden_states=all_hidden_states, attentions=all_attentions
-        )
-        return output if return_dict in (None, True) else output.to_tuple()
+            hidden_states = layer(hidden_states)
+        return BaseModelOutput(last_hidden_state=self.norm(hidden_states))
 
 
 class DeiTTiForImageClassification(DeiTTiPreTrainedModel):
@@ -294,14 +273,12 @@ class DeiTTiForImageClassification(DeiTTiPreTrainedModel):
             self.distillation_head = nn.Linear(config.hidden_size, config.num_labels)
         self.post_init()
 
+    @can_return_tuple
     def forward(
         self,
         pixel_values: torch.Tensor,
         labels: torch.Tensor | None = None,
         interpolate_pos_encoding: bool = False,
-        output_hidden_states: bool | None = None,
-        output_attentions: bool | None = None,
-        return_dict: bool | None = None,
         **kwargs,
     ) -> DeiTTiImageClassifierOutput | tuple:
         """
@@ -309,26 +286,22 @@ class DeiTTiForImageClassification(DeiTTiPreTrainedModel):
             pixel_values (`torch.Tensor` of shape `(B, C, image_size, image_size)`):
                 Normalised images, as the image processor makes them.
             labels (`torch.Tensor` of shape `(B,)` or `(B, num_labels)`, *optional*):
-                Label ids, or a distribution over the labels. With them, `loss` is the cross-entropy of `logits`;
-                distillation has losses of its own, in `modeling_deit_ti.distillation`.
+                With them, `loss` is that of `logits`, as in transformers' ViT and DeiT: cross-entropy with label ids,
+                binary cross-entropy with float labels, mean squared error with a single label, unless
+                `config.problem_type` says otherwise. Distillation has losses of its own, in distillation.py.
 
         The other arguments, and what is raised, are those of [`DeiTTiModel`].
 
         Returns:
             [`DeiTTiImageClassifierOutput`]
         """
-        output = self.deit_ti(
-            pixel_values,
-            interpolate_pos_encoding=interpolate_pos_encoding,
-            output_hidden_states=output_hidden_states,
-            output_attentions=output_attentions,
-        )
+        output = self.deit_ti(pixel_values, interpolate_pos_encoding=interpolate_pos_encoding, **kwargs)
         tokens = output.last_hidden_state
         class_logits = distillation_logits = None
         if self.class_head is not None:
             class_logits = self.class_head(tokens[:, 0])
         if self.distillation_head is not None:
-            # The distillation token comes after the class token, where there is one.
+            # The distillation token comes after the class token, if there is one.
             distillation_logits = self.distillation_head(tokens[:, len(self.config.tokens) - 1])
         if self.config.readout == CLASS_TOKEN:
             logits = class_logits
@@ -336,15 +309,14 @@ class DeiTTiForImageClassification(DeiTTiPreTrainedModel):
             logits = distillation_logits
         else:
             logits = (class_logits + distillation_logits) / 2
-        output = DeiTTiImageClassifierOutput(
-            loss=None if labels is None else F.cross_entropy(logits, labels),
+        return DeiTTiImageClassifierOutput(
+            loss=None if labels is None else self.loss_function(labels, logits, self.config, **kwargs),
             logits=logits,
             class_logits=class_logits,
             distillation_logits=distillation_logits,
             hidden_states=output.hidden_states,
             attentions=output.attentions,
         )
-        return output if return_dict in (None, True) else output.to_tuple()
 
 
 __all__ = ["DeiTTiForImageClassification", "DeiTTiImageClassifierOutput", "DeiTTiModel", "DeiTTiPreTrainedModel"]

@@ -9,7 +9,14 @@ import pytest
 import timm
 import torch
 from torch.nn import functional as F
-from transformers import AutoConfig, AutoModel, AutoModelForImageClassification, DeiTConfig
+from transformers import (
+    AutoConfig,
+    AutoModel,
+    AutoModelForImageClassification,
+    DeiTConfig,
+    ViTConfig,
+    ViTForImageClassification,
+)
 from transformers import DeiTForImageClassificationWithTeacher as TransformersDeiT
 
 from modeling_deit_ti import DeiTTiConfig, DeiTTiForImageClassification, DeiTTiModel
@@ -177,12 +184,13 @@ def test_initialisation_is_a_truncated_normal_of_width_two_hundredths():
             assert abs(parameter.std().item() - 0.02) < 0.005, name
 
 
-def test_sdpa_and_eager_attention_agree_and_eager_returns_its_probabilities():
+def test_sdpa_and_eager_attention_agree_and_eager_returns_its_probabilities(capfd):
     model, images = perturb(small_model()), torch.randn(2, 3, 32, 32)
     assert model.config._attn_implementation == "sdpa"
     expected = model(images).logits
-    with pytest.raises(ValueError, match='attn_implementation="eager"'):
-        model(images, output_attentions=True)
+    # As transformers' own ViT: a warning, and no probabilities.
+    assert model(images, output_attentions=True).attentions == ()
+    assert "does not support `output_attentions=True`" in capfd.readouterr().err
     model.set_attn_implementation("eager")
     output = model(images, output_attentions=True)
     torch.testing.assert_close(output.logits, expected, atol=1e-5, rtol=0)
@@ -218,10 +226,33 @@ def test_gradient_checkpointing_gives_the_same_gradients():
     torch.testing.assert_close(*gradients)
 
 
-@pytest.mark.parametrize("labels", [torch.tensor([1, 4]), torch.tensor([[0.3, 0.7, 0, 0, 0], [0, 0, 0, 0.5, 0.5]])])
-def test_loss_is_the_cross_entropy_of_the_logits(labels):
-    output = small_model()(torch.randn(2, 3, 32, 32), labels=labels)
-    torch.testing.assert_close(output.loss, F.cross_entropy(output.logits, labels))
+@pytest.mark.parametrize(
+    ("labels", "loss", "problem_type"),
+    [
+        (torch.tensor([1, 4]), F.cross_entropy, "single_label_classification"),
+        (
+            torch.tensor([[0.0, 1, 1, 0, 0], [0, 0, 0, 0, 1]]),
+            F.binary_cross_entropy_with_logits,
+            "multi_label_classification",
+        ),
+    ],
+    ids=["one label per image", "several labels per image"],
+)
+def test_the_loss_of_labels_is_that_of_transformers_own_vit(labels, loss, problem_type):
+    model, vit = small_model(), ViTForImageClassification(ViTConfig(num_labels=5, num_hidden_layers=1))
+    output = model(torch.randn(2, 3, 32, 32), labels=labels)
+    torch.testing.assert_close(output.loss, vit.loss_function(labels, output.logits, vit.config))
+    torch.testing.assert_close(output.loss, loss(output.logits, labels))
+    assert model.config.problem_type == vit.config.problem_type == problem_type
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_a_model_in_half_precision_takes_float32_images(dtype):
+    model, images = small_model(), torch.randn(2, 3, 32, 32)
+    expected = model(images).logits
+    logits = model.to(dtype)(images).logits
+    assert logits.dtype == dtype
+    torch.testing.assert_close(logits.float(), expected, atol=0.05, rtol=0.05)
 
 
 def test_drop_path_drops_whole_images_and_keeps_the_expectation():
