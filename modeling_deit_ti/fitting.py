@@ -164,14 +164,14 @@ def _fit(args: Arguments, pretrained: PreTrainedModel | None, source: str, data:
 def _recipe(run: Arguments, name: str, data: ImageData, is_pretrained: bool) -> dict:
     """All that decides what a fitted teacher is."""
     hyperparameters = run.hyperparameters()
-    for name in ("per_device_train_batch_size", "gradient_accumulation_steps"):  # what counts is their product
-        del hyperparameters[name]
+    for factor in ("per_device_train_batch_size", "gradient_accumulation_steps"):  # what counts is their product
+        del hyperparameters[factor]
     return {
         "teacher": name,
         "pretrained": is_pretrained,
         "image_size": run.model.image_size,
         "dataset": data.fingerprint,
-        **{name: str(value) if name == "optim" else value for name, value in hyperparameters.items()},
+        **hyperparameters,
         "batch_size": run.training.total_train_batch_size,
         "precision": run.training.mixed_precision,
         "version": FITTING_VERSION,
