@@ -208,7 +208,7 @@ def make_teacher_cache(args: Arguments, teacher: Teacher, data: ImageData, image
     cache = TeacherCache(folder, recipe, num_labels, is_static="order" not in recipe, mixes=mixes)
     num_files = len(list(folder.glob("*.bin")))
     if num_files:
-        logger.info(f"Teacher: reading its logits from {folder}" + f" ({num_files} epochs)" * (not cache.is_static))
+        logger.info(f"Teacher: reading its logits from {folder}" + f" (epochs: {num_files})" * (not cache.is_static))
     else:
         logger.info(f"Teacher: storing its logits for later {'epochs and ' * cache.is_static}runs in {folder}")
     return cache

@@ -1,12 +1,14 @@
 """The teacher: it speaks the student's language, knows something, and never changes."""
 
 import json
+import re
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import timm
 import torch
+from building import DIGITS, TINY_CNN, arguments, image_processor
 from PIL import Image as PILImage
 from torch.nn import functional as F
 from transformers import (
@@ -21,25 +23,18 @@ from transformers import (
 )
 
 from modeling_deit_ti import DeiTTiConfig, DeiTTiForImageClassification
-from modeling_deit_ti.data import DataArguments, EvalImages, label_maps, load_images, make_image_processor
+from modeling_deit_ti.arguments import ImageArguments
+from modeling_deit_ti.checkpoints import seal
+from modeling_deit_ti.classifiers import input_format, label_maps, new_timm_classifier
+from modeling_deit_ti.data import load_images
+from modeling_deit_ti.data.inputs import EvalImages, make_image_processor
 from modeling_deit_ti.distillation import resolve_mode
 from modeling_deit_ti.errors import UserError
-from modeling_deit_ti.teacher import (
-    Teacher,
-    TeacherArguments,
-    _input_format,
-    check_better_than_chance,
-    match_labels,
-    new_timm_classifier,
-    prepare_teacher,
-)
-from modeling_deit_ti.trainer import DistillationTrainingArguments
+from modeling_deit_ti.fitting import prepare_teacher
+from modeling_deit_ti.teacher import Teacher, check_better_than_chance, match_labels
 
 
 MEAN, STD = [0.485, 0.456, 0.406], [0.229, 0.224, 0.225]
-DIGITS = [str(digit) for digit in range(10)]
-# A CNN of timm's own tests: 16 to 64 channels, real architecture, fitted in seconds.
-TINY_CNN = "test_resnet"
 
 
 def tiny_vit(labels: list[str], image_size: int = 16) -> ViTForImageClassification:
@@ -149,7 +144,7 @@ def test_in_half_precision_it_still_answers_in_float32(dtype):
 
 def test_a_timm_network_keeps_timms_initialisation(tmp_path):
     torch.manual_seed(0)
-    model = new_timm_classifier("resnet18", DIGITS, 32, make_image_processor(DataArguments(), 32))
+    model = new_timm_classifier("resnet18", DIGITS, 32, image_processor(32))
     weights = timm.create_model("resnet18", num_classes=10).state_dict()
     for name, parameter in model.timm_model.named_parameters():
         if weights[name].numel() > 1000:
@@ -162,7 +157,7 @@ def test_a_timm_network_keeps_timms_initialisation(tmp_path):
 
 
 def test_a_timm_transformer_is_made_for_the_image_size():
-    model = new_timm_classifier("test_vit", DIGITS, 64, make_image_processor(DataArguments(), 64))
+    model = new_timm_classifier("test_vit", DIGITS, 64, image_processor(64))
     assert model(torch.randn(1, 3, 64, 64)).logits.shape == (1, 10)
 
 
@@ -171,61 +166,67 @@ def test_a_timm_transformer_is_made_for_the_image_size():
 
 @pytest.fixture(scope="module")
 def digits():
-    return load_images(DataArguments(dataset_name="digits"))
+    return load_images(ImageArguments("digits"))
 
 
-def prepare(digits, folder, training=None, **arguments):
+def student_arguments(folder, **flags):
+    """Those of a run with a teacher that knows the digits within seconds, unless a flag says otherwise."""
     defaults = {
-        "teacher_model_name_or_path": TINY_CNN,
-        "teacher_output_dir": str(folder / "teachers"),
-        "teacher_num_train_epochs": 6,
-        "teacher_learning_rate": 1e-2,
+        "dataset_name": "digits",
+        "distill_mode": "both",
+        "image_size": 32,
+        "crop": "none",
+        "horizontal_flip": 0,
+        "per_device_train_batch_size": 64,
+        "disable_tqdm": True,
+        "output_dir": folder / "run",
+        "teacher_output_dir": folder / "teachers",
     }
-    data_args = DataArguments(dataset_name="digits", crop="none", horizontal_flip=0)
-    training_args = DistillationTrainingArguments(
-        output_dir=str(folder / "run"), per_device_train_batch_size=64, disable_tqdm=True, **(training or {})
-    )
-    return prepare_teacher(
-        TeacherArguments(**{**defaults, **arguments}),
-        digits,
-        data_args,
-        training_args,
-        make_image_processor(data_args, 32),
-    )
+    if "teacher_config" not in flags:
+        defaults["teacher_model_name_or_path"] = TINY_CNN
+        defaults["teacher_num_train_epochs"] = 6
+        defaults["teacher_learning_rate"] = 1e-2
+    return arguments(**{**defaults, **flags})
+
+
+def prepare(digits, folder, **flags):
+    args = student_arguments(folder, **flags)
+    return prepare_teacher(args, digits, make_image_processor(args.model, args.augmentation))
 
 
 def accuracy_on(teacher, data) -> float:
-    processor = make_image_processor(DataArguments(crop="none"), 32)
-    samples = EvalImages(data.evaluation, processor).__getitems__(list(range(len(data.evaluation))))
+    samples = EvalImages(data.evaluation, image_processor(32)).__getitems__(list(range(len(data.evaluation))))
     return (teacher(samples["pixel_values"]).argmax(-1) == samples["labels"]).float().mean().item()
 
 
-def test_a_teacher_that_does_not_know_the_labels_is_fitted_kept_and_reused(digits, tmp_path, capsys):
-    teacher, path, facts = prepare(digits, tmp_path)
+def test_a_teacher_that_does_not_know_the_labels_is_fitted_kept_and_reused(digits, tmp_path, caplog):
+    caplog.set_level("INFO", "modeling_deit_ti")
+    teacher, record, path = prepare(digits, tmp_path)
     assert accuracy_on(teacher, digits) > 0.8
-    assert (facts["fitted"], facts["image_size"], facts["source"]) == ("scratch", 32, "timm")
-    assert facts["hyperparameters"]["num_train_epochs"] == 6
+    assert (record.fitted, record.image_size, record.source) == ("scratch", 32, "timm")
+    assert record.hyperparameters["num_train_epochs"] == 6
     folder = Path(path)
     assert folder.parent == tmp_path / "teachers" and folder.name.startswith("test_resnet-digits-")
-    assert json.loads((folder / "teacher_recipe.json").read_text())["dataset"] == digits.fingerprint
+    recipe = json.loads((folder / "teacher_recipe.json").read_text())
+    assert (recipe["teacher"], recipe["dataset"]) == (TINY_CNN, digits.fingerprint)
     loaded = AutoModelForImageClassification.from_pretrained(folder)
     assert list(loaded.config.id2label.values()) == DIGITS
     written = (folder / "model.safetensors").stat().st_mtime_ns
 
-    again, *_ = prepare(digits, tmp_path, training={"distill_mode": "both", "seed": 7})
+    again, *_ = prepare(digits, tmp_path, distill_mode="soft", seed=7, learning_rate=1, mixup=0.5, num_train_epochs=2)
     assert (folder / "model.safetensors").stat().st_mtime_ns == written
-    assert "fitted by an earlier run" in capsys.readouterr().out
+    assert "fitted by an earlier run" in caplog.text
     images = torch.randn(2, 3, 32, 32)
     torch.testing.assert_close(again(images), teacher(images), atol=0, rtol=0)
 
 
 def test_another_recipe_or_dataset_fits_another_teacher(digits, tmp_path):
     quick = {"teacher_num_train_epochs": 0.1}
-    paths = {prepare(digits, tmp_path, **quick)[1]}
-    paths.add(prepare(digits, tmp_path, **quick, teacher_learning_rate=5e-3)[1])
-    paths.add(prepare(digits, tmp_path, **quick, teacher_image_size=24)[1])
-    paths.add(prepare(digits, tmp_path, teacher_num_train_epochs=0.2)[1])
-    paths.add(prepare(replace(digits, fingerprint="another"), tmp_path, **quick)[1])
+    paths = {prepare(digits, tmp_path, **quick)[2]}
+    paths.add(prepare(digits, tmp_path, **quick, teacher_learning_rate=5e-3)[2])
+    paths.add(prepare(digits, tmp_path, **quick, teacher_image_size=24)[2])
+    paths.add(prepare(digits, tmp_path, teacher_num_train_epochs=0.2)[2])
+    paths.add(prepare(replace(digits, fingerprint="another"), tmp_path, **quick)[2])
     assert len(paths) == 5
 
 
@@ -239,7 +240,7 @@ def test_fitting_gives_the_same_teacher_again(digits, tmp_path):
 
 
 def test_a_folder_without_its_recipe_is_not_reused(digits, tmp_path):
-    _, path, _ = prepare(digits, tmp_path, teacher_num_train_epochs=0.1)
+    *_, path = prepare(digits, tmp_path, teacher_num_train_epochs=0.1)
     recipe = Path(path, "teacher_recipe.json")
     content = recipe.read_text()
     recipe.unlink()
@@ -249,10 +250,32 @@ def test_a_folder_without_its_recipe_is_not_reused(digits, tmp_path):
     assert not list(Path(path).glob("checkpoint-*"))
 
 
+def test_a_teacher_whose_run_was_killed_while_it_saved_resumes_and_ends_the_same(
+    digits, tmp_path, monkeypatch, caplog
+):
+    few, quick = replace(digits, train=digits.train.select(range(128))), {"teacher_num_train_epochs": 2}
+    whole, *_ = prepare(few, tmp_path / "whole", **quick)
+
+    def seal_the_first_alone(checkpoint):
+        if checkpoint.endswith("checkpoint-4"):
+            raise KeyboardInterrupt
+        seal(checkpoint)
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr("modeling_deit_ti.trainer.seal", seal_the_first_alone)
+        prepare(few, tmp_path, **quick)
+    caplog.set_level("INFO", "modeling_deit_ti")
+    resumed, _, path = prepare(few, tmp_path, **quick)
+    assert f"resuming from {path}/checkpoint-2" in caplog.text
+    weights = resumed.model.state_dict()
+    assert all(torch.equal(value, weights[name]) for name, value in whole.model.state_dict().items())
+    assert not list(Path(path).glob("checkpoint-*"))
+
+
 def test_a_teacher_that_knows_the_labels_is_taken_as_it_is(digits, tmp_path):
     folder = save_classifier(tmp_path / "vit", list(reversed(DIGITS)))
-    teacher, path, facts = prepare(digits, tmp_path, teacher_model_name_or_path=folder)
-    assert facts["fitted"] is None and path == folder and not (tmp_path / "teachers").exists()
+    teacher, record, path = prepare(digits, tmp_path, teacher_model_name_or_path=folder)
+    assert record.fitted is None and path == folder and not (tmp_path / "teachers").exists()
     images = torch.randn(2, 3, 16, 16)
     model = AutoModelForImageClassification.from_pretrained(folder).eval()
     own = (images * torch.tensor(STD).view(3, 1, 1) + torch.tensor(MEAN).view(3, 1, 1) - 0.5) / 0.5
@@ -261,10 +284,10 @@ def test_a_teacher_that_knows_the_labels_is_taken_as_it_is(digits, tmp_path):
 
 def test_a_classifier_of_other_labels_is_fitted_from_its_weights(digits, tmp_path):
     folder = save_classifier(tmp_path / "vit", ["cat", "dog"])
-    teacher, _, facts = prepare(
+    teacher, record, _ = prepare(
         digits, tmp_path, teacher_model_name_or_path=folder, teacher_num_train_epochs=0.1, teacher_learning_rate=1e-9
     )
-    assert facts["fitted"] == "pretrained" and facts["image_size"] == 16
+    assert record.fitted == "pretrained" and record.image_size == 16
     start = AutoModelForImageClassification.from_pretrained(folder).vit.state_dict()
     fitted = teacher.model.vit.state_dict()
     assert all(torch.allclose(start[name], fitted[name], atol=1e-5) for name in start)
@@ -276,7 +299,7 @@ def test_a_classifier_of_other_labels_is_fitted_from_its_weights(digits, tmp_pat
     [
         (
             {"teacher_model_name_or_path": "no_such_model"},
-            "neither a timm architecture, nor a local folder",
+            "no_such_model: there is no such folder or timm architecture",
         ),
         ({"teacher_num_train_epochs": 0}, "--teacher_num_train_epochs 0 forbids"),
     ],
@@ -288,7 +311,7 @@ def test_a_teacher_that_cannot_be_had_is_an_error(digits, tmp_path, arguments, m
 
 def test_fitting_needs_labels(digits, tmp_path):
     unlabelled = replace(digits, train=digits.train.remove_columns("label"))
-    with pytest.raises(UserError, match="has to be fitted, and the training images have no labels"):
+    with pytest.raises(UserError, match="has to be fitted, but the training images have no labels"):
         prepare(unlabelled, tmp_path)
 
 
@@ -298,6 +321,120 @@ def test_a_pickled_teacher_is_never_loaded(digits, tmp_path):
     torch.save(tiny_vit(DIGITS).state_dict(), folder / "pytorch_model.bin")
     with pytest.raises(UserError, match="from safetensors"):
         prepare(digits, tmp_path, teacher_model_name_or_path=str(folder))
+
+
+# ---- A recipe of its own ----
+
+
+def write_config(folder: Path, **recipe) -> Path:
+    file = folder / "teacher.yaml"
+    file.write_text(json.dumps(recipe))  # which is YAML as well
+    return file
+
+
+RECIPE = {
+    "model_name_or_path": TINY_CNN,
+    "optim": "sgd",
+    "learning_rate": 0.03,
+    "num_train_epochs": 0.2,
+    "image_size": 24,
+    "auto_augment": "rand-m3-mstd0.5-inc1",
+    "per_device_train_batch_size": 48,
+}
+
+
+def test_a_teacher_config_sets_any_flag_of_the_teachers_run_and_none_of_the_students(digits, tmp_path):
+    args = student_arguments(tmp_path, teacher_config=write_config(tmp_path, **RECIPE))
+    run = args.fitting
+    assert (run.model.model_name_or_path, run.model.image_size) == (TINY_CNN, 24)
+    assert (run.training.optim, run.training.learning_rate, run.training.num_train_epochs) == ("sgd", 0.03, 0.2)
+    assert (run.augmentation.auto_augment, run.training.per_device_train_batch_size) == ("rand-m3-mstd0.5-inc1", 48)
+    assert run.training.distill_mode == "none" and run.images == args.images
+    own = student_arguments(tmp_path)
+    assert args.model == own.model and args.augmentation == own.augmentation
+    assert args.training.to_dict() == own.training.to_dict()
+
+    teacher, record, path = prepare(digits, tmp_path, teacher_config=tmp_path / "teacher.yaml")
+    assert (record.name, record.image_size, teacher.image_size) == (TINY_CNN, 24, 24)
+    recipe = json.loads(Path(path, "teacher_recipe.json").read_text())
+    expected = {**RECIPE, "batch_size": 48, "teacher": TINY_CNN}
+    del expected["per_device_train_batch_size"], expected["model_name_or_path"]
+    assert {name: recipe[name] for name in expected} == expected
+    assert (record.hyperparameters["optim"], record.hyperparameters["batch_size"]) == ("sgd", 48)
+
+
+def test_the_teachers_own_flags_win_over_its_config(tmp_path):
+    flags = {
+        "teacher_model_name_or_path": "resnet18",
+        "teacher_image_size": 40,
+        "teacher_num_train_epochs": 3,
+        "teacher_learning_rate": 0.5,
+    }
+    run = student_arguments(tmp_path, teacher_config=write_config(tmp_path, **RECIPE), **flags).fitting
+    assert (run.model.model_name_or_path, run.model.image_size) == ("resnet18", 40)
+    assert (run.training.num_train_epochs, run.training.learning_rate) == (3, 0.5)
+    assert (run.training.optim, run.training.per_device_train_batch_size) == ("sgd", 48)  # which no flag sets
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "message"),
+    [
+        ("dataset_name", "digits", "dataset_name is not the teacher's to set"),
+        ("max_train_samples", 10, "max_train_samples is not the teacher's to set"),
+        ("distill_mode", "soft", "distill_mode is not the teacher's to set"),
+        ("output_dir", "teacher", "output_dir is not the teacher's to set"),
+        ("teacher_learning_rate", 0.1, "teacher_learning_rate is not the teacher's to set"),
+        ("learning_rat", 0.1, "unknown key 'learning_rat'; did you mean --learning_rate"),
+        ("learning_rate", "fast", "argument --learning_rate.*: invalid float value: 'fast'"),
+        ("learning_rate", -1, "--learning_rate -1.0: must be at least 0"),
+        ("num_train_epochs", 0, "--num_train_epochs 0.0: must be above 0"),
+        ("crop", "round", "argument --crop: invalid choice: 'round'"),
+        ("optim", "newton", "newton"),
+    ],
+)
+def test_what_a_teacher_config_may_not_say_is_refused_with_the_file_and_the_flag(tmp_path, key, value, message):
+    file = write_config(tmp_path, **{key: value})
+    with pytest.raises(UserError, match=f"^--teacher_config {re.escape(str(file))}: .*{message}"):
+        student_arguments(tmp_path, teacher_config=file)
+
+
+@pytest.mark.parametrize("text", [None, "a: [", "- a\n- b\n"], ids=["missing", "broken", "a list"])
+def test_a_teacher_config_that_is_no_recipe_is_refused_with_its_name(tmp_path, text):
+    file = tmp_path / "teacher.yaml"
+    if text is not None:
+        file.write_text(text)
+    with pytest.raises(UserError, match=f"^--teacher_config {re.escape(str(file))}: "):
+        student_arguments(tmp_path, teacher_config=file)
+
+
+def test_each_teacher_config_has_a_teacher_of_its_own(digits, tmp_path):
+    quick = {"model_name_or_path": TINY_CNN, "num_train_epochs": 0.1}
+    changes = [{"optim": "sgd"}, {"auto_augment": "rand-m3-mstd0.5-inc1"}, {"weight_decay": 0}, {"mixup": 0.2}]
+    paths = [
+        prepare(digits, tmp_path, teacher_config=write_config(tmp_path, **quick, **change))[2]
+        for change in ({}, *changes, {})
+    ]
+    assert len(set(paths)) == 5 and paths[0] == paths[-1]
+
+
+def test_a_fitted_teacher_is_a_finished_run_with_its_card_curves_and_results(digits, tmp_path):
+    teacher, _, path = prepare(digits, tmp_path, teacher_config=write_config(tmp_path, **RECIPE))
+    folder = Path(path)
+    card = (folder / "README.md").read_text()
+    assert "timm's `test_resnet`" in card and "24x24 pixels" in card and "without distillation" in card
+    for flag, value in {**RECIPE, "lr_scheduler_type": "cosine"}.items():
+        if flag not in ("model_name_or_path", "image_size"):
+            assert f"| {flag} | `{value}` |" in card
+    results = json.loads((folder / "all_results.json").read_text())
+    processor = DeiTImageProcessor.from_pretrained(folder)
+    samples = EvalImages(digits.evaluation, processor).__getitems__(list(range(len(digits.evaluation))))
+    logits = teacher.model(samples["pixel_values"]).logits
+    assert results["eval_accuracy"] == pytest.approx((logits.argmax(-1) == samples["labels"]).double().mean().item())
+    assert f"{results['eval_accuracy']:.2%}".replace("%", " %") in card
+    assert PILImage.open(folder / "training_curves.png").width > 100
+    log = json.loads((folder / "trainer_state.json").read_text())["log_history"]
+    assert any("loss" in entry for entry in log) and any("eval_accuracy" in entry for entry in log)
+    assert not list(folder.glob("checkpoint-*"))
 
 
 # ---- Knowing something ----
@@ -340,11 +477,11 @@ def test_a_perfect_teacher_is_never_refused(labels):
 def test_the_teacher_sees_what_its_own_image_processor_would_give_it(tmp_path, processor):
     model = tiny_vit(["a", "b"]).eval()
     processor.save_pretrained(tmp_path)
-    size, mean, std = _input_format(model, str(tmp_path))
+    size, mean, std = input_format(model, str(tmp_path))
     assert size == 16
     image = PILImage.new("RGB", (16, 16), (200, 100, 50))
     own = torch.as_tensor(processor([image], return_tensors="pt")["pixel_values"]).float()
-    ours = make_image_processor(DataArguments(crop="none"), 16)([image], return_tensors="pt")["pixel_values"]
+    ours = image_processor(16)([image], return_tensors="pt")["pixel_values"]
     teacher = Teacher(model, size, mean, std, MEAN, STD)
     torch.testing.assert_close(teacher(ours), model(own).logits, atol=1e-4, rtol=1e-4)
 
@@ -353,8 +490,8 @@ def test_a_processor_that_exchanges_colours_is_refused(tmp_path):
     MobileViTImageProcessor(size={"shortest_edge": 16}, crop_size={"height": 16, "width": 16}).save_pretrained(
         tmp_path
     )
-    with pytest.raises(UserError, match="exchanges or mixes the colours"):
-        _input_format(tiny_vit(["a", "b"]), str(tmp_path))
+    with pytest.raises(UserError, match="swaps or mixes the colours"):
+        input_format(tiny_vit(["a", "b"]), str(tmp_path))
 
 
 # ---- Models of this project as teachers ----
@@ -364,15 +501,15 @@ def test_a_processor_that_exchanges_colours_is_refused(tmp_path):
 def test_a_deit_ti_of_other_labels_is_fitted_with_the_head_that_learns(digits, tmp_path, mode):
     config = DeiTTiConfig(image_size=32, patch_size=16, **label_maps(["cat", "dog"]), **mode.network)
     DeiTTiForImageClassification(config).save_pretrained(tmp_path / "deit")
-    make_image_processor(DataArguments(crop="none"), 32).save_pretrained(tmp_path / "deit")
-    teacher, _, facts = prepare(
+    image_processor(32).save_pretrained(tmp_path / "deit")
+    teacher, record, _ = prepare(
         digits,
         tmp_path,
         teacher_model_name_or_path=str(tmp_path / "deit"),
         teacher_num_train_epochs=0.1,
         teacher_learning_rate=1e-3,
     )
-    assert facts["fitted"] == "pretrained"
+    assert record.fitted == "pretrained"
     assert (teacher.model.config.tokens, teacher.model.config.readout) == (["class"], "class")
     assert teacher(torch.randn(2, 3, 32, 32)).shape == (2, 10)
 
@@ -381,7 +518,7 @@ def test_a_backbone_without_a_head_does_not_know_any_labels(digits, tmp_path):
     folder = Path(save_classifier(tmp_path / "vit", ["0", "1"]))
     tiny_vit(["0", "1"]).vit.save_pretrained(folder)
     two = replace(digits, label_names=["a", "b"])
-    with pytest.raises(UserError, match="forbids to fit"):
+    with pytest.raises(UserError, match="forbids fitting"):
         prepare(two, tmp_path, teacher_model_name_or_path=str(folder), teacher_num_train_epochs=0)
 
 

@@ -3,8 +3,8 @@
 import json
 import os
 import resource
+import shutil
 import signal
-import sys
 import time
 from dataclasses import replace
 from pathlib import Path
@@ -12,87 +12,80 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from accelerate import PartialState
+from building import NOTHING_RANDOM, TINY_CNN, arguments, tiny_student, tiny_teacher
+from real_command import run
 
-import train_hf
-from modeling_deit_ti import DeiTTiConfig, DeiTTiForImageClassification
 from modeling_deit_ti import teacher_cache as module
-from modeling_deit_ti.data import DataArguments, TrainSampler, load_images, make_image_processor, make_train_images
+from modeling_deit_ti.arguments import Arguments, ImageArguments
+from modeling_deit_ti.data import load_images
+from modeling_deit_ti.data.inputs import make_image_processor
+from modeling_deit_ti.data.sampling import TrainSampler
 from modeling_deit_ti.errors import UserError
-from modeling_deit_ti.teacher import Teacher, TeacherArguments, new_timm_classifier
+from modeling_deit_ti.runs import build_trainer
+from modeling_deit_ti.teacher import Teacher
 from modeling_deit_ti.teacher_cache import TeacherCache, make_teacher_cache
-from modeling_deit_ti.trainer import DistillationTrainer, DistillationTrainingArguments
+from modeling_deit_ti.trainer import DistillationTrainer
 
 
-LABELS = [str(digit) for digit in range(10)]
-NOTHING_RANDOM = {"crop": "none", "horizontal_flip": 0.0, "auto_augment": "none", "random_erasing": 0.0}
-PLAIN = DataArguments(dataset_name="digits", **NOTHING_RANDOM)
-AUGMENTED = DataArguments(dataset_name="digits")
-ON_DEVICE = DataArguments(dataset_name="digits", augment_on="device")
 UNMIXED = {"mixup": 0, "cutmix": 0, "repeated_augmentation": 1}
 TIMINGS = ("train_seconds", "train_runtime", "train_samples_per", "train_steps_per")
 
 
 @pytest.fixture(scope="module")
 def digits():
-    return load_images(DataArguments(dataset_name="digits", max_train_samples=64, max_eval_samples=50))
+    return load_images(ImageArguments("digits", max_train_samples=64, max_eval_samples=50))
 
 
-def make_teacher(**changes) -> Teacher:
-    torch.manual_seed(5)
-    processor = make_image_processor(PLAIN, 32)
-    model = new_timm_classifier("test_resnet", LABELS, 32, processor)
-    mean, std = list(processor.image_mean), list(processor.image_std)
-    settings = {"image_size": 32, "image_mean": mean, "image_std": std, "student_mean": mean, "student_std": std}
-    return Teacher(model, **{**settings, **changes})
+@pytest.fixture(autouse=True)
+def log(caplog):
+    PartialState()  # accelerate's logger asks it which process this is
+    caplog.set_level("INFO", "modeling_deit_ti")
+    return caplog
 
 
-def training_arguments(folder: Path, **options) -> DistillationTrainingArguments:
-    settings = {
+def run_arguments(folder: Path, **flags) -> Arguments:
+    """Two epochs of four steps with DeiT's augmentation, unless a flag says otherwise."""
+    defaults = {
+        "output_dir": folder / "run",
         "distill_mode": "both",
+        "image_size": 32,
+        "drop_path_rate": 0,
         "per_device_train_batch_size": 16,
         "num_train_epochs": 2,
         "learning_rate": 1e-3,
         "save_strategy": "no",
         "eval_strategy": "no",
         "disable_tqdm": True,
-        **options,
+        "teacher_model_name_or_path": TINY_CNN,
+        "teacher_output_dir": folder,
     }
-    return DistillationTrainingArguments(output_dir=str(folder / "run"), **settings)
+    return arguments(**{**defaults, **flags})
 
 
-def make_cache(data, folder, data_args=PLAIN, *, teacher=None, image_size=32, teacher_cache="auto", **options):
-    return make_teacher_cache(
-        TeacherArguments("test_resnet", teacher_output_dir=str(folder), teacher_cache=teacher_cache),
-        teacher or make_teacher(),
-        data,
-        data_args,
-        training_arguments(folder, **options),
-        make_image_processor(data_args, image_size),
-    )
+def make_cache(data, folder, teacher=None, **flags) -> TeacherCache | None:
+    args = run_arguments(folder, **flags)
+    image_processor = make_image_processor(args.model, args.augmentation)
+    return make_teacher_cache(args, teacher or tiny_teacher(), data, image_processor)
 
 
-def make_trainer(data, folder, data_args, **options) -> DistillationTrainer:
-    """Four steps an epoch. Its `teacher_calls` lists the sizes of the batches that the network has seen."""
-    args = training_arguments(folder, **options)
-    torch.manual_seed(3)
-    config = DeiTTiConfig(
-        image_size=32, patch_size=16, num_labels=10, num_hidden_layers=1, drop_path_rate=0.0, **args.mode.network
-    )
-    processor = make_image_processor(data_args, 32)
-    train_images, augment = make_train_images(data.train, data_args, processor)
-    teacher, calls = make_teacher(), []
-    teacher.register_forward_hook(lambda module, args, output: calls.append(len(output)))
-    trainer = DistillationTrainer(
-        model=DeiTTiForImageClassification(config),
-        args=args,
-        teacher=teacher,
-        teacher_cache=make_cache(data, folder, data_args, **options),
-        augment=augment,
-        train_dataset=train_images,
-        processing_class=processor,
-    )
-    trainer.teacher_calls = calls
-    return trainer
+class CountingTeacher(Teacher):
+    """A teacher with `calls`, the sizes of the batches that its network has seen."""
+
+    def __init__(self, *args, **kwargs):
+        super().__init__(*args, **kwargs)
+        self.calls = []
+
+    def forward(self, pixel_values):
+        self.calls.append(len(pixel_values))
+        return super().forward(pixel_values)
+
+
+def make_trainer(data, folder, **flags) -> DistillationTrainer:
+    args = run_arguments(folder, **flags)
+    teacher, processor = tiny_teacher(CountingTeacher), make_image_processor(args.model, args.augmentation)
+    cache = make_teacher_cache(args, teacher, data, processor)
+    return build_trainer(args, data, tiny_student(args, num_hidden_layers=1), processor, teacher, cache)
 
 
 def result(trainer: DistillationTrainer) -> tuple[dict[str, torch.Tensor], list[dict]]:
@@ -113,41 +106,41 @@ def assert_same(first: tuple, second: tuple) -> None:
 
 
 def test_with_nothing_random_every_image_is_computed_once_for_all_epochs_and_runs(digits, tmp_path):
-    first = make_trainer(digits, tmp_path, PLAIN, **UNMIXED, num_train_epochs=3)
+    first = make_trainer(digits, tmp_path, **NOTHING_RANDOM, num_train_epochs=3)
     first.train()
-    assert first.teacher_calls == [16] * 4  # of the first epoch's four steps
+    assert first.teacher.calls == [16] * 4  # of the first epoch's four steps
     assert first.teacher_cache.share_read == pytest.approx(2 / 3)
     other = {"seed": 7, "distill_mode": "soft", "num_train_epochs": 1, "per_device_train_batch_size": 32}
-    second = make_trainer(digits, tmp_path, PLAIN, **UNMIXED, **other)
+    second = make_trainer(digits, tmp_path, **NOTHING_RANDOM, **other)
     second.train()
-    assert second.teacher_calls == [] and second.teacher_cache.share_read == 1
+    assert second.teacher.calls == [] and second.teacher_cache.share_read == 1
     assert any("teacher_agreement" in entry for entry in second.state.log_history)
 
 
 @pytest.mark.parametrize(
-    ("data_args", "options"),
+    "flags",
     [
-        (PLAIN, UNMIXED),
-        (AUGMENTED, UNMIXED),
-        (AUGMENTED, {"mixup": 0.8, "cutmix": 1.0, "repeated_augmentation": 3}),
-        (ON_DEVICE, {"mixup": 0.8, "cutmix": 0, "repeated_augmentation": 1, "gradient_accumulation_steps": 2}),
+        NOTHING_RANDOM,
+        UNMIXED,
+        {"augment_on": "loader"},
+        {"augment_on": "device", "cutmix": 0, "repeated_augmentation": 1, "gradient_accumulation_steps": 2},
     ],
-    ids=["static", "augmented", "the paper's recipe", "on the device"],
+    ids=["static", "augmented", "the paper's recipe, in the loader", "on the device"],
 )
-def test_a_run_from_the_cache_is_the_run_that_filled_it(digits, tmp_path, data_args, options):
-    runs = [make_trainer(digits, tmp_path, data_args, **options) for _ in range(2)]
+def test_a_run_from_the_cache_is_the_run_that_filled_it(digits, tmp_path, flags):
+    runs = [make_trainer(digits, tmp_path, **flags) for _ in range(2)]
     for trainer in runs:
         trainer.train()
-    assert len(runs[0].teacher_calls) == (4 if data_args is PLAIN else 8) and runs[1].teacher_calls == []
+    assert len(runs[0].teacher.calls) == (4 if flags is NOTHING_RANDOM else 8) and runs[1].teacher.calls == []
     assert_same(*map(result, runs))
-    soft = make_trainer(digits, tmp_path, data_args, **options, distill_mode="soft", learning_rate=1e-4)
+    soft = make_trainer(digits, tmp_path, **{**flags, "distill_mode": "soft", "learning_rate": 1e-4})
     soft.train()
-    assert soft.teacher_calls == []
+    assert soft.teacher.calls == []
 
 
 def test_the_rounded_logits_are_the_teachers_and_its_decision_is_the_same_read_or_computed(digits, tmp_path):
-    cache, again = (make_cache(digits, tmp_path, **UNMIXED) for _ in range(2))
-    teacher, sampler = make_teacher(), TrainSampler(64, 16, seed=42)
+    cache, again = (make_cache(digits, tmp_path, **NOTHING_RANDOM) for _ in range(2))
+    teacher, sampler = tiny_teacher(), TrainSampler(64, 16, seed=42)
     images, seeds = torch.randn(16, 3, 32, 32), np.array([seed for _, seed in sampler][:16])
     computed = cache(teacher, images, seeds, sampler)
     assert computed.dtype == torch.float32
@@ -157,32 +150,30 @@ def test_the_rounded_logits_are_the_teachers_and_its_decision_is_the_same_read_o
 
 
 def test_a_longer_run_reads_the_epochs_of_a_shorter_one(digits, tmp_path):
-    make_trainer(digits, tmp_path, AUGMENTED, num_train_epochs=1).train()
-    longer = make_trainer(digits, tmp_path, AUGMENTED, num_train_epochs=2)
+    make_trainer(digits, tmp_path, num_train_epochs=1).train()
+    longer = make_trainer(digits, tmp_path, num_train_epochs=2)
     longer.train()
-    assert len(longer.teacher_calls) == 4 and longer.teacher_cache.share_read == 0.5
+    assert len(longer.teacher.calls) == 4 and longer.teacher_cache.share_read == 0.5
 
 
-@pytest.mark.parametrize("data_args", [PLAIN, AUGMENTED], ids=["static", "augmented"])
-def test_a_run_resumed_in_mid_epoch_ends_as_one_that_never_stopped(digits, tmp_path, data_args):
-    options = {**UNMIXED, "save_strategy": "steps", "save_steps": 2, "save_total_limit": None}
-    if data_args is AUGMENTED:
-        options |= {"mixup": 0.8, "cutmix": 1.0}
-    whole = make_trainer(digits, tmp_path / "whole", data_args, **options)
+@pytest.mark.parametrize("flags", [NOTHING_RANDOM, {"repeated_augmentation": 1}], ids=["static", "augmented"])
+def test_a_run_resumed_in_mid_epoch_ends_as_one_that_never_stopped(digits, tmp_path, flags):
+    flags = {**flags, "save_strategy": "steps", "save_steps": 2, "save_total_limit": 100}
+    whole = make_trainer(digits, tmp_path / "whole", **flags)
     whole.train()
-    stopped = make_trainer(digits, tmp_path / "stopped", data_args, **options)
+    stopped = make_trainer(digits, tmp_path / "stopped", **flags)
 
-    def stop(module, args, output):
-        if len(stopped.teacher_calls) == 4:
+    def stop(teacher, args, output):
+        if len(teacher.calls) == 4:
             raise InterruptedError
 
     stopped.teacher.register_forward_hook(stop)
     with pytest.raises(InterruptedError):
         stopped.train()
-    resumed = make_trainer(digits, tmp_path / "stopped", data_args, **options)
+    resumed = make_trainer(digits, tmp_path / "stopped", **flags)
     resumed.train(resume_from_checkpoint=str(tmp_path / "stopped" / "run" / "checkpoint-2"))
     # The third step had been stored; the fourth had not, nor had the second epoch.
-    assert len(resumed.teacher_calls) == (1 if data_args is PLAIN else 5)
+    assert len(resumed.teacher.calls) == (5 if whole.teacher_cache.mixes else 1)
     assert_same(result(whole), result(resumed))
 
 
@@ -203,8 +194,8 @@ class Epoch:
         self.calls += 1
         return pixel_values.flatten(1)[:, :10] * 3
 
-    def cache(self, key="key", is_static=False, mixes=True) -> TeacherCache:
-        return TeacherCache(self.folder, key, 10, is_static, mixes)
+    def cache(self, key="a", is_static=False, mixes=True) -> TeacherCache:
+        return TeacherCache(self.folder, {"key": key}, 10, is_static, mixes)
 
     def read(self, cache: TeacherCache, batches=None) -> list[torch.Tensor]:
         """The logits of all batches, all checked."""
@@ -224,7 +215,7 @@ def epoch(tmp_path) -> Epoch:
 @pytest.mark.parametrize("offset", [0, 4, 11, 12, 31], ids=["checksum", "tag", "tag's end", "logits", "logits' end"])
 def test_a_flipped_byte_costs_its_row_and_is_mended(epoch, is_static, offset):
     epoch.read(epoch.cache(is_static=is_static))
-    (file,) = epoch.folder.iterdir()
+    (file,) = epoch.folder.glob("*.bin")
     content = bytearray(file.read_bytes())
     assert len(content) == 32 * 32  # 4 + 8 + 2 x 10 bytes a row
     content[5 * 32 + offset] ^= 0x10
@@ -238,7 +229,7 @@ def test_a_flipped_byte_costs_its_row_and_is_mended(epoch, is_static, offset):
 @pytest.mark.parametrize("kept", [0, 1, 8 * 32, 9 * 32 + 17, 32 * 32 - 1])
 def test_of_a_file_that_is_cut_off_the_whole_rows_are_used(epoch, kept):
     epoch.read(epoch.cache())
-    (file,) = epoch.folder.iterdir()
+    (file,) = epoch.folder.glob("*.bin")
     os.truncate(file, kept)
     epoch.read(epoch.cache())
     assert epoch.calls == 4 - kept // (8 * 32)
@@ -277,13 +268,13 @@ def test_a_row_of_the_same_seed_and_another_image_is_not_used(epoch):
     assert epoch.calls == 1
 
 
-def test_a_batch_that_is_not_of_the_epoch_turns_the_cache_off(epoch, capsys):
+def test_a_batch_that_is_not_of_the_epoch_turns_the_cache_off(epoch, log):
     cache = epoch.cache()
     epoch.read(cache)
     later = TrainSampler(32, 8, seed=1)
     later.set_epoch(1)
     epoch.read(cache, [list(later)[:8]])
-    assert epoch.calls == 1 and "seeds that are not of its epoch" in capsys.readouterr().out
+    assert epoch.calls == 1 and "seeds that are not of its epoch" in log.text
 
 
 def test_two_processes_fill_one_file_each_with_its_own_rows(epoch):
@@ -301,11 +292,9 @@ def test_two_processes_fill_one_file_each_with_its_own_rows(epoch):
 def test_what_a_killed_process_leaves_is_right_or_not_used(epoch):
     child = os.fork()
     if child == 0:
-        cache = epoch.cache()
         while True:  # over and over, so that the end comes in the middle of something
             (epoch.folder / "epoch-0000.bin").unlink(missing_ok=True)
-            cache._opened = None, -1
-            epoch.read(cache)
+            epoch.read(epoch.cache())
     while not list(epoch.folder.glob("*.bin")):
         time.sleep(0.001)
     time.sleep(0.02)
@@ -332,7 +321,7 @@ def test_logits_outside_of_half_precision_are_used_as_they_are_and_not_stored(ep
 
 
 @pytest.mark.parametrize("rows", [0, 10, 20])
-def test_on_a_full_disk_the_run_goes_on_and_says_so(epoch, capsys, rows):
+def test_on_a_full_disk_the_run_goes_on_and_says_so(epoch, log, rows):
     """A limit on a file's size is the error of a full disk without one: the file cannot be made, or not filled."""
     cache = epoch.cache()
     if rows:
@@ -347,41 +336,41 @@ def test_on_a_full_disk_the_run_goes_on_and_says_so(epoch, capsys, rows):
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
     assert calls == epoch.calls == 4
-    out = capsys.readouterr().out
-    assert out.count("\n") == 1 and f"cannot be stored in {epoch.folder}" in out
+    (message,) = log.messages
+    assert f"cannot be stored in {epoch.folder}" in message
     epoch.read(epoch.cache())  # there is room again, and what was written whole is used
     assert epoch.calls == 4 - rows // 8
 
 
-def test_a_folder_that_cannot_be_made_turns_the_cache_off(epoch, capsys):
+def test_a_folder_that_cannot_be_made_turns_the_cache_off(epoch, log):
     epoch.folder.write_text("a file")
     epoch.read(epoch.cache())
-    assert epoch.calls == 4 and "cannot be stored" in capsys.readouterr().out
+    assert epoch.calls == 4 and "cannot be stored" in log.text
 
 
 # ---- Keys and limits ----
 
 
 def changed_weights() -> Teacher:
-    teacher = make_teacher()
+    teacher = tiny_teacher()
     next(teacher.model.parameters()).data.view(-1)[0] += 1e-3
     return teacher
 
 
 STATIC_CHANGES = {
     "weights": {"teacher": changed_weights},
-    "teacher's input size": {"teacher": lambda: make_teacher(image_size=64)},
-    "teacher's normalisation": {"teacher": lambda: make_teacher(image_mean=[0.5, 0.5, 0.5])},
-    "order of labels": {"teacher": lambda: make_teacher(label_order=[1, 0, *range(2, 10)])},
+    "teacher's input size": {"teacher": lambda: tiny_teacher(image_size=64)},
+    "teacher's normalisation": {"teacher": lambda: tiny_teacher(image_mean=[0.5, 0.5, 0.5])},
+    "order of labels": {"teacher": lambda: tiny_teacher(label_order=[1, 0, *range(2, 10)])},
     "image size": {"image_size": 48},
     "precision": {"bf16": True, "use_cpu": True},
-    "where images are prepared": {"data_args": replace(PLAIN, augment_on="device")},
+    "where images are prepared": {"augment_on": "device"},
 }
 REPLAY_CHANGES = {
-    "crop": {"data_args": replace(AUGMENTED, crop="none")},
-    "flip": {"data_args": replace(AUGMENTED, horizontal_flip=0.4)},
-    "policy": {"data_args": replace(AUGMENTED, auto_augment="rand-m8-mstd0.5-inc1")},
-    "erasing": {"data_args": replace(AUGMENTED, random_erasing=0.1)},
+    "crop": {"crop": "none"},
+    "flip": {"horizontal_flip": 0.4},
+    "policy": {"auto_augment": "rand-m8-mstd0.5-inc1"},
+    "erasing": {"random_erasing": 0.1},
     "mixup": {"mixup": 0.2},
     "cutmix": {"cutmix": 0.5},
     "repeats": {"repeated_augmentation": 2},
@@ -393,18 +382,18 @@ REPLAY_CHANGES = {
 
 @pytest.mark.parametrize(
     ("base", "change"),
-    [({"data_args": PLAIN, **UNMIXED}, change) for change in STATIC_CHANGES.values()]
-    + [({"data_args": AUGMENTED}, change) for change in (STATIC_CHANGES | REPLAY_CHANGES).values()],
+    [(NOTHING_RANDOM, change) for change in STATIC_CHANGES.values()]
+    + [({}, change) for change in (STATIC_CHANGES | REPLAY_CHANGES).values()],
     ids=[*STATIC_CHANGES, *(f"augmented, {name}" for name in STATIC_CHANGES | REPLAY_CHANGES)],
 )
 def test_what_changes_the_logits_changes_the_key(digits, tmp_path, base, change):
     changed = {**base, **change}
-    if callable(changed.get("teacher")):
-        changed["teacher"] = changed["teacher"]()
-    assert make_cache(digits, tmp_path, **base).folder != make_cache(digits, tmp_path, **changed).folder
+    teacher = changed.pop("teacher", tiny_teacher)()
+    folder = make_cache(digits, tmp_path, **base).folder
+    assert make_cache(digits, tmp_path, teacher, **changed).folder != folder
 
 
-def test_other_images_libraries_and_code_change_the_key(digits, tmp_path, monkeypatch):
+def test_other_images_and_libraries_change_the_key(digits, tmp_path, monkeypatch):
     folders = {make_cache(digits, tmp_path).folder, make_cache(replace(digits, fingerprint="f"), tmp_path).folder}
     for library in module.LIBRARIES:
         with monkeypatch.context() as patch:
@@ -415,23 +404,35 @@ def test_other_images_libraries_and_code_change_the_key(digits, tmp_path, monkey
                 lambda name, library=library, real=real: "0" if name == library else real(name),
             )
             folders.add(make_cache(digits, tmp_path).folder)
-    with monkeypatch.context() as patch:
-        (tmp_path / "package").mkdir()
-        (tmp_path / "package" / "augmentation.py").write_text("# another")
-        patch.setattr(module, "__file__", str(tmp_path / "package" / "teacher_cache.py"))
-        folders.add(make_cache(digits, tmp_path).folder)
-    assert len(folders) == 3 + len(module.LIBRARIES)
+    assert len(folders) == 2 + len(module.LIBRARIES)
+
+
+def test_code_that_makes_pixels_or_logits_changes_the_key_and_no_other_does(digits, tmp_path, monkeypatch):
+    package = tmp_path / "package"
+    shutil.copytree(Path(module.__file__).parent, package)
+    monkeypatch.setattr(module, "__file__", str(package / "teacher_cache.py"))
+    folder = make_cache(digits, tmp_path).folder
+    makes_pixels_or_logits = {
+        *("data/augmentation.py", "data/decoding.py", "data/inputs.py", "data/sampling.py"),
+        *("teacher.py", "modeling_deit_ti.py", "configuration_deit_ti.py"),
+    }
+    for path in sorted(path for path in package.rglob("*") if path.suffix in (".py", ".md")):
+        code = path.read_text()
+        path.write_text(code + "\n# another line\n")
+        name = path.relative_to(package).as_posix()
+        assert (make_cache(digits, tmp_path).folder != folder) == (name in makes_pixels_or_logits), name
+        path.write_text(code)
 
 
 @pytest.mark.parametrize(
     ("base", "changes"),
     [
         (
-            {"data_args": PLAIN, **UNMIXED},
+            NOTHING_RANDOM,
             {"seed": 3, "per_device_train_batch_size": 8, "num_train_epochs": 9, "distill_mode": "soft"},
         ),
         (
-            {"data_args": AUGMENTED},
+            {},
             {
                 "num_train_epochs": 9,
                 "distill_mode": "distill",
@@ -446,43 +447,44 @@ def test_other_images_libraries_and_code_change_the_key(digits, tmp_path, monkey
 def test_what_does_not_change_the_logits_does_not_change_the_key(digits, tmp_path, base, changes):
     folder = make_cache(digits, tmp_path, **base).folder
     assert make_cache(digits, tmp_path, **{**base, **changes}).folder == folder
+    make_trainer(digits, tmp_path, **base, max_steps=1).train()
     assert json.loads((folder / "recipe.json").read_text())["images"] == digits.fingerprint
 
 
 @pytest.mark.parametrize(
-    ("data_args", "options", "is_static"),
+    ("flags", "is_static"),
     [
-        (PLAIN, {}, True),
-        (replace(PLAIN, augment_on="device"), {}, True),
-        (replace(PLAIN, crop="auto"), {}, False),
-        (replace(PLAIN, horizontal_flip=0.5), {}, False),
-        (replace(PLAIN, auto_augment="rand-m1"), {}, False),
-        (replace(PLAIN, random_erasing=0.1), {}, False),
-        (PLAIN, {"mixup": 0.1}, False),
-        (PLAIN, {"cutmix": 0.1}, False),
-        (PLAIN, {"repeated_augmentation": 2}, False),
+        ({}, True),
+        ({"augment_on": "device"}, True),
+        ({"crop": "auto"}, False),
+        ({"horizontal_flip": 0.5}, False),
+        ({"auto_augment": "rand-m1"}, False),
+        ({"random_erasing": 0.1}, False),
+        ({"mixup": 0.1}, False),
+        ({"cutmix": 0.1}, False),
+        ({"repeated_augmentation": 2}, False),
     ],
 )
-def test_logits_are_shared_by_all_epochs_only_where_nothing_is_random(digits, tmp_path, data_args, options, is_static):
-    assert make_cache(digits, tmp_path, data_args, **{**UNMIXED, **options}).is_static == is_static
+def test_logits_are_shared_by_all_epochs_only_where_nothing_is_random(digits, tmp_path, flags, is_static):
+    assert make_cache(digits, tmp_path, **{**NOTHING_RANDOM, **flags}).is_static == is_static
 
 
-def test_auto_stores_no_more_than_its_limit_and_on_stores_all_the_same(digits, tmp_path, monkeypatch, capsys):
+def test_auto_stores_no_more_than_its_limit_and_on_stores_all_the_same(digits, tmp_path, monkeypatch, log):
     monkeypatch.setattr(module, "MAX_AUTO_BYTES", 2 * 64 * 32)
-    assert make_cache(digits, tmp_path, AUGMENTED) is not None  # two epochs of 64 rows of 32 bytes
-    capsys.readouterr()
-    assert make_cache(digits, tmp_path, AUGMENTED, num_train_epochs=2.5) is None
-    assert "--teacher_cache on" in capsys.readouterr().out
-    assert make_cache(digits, tmp_path, AUGMENTED, max_steps=9) is None
-    assert make_cache(digits, tmp_path, PLAIN, **UNMIXED, num_train_epochs=100) is not None  # one file, whatever
-    assert make_cache(digits, tmp_path, AUGMENTED, num_train_epochs=3, teacher_cache="on") is not None
+    assert make_cache(digits, tmp_path) is not None  # two epochs of 64 rows of 32 bytes
+    log.clear()
+    assert make_cache(digits, tmp_path, num_train_epochs=2.5) is None
+    assert "--teacher_cache on" in log.text
+    assert make_cache(digits, tmp_path, max_steps=9) is None
+    assert make_cache(digits, tmp_path, **NOTHING_RANDOM, num_train_epochs=100) is not None  # one file, whatever
+    assert make_cache(digits, tmp_path, num_train_epochs=3, teacher_cache="on") is not None
 
 
-def test_off_and_streams_have_no_cache(digits, tmp_path, capsys):
+def test_off_and_streams_have_no_cache(digits, tmp_path, log):
     assert make_cache(digits, tmp_path, teacher_cache="off") is None
     stream = replace(digits, train=digits.train.to_iterable_dataset())
     assert make_cache(stream, tmp_path) is None
-    assert capsys.readouterr().out == ""
+    assert log.messages == []
     with pytest.raises(UserError, match="--teacher_cache on"):
         make_cache(stream, tmp_path, teacher_cache="on")
 
@@ -490,8 +492,7 @@ def test_off_and_streams_have_no_cache(digits, tmp_path, capsys):
 # ---- The command ----
 
 
-def test_the_second_run_of_the_command_reads_what_the_first_stored(tmp_path, monkeypatch, capsys):
-    monkeypatch.chdir(Path(train_hf.__file__).parent)
+def test_the_second_run_of_the_command_reads_what_the_first_stored(tmp_path):
     flags = [
         "--config=recipes/digits.yaml",
         "--max_train_samples=128",
@@ -506,12 +507,10 @@ def test_the_second_run_of_the_command_reads_what_the_first_stored(tmp_path, mon
     ]
     shares, outputs = [], []
     for name, more in {"first": [], "second": ["--distill_mode=soft"]}.items():
-        monkeypatch.setattr(sys, "argv", ["train_hf.py", *flags, f"--output_dir={tmp_path / name}", *more])
-        train_hf.main()
+        outputs.append(run(*flags, f"--output_dir={tmp_path / name}", *more).stdout)
         shares.append(json.loads((tmp_path / name / "all_results.json").read_text())["teacher_cached"])
-        outputs.append(capsys.readouterr().out)
     assert shares == [0, 1]
     folder = str(tmp_path / "teachers" / "logits" / "test_resnet-digits-")
-    assert f"its logits are stored for later runs, in {folder}" in outputs[0]
-    assert f"stored logits are taken from {folder}" in outputs[1] and "(epochs: 1)" in outputs[1]
+    assert f"storing its logits for later runs in {folder}" in outputs[0]
+    assert f"reading its logits from {folder}" in outputs[1] and "(epochs: 1)" in outputs[1]
     assert "100% of the teacher's logits read from its cache" in outputs[1]

@@ -8,29 +8,28 @@ import signal
 import numpy as np
 import pytest
 import torch
+from building import NOTHING_RANDOM, arguments, image_processor, tiny_student, tiny_teacher
 from safetensors.torch import load_file
 from torch._dynamo.utils import counters
 from transformers import TrainerCallback
 
-from modeling_deit_ti import DeiTTiConfig, DeiTTiForImageClassification
+from modeling_deit_ti import DeiTTiForImageClassification
+from modeling_deit_ti.arguments import ImageArguments
 from modeling_deit_ti.checkpoints import flaw_of
-from modeling_deit_ti.data import DataArguments, EvalImages, load_images, make_image_processor, make_train_images
+from modeling_deit_ti.data import load_images
 from modeling_deit_ti.distillation import distillation_loss
 from modeling_deit_ti.errors import UserError
 from modeling_deit_ti.interruption import Interrupted
-from modeling_deit_ti.teacher import Teacher, new_timm_classifier
-from modeling_deit_ti.trainer import DistillationTrainer, DistillationTrainingArguments
+from modeling_deit_ti.runs import build_trainer
+from modeling_deit_ti.trainer import DistillationTrainer
 
 
-PLAIN = DataArguments(
-    dataset_name="digits",
-    crop="none",
-    horizontal_flip=0,
-    auto_augment="none",
-    random_erasing=0,
-    augment_on="loader",  # a batch then holds what the networks see
-)
-LABELS = [str(digit) for digit in range(10)]
+DEITS_AUGMENTATION = {
+    "crop": "auto",
+    "horizontal_flip": 0.5,
+    "auto_augment": "rand-m9-mstd0.5-inc1",
+    "random_erasing": 0.25,
+}
 TIMINGS = (
     "train_seconds",
     "train_runtime",
@@ -44,50 +43,31 @@ TIMINGS = (
 
 @pytest.fixture(scope="module")
 def digits():
-    return load_images(DataArguments(dataset_name="digits", max_train_samples=64, max_eval_samples=50))
+    return load_images(ImageArguments("digits", max_train_samples=64, max_eval_samples=50))
 
 
-def make_teacher() -> Teacher:
-    torch.manual_seed(5)
-    processor = make_image_processor(PLAIN, 32)
-    model = new_timm_classifier("test_resnet", LABELS, 32, processor)
-    return Teacher(model, 32, processor.image_mean, processor.image_std, processor.image_mean, processor.image_std)
-
-
-def make_trainer(data, folder, data_args=PLAIN, teacher=True, model_options=None, **options) -> DistillationTrainer:
-    """Four steps of sixteen images with a two-block student and nothing random, unless an option says otherwise."""
-    settings = {
+def make_trainer(data, folder, teacher=True, **flags) -> DistillationTrainer:
+    """Four steps of sixteen images with a two-block student and nothing random, unless a flag says otherwise."""
+    defaults = {
+        "output_dir": folder,
         "distill_mode": "both",
+        "image_size": 32,
+        "patch_size": 8,
+        "drop_path_rate": 0,
+        **NOTHING_RANDOM,
+        "augment_on": "loader",  # a batch then holds what the networks see
         "per_device_train_batch_size": 16,
         "num_train_epochs": 1,
         "learning_rate": 1e-3,
         "warmup_steps": 0,
-        "mixup": 0,
-        "cutmix": 0,
-        "repeated_augmentation": 1,
         "save_strategy": "no",
-        "save_total_limit": None,
+        "save_total_limit": 100,
         "eval_strategy": "no",
         "disable_tqdm": True,
-        **options,
     }
-    args = DistillationTrainingArguments(output_dir=str(folder), **settings)
-    torch.manual_seed(3)
-    config = {"num_hidden_layers": 2, "drop_path_rate": 0.0, **(model_options or {})}
-    student = DeiTTiForImageClassification(
-        DeiTTiConfig(image_size=32, patch_size=8, num_labels=10, **args.mode.network, **config)
-    )
-    processor = make_image_processor(data_args, 32)
-    train_images, augment = make_train_images(data.train, data_args, processor)
-    return DistillationTrainer(
-        model=student,
-        args=args,
-        teacher=make_teacher() if teacher and args.mode.has_teacher else None,
-        augment=augment,
-        train_dataset=train_images,
-        eval_dataset=EvalImages(data.evaluation, processor),
-        processing_class=processor,
-    )
+    args = arguments(**{**defaults, **flags})
+    teacher = tiny_teacher() if teacher and args.training.mode.has_teacher else None
+    return build_trainer(args, data, tiny_student(args), image_processor(32), teacher)
 
 
 def weights(trainer: DistillationTrainer) -> dict[str, torch.Tensor]:
@@ -194,10 +174,10 @@ def test_in_bf16_the_teacher_runs_in_bf16_as_well(digits, tmp_path):
 
 @pytest.mark.parametrize("augment_on", ["loader", "device"])
 def test_the_same_seed_gives_the_same_weights_and_another_seed_others(digits, tmp_path, augment_on):
-    recipe = {"data_args": DataArguments(augment_on=augment_on), "mixup": 0.8, "cutmix": 1.0}
+    recipe = {**DEITS_AUGMENTATION, "augment_on": augment_on}
     runs = []
     for seed in (1, 1, 2):
-        trainer = make_trainer(digits, tmp_path, seed=seed, model_options={"drop_path_rate": 0.3}, **recipe)
+        trainer = make_trainer(digits, tmp_path, seed=seed, drop_path_rate=0.3, **recipe)
         trainer.train()
         runs.append(weights(trainer))
     assert_same(runs[0], runs[1])
@@ -207,10 +187,9 @@ def test_the_same_seed_gives_the_same_weights_and_another_seed_others(digits, tm
 @pytest.mark.parametrize("step", [2, 4, 5], ids=["mid-epoch", "end of an epoch", "second epoch"])
 def test_a_resumed_run_ends_with_the_weights_of_one_that_never_stopped(digits, tmp_path, step):
     recipe = {
-        "data_args": DataArguments(dataset_name="digits"),
-        "model_options": {"drop_path_rate": 0.3},
-        "mixup": 0.8,
-        "cutmix": 1.0,
+        **DEITS_AUGMENTATION,
+        "augment_on": "auto",
+        "drop_path_rate": 0.3,
         "num_train_epochs": 2,
         "save_strategy": "steps",
         "save_steps": step,
@@ -257,16 +236,22 @@ def test_a_compiled_run_compiles_once_and_ends_as_the_uncompiled_and_the_resumed
 
     torch._dynamo.reset()
     counters.clear()
-    graphs = []
+
+    class Compiler(TrainerCallback):
+        """Counts graphs after each epoch and each evaluation."""
+
+        graphs = []
+
+        def on_log(self, args, state, control, **kwargs):
+            self.graphs.append(counters["stats"]["unique_graphs"])
+
     recipe |= {"torch_compile": True, "torch_compile_backend": "aot_eager"}
     compiled = make_trainer(digits, tmp_path / "compiled", **recipe)
-    compiled.log = lambda logs, *args: graphs.append(
-        counters["stats"]["unique_graphs"]
-    )  # after epochs and evaluations
+    compiled.add_callback(Compiler)
     assert 0 <= compiled.measure_teacher() <= 1
     compiled.train()
     compiled.evaluate()
-    assert set(graphs) == {2} and len(graphs) == 6  # one graph for the student and one for the teacher, ever
+    assert Compiler.graphs == [2] * 6  # one graph for the student and one for the teacher, ever
     assert_same(weights(uncompiled), weights(compiled), atol=1e-5, rtol=1e-4)
 
     checkpoint = tmp_path / "compiled" / "checkpoint-4"
@@ -291,11 +276,11 @@ def test_the_optimizer_is_fused_adamw_and_attention_is_a_fused_kernel(digits, tm
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 def test_on_a_gpu_copies_do_not_block_and_tf32_is_on_unless_asked_otherwise(tmp_path):
-    args = DistillationTrainingArguments(output_dir=str(tmp_path))
+    args = arguments(output_dir=tmp_path).training
     assert args.accelerator_config.non_blocking and args.dataloader_pin_memory
     if torch.cuda.get_device_capability() >= (8, 0):
         assert args.tf32 and torch.backends.cuda.matmul.fp32_precision == "tf32"
-        DistillationTrainingArguments(output_dir=str(tmp_path), tf32=False)
+        arguments(output_dir=tmp_path, tf32=False)
         assert torch.backends.cuda.matmul.fp32_precision == "ieee"
 
 
@@ -313,17 +298,11 @@ def test_gradient_checkpointing_trains(digits, tmp_path):
 
 def test_logged_parts_are_means_and_make_up_the_loss(digits, tmp_path):
     trainer = make_trainer(digits, tmp_path, logging_strategy="steps", logging_steps=2)
-    agreements = []
-    original = trainer.compute_loss
-
-    def recording(model, inputs, **kwargs):
-        with torch.no_grad():
-            student, teacher = model(inputs["pixel_values"]).logits, trainer.teacher(inputs["pixel_values"])
-        agreements.append((student.argmax(-1) == teacher.argmax(-1)).float().mean().item())
-        return original(model, inputs, **kwargs)
-
-    trainer.compute_loss = recording
+    students, teachers = [], []
+    trainer.model.register_forward_hook(lambda module, args, output: students.append(output.logits.argmax(-1)))
+    trainer.teacher.register_forward_hook(lambda module, args, output: teachers.append(output.argmax(-1)))
     trainer.train()
+    agreements = [(ours == its).float().mean().item() for ours, its in zip(students, teachers, strict=True)]
     logs = [entry for entry in trainer.state.log_history if "loss" in entry]
     assert len(logs) == 2
     for log in logs:
@@ -368,20 +347,20 @@ def test_evaluation_reports_every_read_out_top_1_and_top_5(digits, tmp_path, mod
 )
 def test_arguments_out_of_range_are_refused_by_their_flag(tmp_path, options, message):
     with pytest.raises(UserError, match=message):
-        DistillationTrainingArguments(output_dir=str(tmp_path), **options)
+        arguments(output_dir=tmp_path, **options)
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
 def test_fp16_without_a_gpu_is_refused(tmp_path, monkeypatch):
     with pytest.raises(UserError, match="fp16 is asked for.*no GPU"):
-        DistillationTrainingArguments(output_dir=str(tmp_path), fp16=True)
+        arguments(output_dir=tmp_path, fp16=True)
     monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "fp16")
     with pytest.raises(UserError, match="fp16 is asked for.*no GPU"):
-        DistillationTrainingArguments(output_dir=str(tmp_path))
+        arguments(output_dir=tmp_path)
 
 
 def test_the_token_is_not_pickled_with_the_arguments(tmp_path):
-    args = DistillationTrainingArguments(output_dir=str(tmp_path), hub_token="hf_secret")
+    args = arguments(output_dir=tmp_path, hub_token="hf_secret").training
     torch.save(args, tmp_path / "training_args.bin")
     assert b"hf_secret" not in (tmp_path / "training_args.bin").read_bytes()
     assert args.hub_token == "hf_secret"
@@ -462,4 +441,4 @@ def test_a_run_of_max_steps_is_resumed_to_them_and_no_further(digits, tmp_path, 
 )
 def test_trainer_flags_that_have_no_meaning_here_are_refused(tmp_path, option):
     with pytest.raises(UserError, match=f"--{next(iter(option))}"):
-        DistillationTrainingArguments(output_dir=str(tmp_path), **option)
+        arguments(output_dir=tmp_path, **option)

@@ -1,0 +1,59 @@
+"""What the command builds from its flags, in sizes that tests have time for."""
+
+import torch
+
+from modeling_deit_ti import DeiTTiConfig, DeiTTiForImageClassification
+from modeling_deit_ti.arguments import Arguments, AugmentationArguments, ModelArguments
+from modeling_deit_ti.classifiers import new_timm_classifier
+from modeling_deit_ti.data.inputs import make_image_processor
+from modeling_deit_ti.parsing import parse_arguments
+from modeling_deit_ti.teacher import Teacher
+
+
+# A CNN of timm's own tests: 16 to 64 channels, real architecture, fitted in seconds.
+TINY_CNN = "test_resnet"
+DIGITS = [str(digit) for digit in range(10)]
+NOTHING_RANDOM = {
+    "crop": "none",
+    "horizontal_flip": 0,
+    "auto_augment": "none",
+    "random_erasing": 0,
+    "mixup": 0,
+    "cutmix": 0,
+    "repeated_augmentation": 1,
+}
+
+
+def arguments(**flags) -> Arguments:
+    """The arguments of `train_hf.py --flag=value ...`."""
+    return parse_arguments([f"--{name}={value}" for name, value in flags.items()])
+
+
+def image_processor(image_size: int):
+    """That of a model for images of the size, which are not cropped."""
+    return make_image_processor(ModelArguments(image_size=image_size), AugmentationArguments(crop="none"))
+
+
+def tiny_student(args: Arguments, num_hidden_layers: int = 2) -> DeiTTiForImageClassification:
+    """A DeiT-Ti of few blocks for the ten digits, always with the same weights."""
+    model = args.model
+    config = DeiTTiConfig(
+        image_size=model.image_size,
+        patch_size=model.patch_size,
+        drop_path_rate=model.drop_path_rate,
+        num_labels=10,
+        num_hidden_layers=num_hidden_layers,
+        **args.training.mode.network,
+    )
+    torch.manual_seed(3)
+    return DeiTTiForImageClassification(config)
+
+
+def tiny_teacher(kind: type[Teacher] = Teacher, **changes) -> Teacher:
+    """A teacher of the ten digits that has learnt nothing, always with the same weights."""
+    torch.manual_seed(5)
+    processor = image_processor(32)
+    model = new_timm_classifier(TINY_CNN, DIGITS, 32, processor)
+    mean, std = list(processor.image_mean), list(processor.image_std)
+    settings = {"image_size": 32, "image_mean": mean, "image_std": std, "student_mean": mean, "student_std": std}
+    return kind(model, **{**settings, **changes})
