@@ -1,6 +1,7 @@
 """Says what is on images: `python predict.py MODEL IMAGES_OR_FOLDERS...`
 
-MODEL is the folder of a run or a Hub id, of this project or any other image classifier that transformers loads.
+MODEL is any image classifier: the folder of a run, another folder or Hub id that transformers loads, or a timm
+architecture, whose pretrained weights then come from the Hub.
 Exit code 0: all is well; 1: some images could not be read and were skipped; 2: nothing was done, and why.
 """
 
@@ -13,19 +14,18 @@ from pathlib import Path
 
 import torch
 from PIL import Image
-from safetensors import SafetensorError
 from tqdm import tqdm
-from transformers import AutoImageProcessor, AutoModelForImageClassification, PreTrainedModel
+from transformers import PreTrainedModel
 from transformers.utils import logging as transformers_logging
 
+from modeling_deit_ti.classifiers import check_complete, load_classifier, load_image_processor
 from modeling_deit_ti.data import decode_image
 from modeling_deit_ti.errors import UserError
-from modeling_deit_ti.interop import why_not_loaded
 
 
 def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="predict.py", description="Says what is on images.")
-    parser.add_argument("model", metavar="MODEL", help="folder of a run, or a Hub id")
+    parser.add_argument("model", metavar="MODEL", help="folder of a run, Hub id, or timm architecture")
     parser.add_argument("images", metavar="IMAGE_OR_FOLDER", nargs="+", type=Path, help="folders are searched through")
     parser.add_argument("--top_k", type=int, default=3, help="labels to name for each head (default: 3)")
     parser.add_argument("--output", type=Path, metavar="FILE", help="a new .csv or .json file instead of a table")
@@ -52,26 +52,6 @@ def find_images(paths: list[Path]) -> list[Path]:
         else:
             raise UserError(f"There is no file or folder {path}.")
     return list(dict.fromkeys(files))
-
-
-def load_model(name: str, trust_remote_code: bool) -> tuple[PreTrainedModel, object]:
-    """A classifier and its image processor; raises `UserError` if either cannot be loaded, or weights are missing."""
-    try:
-        model, info = AutoModelForImageClassification.from_pretrained(
-            name, trust_remote_code=trust_remote_code, use_safetensors=True, output_loading_info=True
-        )
-        if info["missing_keys"]:
-            raise UserError(f"it is incomplete, without {', '.join(sorted(info['missing_keys'])[:3])}")
-        return model.eval(), AutoImageProcessor.from_pretrained(name, trust_remote_code=trust_remote_code)
-    except (OSError, KeyError, RuntimeError, ValueError, SafetensorError) as error:
-        if "trust_remote_code" in str(error):
-            raise UserError(
-                f"The model {name} runs code of its own. If you trust its author, add --trust_remote_code."
-            ) from error
-        raise UserError(
-            f"Cannot load the model {name}: {why_not_loaded(name, error)} MODEL has to be a folder with a model "
-            "and its image processor, or a Hub id; offline, a folder or what is in the Hub's cache."
-        ) from error
 
 
 def read_images(files: list[Path]) -> Iterator[tuple[Path, Image.Image]]:
@@ -199,7 +179,9 @@ def run(options: argparse.Namespace) -> int:
         if not output.parent.is_dir():
             raise UserError(f"--output {output}: there is no folder {output.parent}.")
     files = find_images(options.images)
-    model, image_processor = load_model(options.model, options.trust_remote_code)
+    model, missing = load_classifier(options.model, "MODEL", options.trust_remote_code)
+    check_complete(missing, options.model, "MODEL")
+    image_processor = load_image_processor(options.model, "MODEL", options.trust_remote_code)
     device = options.device or ("cuda" if torch.cuda.is_available() else "cpu")
     try:
         model.to(device)

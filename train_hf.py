@@ -31,11 +31,11 @@ from transformers.integrations import get_reporting_integration_callbacks
 
 from modeling_deit_ti import DeiTTiConfig, DeiTTiForImageClassification
 from modeling_deit_ti.checkpoints import checkpoints_of, flaw_of, last_complete
+from modeling_deit_ti.classifiers import check_takes_images, is_timm_architecture, label_maps, new_timm_classifier
 from modeling_deit_ti.data import (
     DataArguments,
     EvalImages,
     ImageData,
-    label_maps,
     load_images,
     make_image_processor,
     make_train_images,
@@ -44,13 +44,7 @@ from modeling_deit_ti.data import (
 )
 from modeling_deit_ti.distillation import DistillMode
 from modeling_deit_ti.errors import StorageError, UserError, check_writable, first_line, list_some, storing
-from modeling_deit_ti.interop import (
-    export_onnx,
-    is_timm_architecture,
-    load_student,
-    save_timm,
-    save_transformers,
-)
+from modeling_deit_ti.interop import export_onnx, load_student, save_timm, save_transformers
 from modeling_deit_ti.interruption import Interrupted, interrupt_on_signals
 from modeling_deit_ti.model_card import (
     CURVES_FILE,
@@ -63,13 +57,7 @@ from modeling_deit_ti.model_card import (
     write_model_card,
 )
 from modeling_deit_ti.streaming import load_streamed_images
-from modeling_deit_ti.teacher import (
-    TeacherArguments,
-    check_better_than_chance,
-    check_takes_images,
-    new_timm_classifier,
-    prepare_teacher,
-)
+from modeling_deit_ti.teacher import TeacherArguments, check_better_than_chance, prepare_teacher
 from modeling_deit_ti.teacher_cache import make_teacher_cache
 from modeling_deit_ti.trainer import DistillationTrainer, DistillationTrainingArguments
 

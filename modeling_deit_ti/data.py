@@ -59,14 +59,6 @@ SUBSET_SEED = 0
 EVALUATION_SPLITS = ("validation", "valid", "val", "dev", "test")
 
 
-def label_maps(label_names: list[str]) -> dict:
-    """`id2label` and `label2id` of a transformers config."""
-    return {
-        "id2label": dict(enumerate(label_names)),
-        "label2id": {name: index for index, name in enumerate(label_names)},
-    }
-
-
 @dataclass
 class DataArguments:
     """Which images, and how they are augmented."""

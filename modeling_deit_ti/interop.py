@@ -22,30 +22,35 @@ from pathlib import Path
 
 import timm
 import torch
-from safetensors import SafetensorError
 from safetensors.torch import save_file
 from timm.layers import resample_patch_embed
 from timm.models.vision_transformer import VisionTransformer
 from torch import nn
 from transformers import (
-    AutoConfig,
-    AutoImageProcessor,
-    AutoModelForImageClassification,
     DeiTConfig,
     DeiTForImageClassification,
     DeiTForImageClassificationWithTeacher,
     PreTrainedModel,
+    TimmWrapperForImageClassification,
     ViTConfig,
     ViTForImageClassification,
 )
 from transformers.utils import logging as transformers_logging
 
+from .classifiers import check_complete, label_names, load_classifier, load_image_processor
 from .configuration_deit_ti import CLASS_TOKEN, TOKENS, DeiTTiConfig
-from .errors import UserError, first_line
+from .errors import UserError
 from .modeling_deit_ti import DeiTTiForImageClassification, interpolate_position_embeddings
 
 
 StateDict = dict[str, torch.Tensor]
+
+FLAG = "--model_name_or_path"
+TRANSFORMERS_CLASSES = (
+    ViTForImageClassification,
+    DeiTForImageClassification,
+    DeiTForImageClassificationWithTeacher,
+)
 
 POSITIONS = "deit_ti.embeddings.position_embeddings"
 PATCH_WEIGHT = "deit_ti.embeddings.patch_projection.weight"
@@ -188,11 +193,6 @@ def export_state(model: DeiTTiForImageClassification) -> StateDict:
     if config.readout != "both":
         state = {key: value for key, value in state.items() if "_head." not in key or key.startswith(config.readout)}
     return state
-
-
-def label_names(config) -> list[str]:
-    """The labels' names, by label id."""
-    return [config.id2label[label] for label in range(config.num_labels)]
 
 
 # To transformers
@@ -396,13 +396,21 @@ def load_student(
             number of channels.
     """
     name = str(name_or_path)
-    source, state = read_source(name)
+    model, missing = load_classifier(name, FLAG, dtype=torch.float32)
+    state = {key: value for key, value in model.state_dict().items() if key not in missing}
+    if isinstance(model, DeiTTiForImageClassification):
+        source = model.config
+    elif isinstance(model, TRANSFORMERS_CLASSES):
+        source, state = _from_transformers(name, model, state)
+    elif isinstance(model, TimmWrapperForImageClassification):
+        source, state = _from_timm(name, model, state)
+    else:
+        kind = model.config.model_type
+        raise UserError(f"{FLAG} {name}: it is a {kind}, not a deit_ti, a deit or vit of transformers, or timm's.")
     for field in FITTING_FIELDS:
         ours, theirs = getattr(config, field), getattr(source, field)
         if ours != theirs:
-            raise UserError(
-                f"--model_name_or_path {name}: its {field} is {theirs}, the student's {ours}: the weights do not fit."
-            )
+            raise UserError(f"{FLAG} {name}: its {field} is {theirs}, the student's {ours}: the weights do not fit.")
     config = copy.deepcopy(config)
     config.layer_norm_eps, config.hidden_act = source.layer_norm_eps, source.hidden_act
     student = DeiTTiForImageClassification(config)
@@ -431,65 +439,9 @@ def load_student(
             report.append(f"The {token} token and its position are newly initialised: the source has none.")
         state = _fit_head(state, f"{token}_head", source, config, report)
 
-    missing = [key for key in fresh if key not in state and "_head." not in key]
-    if missing:
-        raise UserError(f"--model_name_or_path {name}: it is incomplete, without {', '.join(missing[:3])}.")
+    check_complete([key for key in fresh if key not in state and "_head." not in key], name, FLAG)
     student.load_state_dict(fresh | state)
     return student, report
-
-
-def read_source(name: str) -> tuple[DeiTTiConfig, StateDict]:
-    """A checkpoint's config as a `DeiTTiConfig`, and those of our tensors that it has; raises as [`load_student`]."""
-    # A timm architecture goes through the Hub, since timm itself would fall back to a pickled checkpoint.
-    hub_id = timm_hub_id(name) if is_timm_architecture(name) else name
-    try:
-        config = AutoConfig.from_pretrained(hub_id, trust_remote_code=False)
-        if config.model_type not in ("deit_ti", "vit", "deit", "timm_wrapper"):
-            raise UserError(f"it is a {config.model_type}, not a deit_ti, a deit or vit of transformers, or timm's")
-        model, info = AutoModelForImageClassification.from_pretrained(
-            hub_id,
-            config=config,
-            trust_remote_code=False,
-            use_safetensors=True,
-            dtype=torch.float32,
-            output_loading_info=True,
-        )
-    except (OSError, RuntimeError, ValueError, SafetensorError) as error:
-        raise UserError(
-            f"--model_name_or_path {name}: cannot start from it: {why_not_loaded(hub_id, error)} It has to be a local "
-            "folder, a Hub id or a timm architecture with pretrained weights; offline, a folder or what is in the "
-            "Hub's cache."
-        ) from error
-    state = {key: value for key, value in model.state_dict().items() if key not in info["missing_keys"]}
-    if config.model_type == "deit_ti":
-        return config, state
-    if config.model_type == "timm_wrapper":
-        return _from_timm(name, model, state)
-    return _from_transformers(name, model, state)
-
-
-def why_not_loaded(name: str, error: Exception) -> str:
-    """In one sentence, why transformers could not load a folder or Hub id."""
-    if os.path.isdir(name):
-        return f"{first_line(error)}."
-    return f"there is no such folder, and the Hub has no answer ({first_line(error)})."
-
-
-def is_timm_architecture(name: str) -> bool:
-    """Whether `name`, with or without a tag, is one that timm can make, and no folder."""
-    return not os.path.isdir(name) and timm.is_model(name)
-
-
-def timm_hub_id(name: str) -> str:
-    """The Hub id of a timm architecture's pretrained weights; `name` may have a tag. Raises as [`load_student`]."""
-    try:
-        pretrained_cfg = timm.get_pretrained_cfg(name)
-    except RuntimeError as error:
-        raise UserError(f"timm has no pretrained weights of {name}: {error}") from error
-    if pretrained_cfg is None or not pretrained_cfg.hf_hub_id:
-        raise UserError(f"timm has no pretrained weights of {name}.")
-    hub_id = pretrained_cfg.hf_hub_id
-    return f"{hub_id}{pretrained_cfg.architecture}.{pretrained_cfg.tag}" if hub_id.endswith("/") else hub_id
 
 
 def _from_transformers(name: str, model: PreTrainedModel, state: StateDict) -> tuple[DeiTTiConfig, StateDict]:
@@ -509,7 +461,7 @@ def _from_transformers(name: str, model: PreTrainedModel, state: StateDict) -> t
 def _from_timm(name: str, model: PreTrainedModel, state: StateDict) -> tuple[DeiTTiConfig, StateDict]:
     network = model.timm_model
     if not isinstance(network, VisionTransformer) or network.global_pool != "token":
-        raise UserError(f"--model_name_or_path {name}: timm's {model.config.architecture} is no DeiT.")
+        raise UserError(f"{FLAG} {name}: timm's {model.config.architecture} is no DeiT.")
     block = network.blocks[0]
     fields = {
         "hidden_size": network.embed_dim,
@@ -543,12 +495,12 @@ def _import_state(name: str, state: StateDict, names: dict[str, str], source: De
     """A source's tensors under our names, positions in our order of the tokens."""
     state, left_over = rename(state, {theirs: ours for ours, theirs in names.items()})
     if left_over:
-        raise UserError(f"--model_name_or_path {name}: a DeiT-Ti has no {', '.join(left_over[:3])}.")
+        raise UserError(f"{FLAG} {name}: a DeiT-Ti has no {', '.join(left_over[:3])}.")
     if POSITIONS in state:
         rows = len(source.tokens) + (source.image_size // source.patch_size) ** 2
         if state[POSITIONS].shape[1] != rows:
             found = state[POSITIONS].shape[1]
-            raise UserError(f"--model_name_or_path {name}: it has {found} position embeddings, a DeiT-Ti has {rows}.")
+            raise UserError(f"{FLAG} {name}: it has {found} position embeddings, a DeiT-Ti has {rows}.")
         state[POSITIONS] = reorder_positions(state[POSITIONS], token_order(source), source.tokens)
     return state
 
@@ -589,7 +541,7 @@ def _fit_head(state: StateDict, head: str, source: DeiTTiConfig, config: DeiTTiC
 def _side(name: str, field: str, size: int | tuple[int, int]) -> int:
     sides = {size} if isinstance(size, int) else set(size)
     if len(sides) != 1:
-        raise UserError(f"--model_name_or_path {name}: its {field} is {size}, a DeiT-Ti takes squares only.")
+        raise UserError(f"{FLAG} {name}: its {field} is {size}, a DeiT-Ti takes squares only.")
     return sides.pop()
 
 
@@ -675,27 +627,6 @@ def quiet():
 # The command
 
 
-def load_run(folder: str) -> tuple[DeiTTiForImageClassification, object]:
-    """
-    A trained model of this project and its image processor.
-
-    Raises:
-        UserError: if there is none, or it is incomplete.
-    """
-    try:
-        config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
-        if not isinstance(config, DeiTTiConfig):
-            raise UserError(f"it is a {config.model_type}, not a deit_ti")
-        model, info = DeiTTiForImageClassification.from_pretrained(
-            folder, config=config, use_safetensors=True, output_loading_info=True
-        )
-        if info["missing_keys"]:
-            raise UserError(f"it is incomplete: no weights of {', '.join(sorted(info['missing_keys'])[:3])}")
-        return model.eval(), AutoImageProcessor.from_pretrained(folder)
-    except (OSError, RuntimeError, ValueError, SafetensorError) as error:
-        raise UserError(f"Cannot load {folder}: {why_not_loaded(folder, error)}") from error
-
-
 def convert(folder: str, to: str, output: Path | None = None) -> str:
     """
     Converts a finished run.
@@ -720,7 +651,11 @@ def convert(folder: str, to: str, output: Path | None = None) -> str:
         raise UserError(f"{output} exists already: move it away, or name another --output.")
     if to == "onnx" and not output.parent.is_dir():
         raise UserError(f"There is no folder {output.parent} to write {output.name} into.")
-    model, image_processor = load_run(folder)
+    model, missing = load_classifier(folder, "FOLDER")
+    if not isinstance(model, DeiTTiForImageClassification):
+        raise UserError(f"FOLDER {folder}: it is a {model.config.model_type}, not a deit_ti.")
+    check_complete(missing, folder, "FOLDER")
+    image_processor = load_image_processor(folder, "FOLDER")
     if to == "transformers":
         save_transformers(model, image_processor, output)
         return f'AutoModelForImageClassification.from_pretrained("{output}")'

@@ -5,7 +5,6 @@ labels.
 """
 
 import contextlib
-import copy
 import hashlib
 import json
 import os
@@ -15,28 +14,29 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
-import timm
 import torch
 from accelerate.state import AcceleratorState
 from accelerate.utils import broadcast_object_list
 from filelock import FileLock
-from PIL import Image as PILImage
 from torch import nn
 from torch.nn import functional as F
-from transformers import (
-    AutoImageProcessor,
-    AutoModelForImageClassification,
-    PreTrainedModel,
-    TimmWrapperConfig,
-    TimmWrapperForImageClassification,
-    set_seed,
-)
+from transformers import PreTrainedModel, set_seed
 
 from .checkpoints import checkpoints_of, last_complete
+from .classifiers import (
+    check_takes_images,
+    input_format,
+    is_timm_architecture,
+    label_maps,
+    label_names,
+    load_classifier,
+    new_timm_classifier,
+    timm_hub_id,
+)
 from .configuration_deit_ti import DeiTTiConfig
-from .data import DataArguments, EvalImages, ImageData, label_maps, make_image_processor, make_train_images
+from .data import DataArguments, EvalImages, ImageData, make_image_processor, make_train_images
 from .errors import UserError, first_line
-from .interop import is_timm_architecture, load_student, timm_hub_id, why_not_loaded
+from .interop import load_student
 from .trainer import DistillationTrainer, DistillationTrainingArguments
 
 
@@ -150,64 +150,6 @@ class Teacher(nn.Module):
         return logits if self.label_order is None else logits[:, self.label_order]
 
 
-def new_timm_classifier(
-    architecture: str, label_names: list[str], image_size: int, image_processor
-) -> TimmWrapperForImageClassification:
-    """
-    A timm network with timm's own random initialisation, as a transformers model.
-
-    Args:
-        architecture (`str`): a name that `timm.create_model` knows.
-        label_names (`list[str]`)
-        image_size (`int`): input size, in pixels.
-        image_processor: where its normalisation comes from.
-    """
-    pretrained_cfg = timm.get_pretrained_cfg(architecture)
-    model_args = {"img_size": image_size} if pretrained_cfg is not None and pretrained_cfg.fixed_input_size else None
-    config = TimmWrapperConfig(
-        architecture=architecture,
-        model_args=model_args,
-        **label_maps(label_names),
-        pretrained_cfg={
-            "input_size": [3, image_size, image_size],
-            "mean": list(image_processor.image_mean),
-            "std": list(image_processor.image_std),
-            "crop_pct": image_size / image_processor.size["shortest_edge"],
-            "interpolation": "bicubic",
-        },
-    )
-    model = TimmWrapperForImageClassification(config)
-    # The wrapper's constructor has drawn every convolution from a normal of width 0.02, which suits no CNN.
-    initialised = timm.create_model(architecture, num_classes=len(label_names), **(model_args or {}))
-    model.timm_model.load_state_dict(initialised.state_dict())
-    return model
-
-
-def check_takes_images(model: PreTrainedModel, name: str, image_size: int, batch_size: int) -> None:
-    """
-    Trains a copy of the network on nothing but noise for half a step: timm's do not say which sizes they can take.
-
-    Args:
-        model (`PreTrainedModel`): an image classifier; stays as it is.
-        name (`str`): what the user calls it.
-        image_size (`int`): in pixels.
-        batch_size (`int`): images of a step on one device: of one, batch norm may have nothing to compare.
-
-    Raises:
-        UserError: if it cannot be trained on such batches.
-    """
-    trial = copy.deepcopy(model).train()
-    try:
-        with torch.no_grad(), torch.random.fork_rng(devices=[]):
-            trial(pixel_values=torch.zeros(min(batch_size, 2), 3, image_size, image_size))
-    except (ValueError, RuntimeError, AssertionError) as error:
-        raise UserError(
-            f"{name} cannot be trained on batches of {batch_size} images of {image_size}x{image_size} pixels "
-            f"({first_line(error)}). Take larger images (--image_size, --teacher_image_size) or larger batches "
-            "(--per_device_train_batch_size)."
-        ) from error
-
-
 def teacher_folder_name(teacher: str, dataset: str, digest: str) -> str:
     """Of what is kept for a teacher and a dataset: their names, so far as a file system takes them, and the digest."""
     parts = (re.sub(r"[^\w.-]+", "-", Path(part).name) for part in (teacher, dataset))
@@ -280,15 +222,14 @@ def prepare_teacher(
     path, fitted = timm_hub_id(name) if is_timm and args.teacher_pretrained else name, None
     model = label_order = None
     if not is_timm or args.teacher_pretrained:
-        model, has_head = _load(path, args.trust_remote_code)
-        if has_head:
-            names = [model.config.id2label[index] for index in range(model.config.num_labels)]
-            label_order = match_labels(names, data.label_names)
+        model, missing = load_classifier(path, "--teacher_model_name_or_path", args.trust_remote_code)
+        if not missing:  # a backbone lacks the head
+            label_order = match_labels(label_names(model.config), data.label_names)
     if label_order is None:
         fitted = "scratch" if model is None else "pretrained"
         path = _fit(args, model, path, data, data_args, training_args, image_processor)
-        model, _ = _load(path, args.trust_remote_code)
-    image_size, mean, std = _input_format(model, path, args.trust_remote_code)
+        model, _ = load_classifier(path, "--teacher_model_name_or_path", args.trust_remote_code)
+    image_size, mean, std = input_format(model, path, args.trust_remote_code)
     image_size = args.teacher_image_size or image_size
     student_mean, student_std = list(image_processor.image_mean), list(image_processor.image_std)
     try:
@@ -333,60 +274,6 @@ def check_better_than_chance(accuracy: float, labels: list[int], name: str) -> N
         )
 
 
-def _load(name: str, trust_remote_code: bool, **kwargs) -> tuple[PreTrainedModel, bool]:
-    """
-    The classifier, and whether its head came with it. No pickles, and remote code only where the user trusts it: they
-    could do anything.
-    """
-    try:
-        model, info = AutoModelForImageClassification.from_pretrained(
-            name, use_safetensors=True, trust_remote_code=trust_remote_code, output_loading_info=True, **kwargs
-        )
-    except Exception as error:  # whatever transformers or the model's own code raises, it is about what the user named
-        if "trust_remote_code" in str(error):
-            raise UserError(
-                f"--teacher_model_name_or_path {name}: the model runs code of its own. If you trust its author, add "
-                "--trust_remote_code."
-            ) from error
-        raise UserError(
-            f"--teacher_model_name_or_path {name}: it is neither a timm architecture, nor a local folder or Hub model "
-            f"that AutoModelForImageClassification loads from safetensors: {why_not_loaded(name, error)} Offline, "
-            "name a timm architecture without --teacher_pretrained, or a folder."
-        ) from error
-    return model, not info["missing_keys"]
-
-
-def _input_format(
-    model: PreTrainedModel, path: str, trust_remote_code: bool = False
-) -> tuple[int, list[float], list[float]]:
-    """Input size, mean and standard deviation of a classifier, from its timm config or its image processor."""
-    pretrained_cfg = getattr(model.config, "pretrained_cfg", None)
-    if pretrained_cfg:
-        data_config = timm.data.resolve_data_config(pretrained_cfg=pretrained_cfg, verbose=False)
-        return data_config["input_size"][-1], list(data_config["mean"]), list(data_config["std"])
-    try:
-        processor = AutoImageProcessor.from_pretrained(path, trust_remote_code=trust_remote_code)
-    except (OSError, ValueError) as error:
-        raise UserError(
-            f"--teacher_model_name_or_path {path}: the model has no image processor ({first_line(error)})."
-        ) from error
-    # Measured on pictures of one colour, not read: processors differ in what their fields mean, and some normalise
-    # twice, or not at all.
-    size = getattr(model.config, "image_size", None)
-    size = size if isinstance(size, int) else 224
-    colours = [PILImage.new("RGB", (size, size), colour) for colour in ("black", "white", "red")]
-    pictures = torch.as_tensor(processor(colours, return_tensors="pt")["pixel_values"]).float()
-    own_size = pictures.shape[-1]
-    black, white, red = pictures[:, :, own_size // 2, own_size // 2]
-    if not torch.allclose(red, torch.stack((white[0], black[1], black[2])), atol=1e-3):
-        raise UserError(
-            f"--teacher_model_name_or_path {path}: its image processor exchanges or mixes the colours, which "
-            "cannot be done with the student's images."
-        )
-    std = 1 / (white - black)
-    return own_size, (-black * std).tolist(), std.tolist()
-
-
 def _fit(
     args: TeacherArguments,
     pretrained: PreTrainedModel | None,
@@ -412,7 +299,7 @@ def _fit(
         image_size = student_processor.crop_size["height"]
         mean, std = list(student_processor.image_mean), list(student_processor.image_std)
     else:
-        image_size, mean, std = _input_format(pretrained, source, args.trust_remote_code)
+        image_size, mean, std = input_format(pretrained, source, args.trust_remote_code)
     image_size = args.teacher_image_size or image_size
     # Crops and flips alone: a CNN that has a few epochs to learn in does not need to be slowed down.
     light = DataArguments(
@@ -514,15 +401,23 @@ def _has_recipe(folder: Path, recipe: dict) -> bool:
 
 
 def _with_labels(
-    pretrained: PreTrainedModel, source: str, label_names: list[str], trust_remote_code: bool
+    pretrained: PreTrainedModel, source: str, names: list[str], trust_remote_code: bool
 ) -> PreTrainedModel:
     """The classifier with a new head for these labels."""
-    labels = label_maps(label_names)
+    labels = label_maps(names)
     if isinstance(pretrained.config, DeiTTiConfig):
         # With a class token alone, whatever it had: it is fitted without a teacher, and no other head would learn.
         size = {name: getattr(pretrained.config, name) for name in ("image_size", "patch_size")}
         return load_student(source, DeiTTiConfig(**size, **labels))[0]
-    return _load(source, trust_remote_code, ignore_mismatched_sizes=True, num_labels=len(label_names), **labels)[0]
+    model, _ = load_classifier(
+        source,
+        "--teacher_model_name_or_path",
+        trust_remote_code,
+        ignore_mismatched_sizes=True,
+        num_labels=len(names),
+        **labels,
+    )
+    return model
 
 
 def _fitting_arguments(
@@ -565,8 +460,6 @@ __all__ = [
     "Teacher",
     "TeacherArguments",
     "check_better_than_chance",
-    "check_takes_images",
     "match_labels",
-    "new_timm_classifier",
     "prepare_teacher",
 ]

@@ -23,7 +23,8 @@ from transformers import HfArgumentParser
 
 import train_hf
 from modeling_deit_ti import DeiTTiConfig
-from modeling_deit_ti.data import DataArguments, decode_image, label_maps, load_images
+from modeling_deit_ti.classifiers import label_maps
+from modeling_deit_ti.data import DataArguments, decode_image, load_images
 from modeling_deit_ti.distillation import MODES
 from modeling_deit_ti.errors import UserError
 from modeling_deit_ti.model_card import DatasetRecord, RunRecord, clean, write_model_card

@@ -26,6 +26,7 @@ from transformers import (
 )
 
 from modeling_deit_ti import DeiTTiConfig, DeiTTiForImageClassification
+from modeling_deit_ti.classifiers import timm_hub_id
 from modeling_deit_ti.distillation import resolve_mode
 from modeling_deit_ti.errors import UserError
 from modeling_deit_ti.interop import (
@@ -34,7 +35,6 @@ from modeling_deit_ti.interop import (
     save_timm,
     save_transformers,
     timm_arguments,
-    timm_hub_id,
     timm_preprocessing,
     to_timm,
     to_transformers,
@@ -409,9 +409,9 @@ def test_starting_names_what_does_not_fit(tmp_path):
 
 def test_starting_names_what_cannot_be_loaded(tmp_path):
     config = make_config("none")
-    with pytest.raises(UserError, match="nowhere: cannot start from it: there is no such folder"):
+    with pytest.raises(UserError, match="--model_name_or_path .*nowhere: there is no such folder"):
         load_student(tmp_path / "nowhere", config)
-    with pytest.raises(UserError, match="someone/nothing: .* offline, a folder"):
+    with pytest.raises(UserError, match="someone/nothing: .* Offline, name a folder"):
         load_student("someone/nothing", config)
     with pytest.raises(UserError, match="no pretrained weights of deit_tiny_patch16_224.none_such"):
         load_student("deit_tiny_patch16_224.none_such", config)
@@ -428,7 +428,7 @@ def test_incomplete_checkpoints_are_refused(kind, tmp_path):
     with pytest.raises(UserError, match="incomplete, without deit_ti.layers.0.attention.qkv.weight"):
         load_student(tmp_path, make_config("none"))
     file.write_bytes(file.read_bytes()[:1000])
-    with pytest.raises(UserError, match="cannot start from it"):
+    with pytest.raises(UserError, match="--model_name_or_path .*: the folder holds no .*SafetensorError"):
         load_student(tmp_path, make_config("none"))
 
 
@@ -444,7 +444,7 @@ def test_pickled_weights_and_remote_code_are_refused(tmp_path):
     document = {"model_type": "elsewhere", "auto_map": auto_map}
     (tmp_path / "remote" / "config.json").write_text(json.dumps(document))
     (tmp_path / "remote" / "code.py").write_text(f"open({str(tmp_path / 'ran')!r}, 'w')")
-    with pytest.raises(UserError, match="contains custom code"):
+    with pytest.raises(UserError, match="it runs code of its own"):
         load_student(tmp_path / "remote", make_config("none"))
     assert not (tmp_path / "ran").exists()
 

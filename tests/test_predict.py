@@ -212,7 +212,7 @@ def test_no_readable_image_leaves_an_empty_result(suffix, run, images, tmp_path)
     [
         (["{tmp}/none", "{images}"], "{tmp}/none: there is no such folder"),
         (["someone/nothing", "{images}"], "someone/nothing: there is no such folder"),
-        (["{images}", "{images}"], "Cannot load the model {images}"),
+        (["{images}", "{images}"], "MODEL {images}: the folder holds no image classifier"),
         (["{run}", "{tmp}/none.png"], "There is no file or folder {tmp}/none.png"),
         (["{run}", "{images}/nothing"], "There are no images in the folder {images}/nothing"),
         (["{run}", "{images}", "--output", "{images}/notes.txt"], "has to end in .csv or .json"),

@@ -5,7 +5,6 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
-import timm
 import torch
 from PIL import Image as PILImage
 from torch.nn import functional as F
@@ -14,23 +13,21 @@ from transformers import (
     ConvNextImageProcessor,
     DeiTImageProcessor,
     EfficientNetImageProcessor,
-    MobileViTImageProcessor,
     ViTConfig,
     ViTForImageClassification,
     ViTImageProcessor,
 )
 
 from modeling_deit_ti import DeiTTiConfig, DeiTTiForImageClassification
-from modeling_deit_ti.data import DataArguments, EvalImages, label_maps, load_images, make_image_processor
+from modeling_deit_ti.classifiers import input_format, label_maps
+from modeling_deit_ti.data import DataArguments, EvalImages, load_images, make_image_processor
 from modeling_deit_ti.distillation import resolve_mode
 from modeling_deit_ti.errors import UserError
 from modeling_deit_ti.teacher import (
     Teacher,
     TeacherArguments,
-    _input_format,
     check_better_than_chance,
     match_labels,
-    new_timm_classifier,
     prepare_teacher,
 )
 from modeling_deit_ti.trainer import DistillationTrainingArguments
@@ -144,28 +141,6 @@ def test_in_half_precision_it_still_answers_in_float32(dtype):
     torch.testing.assert_close(logits, expected, atol=0.05, rtol=0.05)
 
 
-# ---- timm networks ----
-
-
-def test_a_timm_network_keeps_timms_initialisation(tmp_path):
-    torch.manual_seed(0)
-    model = new_timm_classifier("resnet18", DIGITS, 32, make_image_processor(DataArguments(), 32))
-    weights = timm.create_model("resnet18", num_classes=10).state_dict()
-    for name, parameter in model.timm_model.named_parameters():
-        if weights[name].numel() > 1000:
-            assert parameter.std().item() == pytest.approx(weights[name].std().item(), rel=0.2), name
-    model.save_pretrained(tmp_path)
-    loaded = AutoModelForImageClassification.from_pretrained(tmp_path).eval()
-    images = torch.randn(2, 3, 32, 32)
-    torch.testing.assert_close(loaded(images).logits, model.eval()(images).logits)
-    assert list(loaded.config.id2label.values()) == DIGITS
-
-
-def test_a_timm_transformer_is_made_for_the_image_size():
-    model = new_timm_classifier("test_vit", DIGITS, 64, make_image_processor(DataArguments(), 64))
-    assert model(torch.randn(1, 3, 64, 64)).logits.shape == (1, 10)
-
-
 # ---- Loading and fitting ----
 
 
@@ -276,7 +251,7 @@ def test_a_classifier_of_other_labels_is_fitted_from_its_weights(digits, tmp_pat
     [
         (
             {"teacher_model_name_or_path": "no_such_model"},
-            "neither a timm architecture, nor a local folder",
+            "no_such_model: there is no such folder or timm architecture",
         ),
         ({"teacher_num_train_epochs": 0}, "--teacher_num_train_epochs 0 forbids"),
     ],
@@ -340,21 +315,13 @@ def test_a_perfect_teacher_is_never_refused(labels):
 def test_the_teacher_sees_what_its_own_image_processor_would_give_it(tmp_path, processor):
     model = tiny_vit(["a", "b"]).eval()
     processor.save_pretrained(tmp_path)
-    size, mean, std = _input_format(model, str(tmp_path))
+    size, mean, std = input_format(model, str(tmp_path))
     assert size == 16
     image = PILImage.new("RGB", (16, 16), (200, 100, 50))
     own = torch.as_tensor(processor([image], return_tensors="pt")["pixel_values"]).float()
     ours = make_image_processor(DataArguments(crop="none"), 16)([image], return_tensors="pt")["pixel_values"]
     teacher = Teacher(model, size, mean, std, MEAN, STD)
     torch.testing.assert_close(teacher(ours), model(own).logits, atol=1e-4, rtol=1e-4)
-
-
-def test_a_processor_that_exchanges_colours_is_refused(tmp_path):
-    MobileViTImageProcessor(size={"shortest_edge": 16}, crop_size={"height": 16, "width": 16}).save_pretrained(
-        tmp_path
-    )
-    with pytest.raises(UserError, match="exchanges or mixes the colours"):
-        _input_format(tiny_vit(["a", "b"]), str(tmp_path))
 
 
 # ---- Models of this project as teachers ----

@@ -16,9 +16,10 @@ import torch
 import train_hf
 from modeling_deit_ti import DeiTTiConfig, DeiTTiForImageClassification
 from modeling_deit_ti import teacher_cache as module
+from modeling_deit_ti.classifiers import new_timm_classifier
 from modeling_deit_ti.data import DataArguments, TrainSampler, load_images, make_image_processor, make_train_images
 from modeling_deit_ti.errors import UserError
-from modeling_deit_ti.teacher import Teacher, TeacherArguments, new_timm_classifier
+from modeling_deit_ti.teacher import Teacher, TeacherArguments
 from modeling_deit_ti.teacher_cache import TeacherCache, make_teacher_cache
 from modeling_deit_ti.trainer import DistillationTrainer, DistillationTrainingArguments
 

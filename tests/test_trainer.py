@@ -14,11 +14,12 @@ from transformers import TrainerCallback
 
 from modeling_deit_ti import DeiTTiConfig, DeiTTiForImageClassification
 from modeling_deit_ti.checkpoints import flaw_of
+from modeling_deit_ti.classifiers import new_timm_classifier
 from modeling_deit_ti.data import DataArguments, EvalImages, load_images, make_image_processor, make_train_images
 from modeling_deit_ti.distillation import distillation_loss
 from modeling_deit_ti.errors import UserError
 from modeling_deit_ti.interruption import Interrupted
-from modeling_deit_ti.teacher import Teacher, new_timm_classifier
+from modeling_deit_ti.teacher import Teacher
 from modeling_deit_ti.trainer import DistillationTrainer, DistillationTrainingArguments
 
 

@@ -1,0 +1,222 @@
+"""Any image classifier by its name: a timm architecture, a folder, or a Hub id."""
+
+import contextlib
+import copy
+import os
+from collections.abc import Iterator
+
+import timm
+import torch
+from PIL import Image as PILImage
+from transformers import (
+    AutoImageProcessor,
+    AutoModelForImageClassification,
+    BaseImageProcessor,
+    PreTrainedConfig,
+    PreTrainedModel,
+    TimmWrapperConfig,
+    TimmWrapperForImageClassification,
+)
+
+from .errors import UserError, first_line
+
+
+def label_maps(label_names: list[str]) -> dict:
+    """`id2label` and `label2id` of a transformers config."""
+    return {
+        "id2label": dict(enumerate(label_names)),
+        "label2id": {name: index for index, name in enumerate(label_names)},
+    }
+
+
+def label_names(config: PreTrainedConfig) -> list[str]:
+    """The names of a model's labels, by label id."""
+    return [config.id2label[label] for label in range(config.num_labels)]
+
+
+def is_timm_architecture(name: str) -> bool:
+    """Whether timm can build `name`, given with or without a tag. A folder of that name takes precedence."""
+    return not os.path.isdir(name) and timm.is_model(name)
+
+
+def timm_hub_id(name: str) -> str:
+    """
+    The Hub id of a timm architecture's pretrained weights. timm itself would fall back to pickled ones.
+
+    Args:
+        name (`str`): the architecture, with or without a tag.
+
+    Raises:
+        UserError: if timm has no such weights.
+    """
+    try:
+        pretrained_cfg = timm.get_pretrained_cfg(name)
+    except RuntimeError as error:
+        raise UserError(f"timm has no pretrained weights of {name}: {error}") from error
+    if pretrained_cfg is None or not pretrained_cfg.hf_hub_id:
+        raise UserError(f"timm has no pretrained weights of {name}.")
+    hub_id = pretrained_cfg.hf_hub_id
+    return f"{hub_id}{pretrained_cfg.architecture}.{pretrained_cfg.tag}" if hub_id.endswith("/") else hub_id
+
+
+def load_classifier(
+    name: str, flag: str, trust_remote_code: bool = False, **kwargs
+) -> tuple[PreTrainedModel, list[str]]:
+    """
+    An image classifier with its pretrained weights. Only safetensors are read: a pickle could run anything.
+
+    Args:
+        name (`str`): a folder, a Hub id, or a timm architecture with or without a tag.
+        flag (`str`): where the user gave the name, for the error message.
+        trust_remote_code (`bool`, *optional*, defaults to `False`): run the code that the model brings along.
+        kwargs: passed on to `AutoModelForImageClassification.from_pretrained`.
+
+    Returns:
+        The model in `eval()`, and the sorted names of the weights that the checkpoint lacks and that are therefore
+        random. Of a backbone they are the head's.
+
+    Raises:
+        UserError: if it cannot be loaded.
+    """
+    with _explain(name, flag, "image classifier that AutoModelForImageClassification loads from safetensors"):
+        model, info = AutoModelForImageClassification.from_pretrained(
+            _source(name),
+            trust_remote_code=trust_remote_code,
+            use_safetensors=True,
+            output_loading_info=True,
+            **kwargs,
+        )
+    return model.eval(), sorted(info["missing_keys"])
+
+
+def load_image_processor(name: str, flag: str, trust_remote_code: bool = False) -> BaseImageProcessor:
+    """The image processor of a classifier; arguments and errors as in [`load_classifier`]."""
+    with _explain(name, flag, "image processor that AutoImageProcessor loads"):
+        return AutoImageProcessor.from_pretrained(_source(name), trust_remote_code=trust_remote_code)
+
+
+def check_complete(missing: list[str], name: str, flag: str) -> None:
+    """Raises a `UserError` if a checkpoint lacks weights; the arguments are as in [`load_classifier`]."""
+    if missing:
+        raise UserError(f"{flag} {name}: it is incomplete, without {', '.join(missing[:3])}.")
+
+
+def _source(name: str) -> str:
+    return timm_hub_id(name) if is_timm_architecture(name) else name
+
+
+@contextlib.contextmanager
+def _explain(name: str, flag: str, what: str) -> Iterator[None]:
+    """Turns any error inside into a `UserError` that says what was looked for where, and what to do."""
+    try:
+        yield
+    except Exception as error:  # transformers, timm and a model's own code raise anything
+        reason = first_line(error)
+        if isinstance(error, UserError):
+            message = str(error)
+        elif "trust_remote_code" in str(error):
+            message = (
+                "it runs code of its own. If you trust its author, add --trust_remote_code to predict with it or to "
+                "take it as the teacher."
+            )
+        elif os.path.isdir(name):
+            message = f"the folder holds no {what} ({reason}). Name one that save_pretrained wrote."
+        else:
+            where = "" if is_timm_architecture(name) else "there is no such folder or timm architecture, and "
+            message = (
+                f"{where}no {what} could be loaded from the Hub ({reason}). Offline, name a folder or a model in the "
+                "Hub's cache."
+            )
+        raise UserError(f"{flag} {name}: {message}") from error
+
+
+def input_format(
+    model: PreTrainedModel, path: str, trust_remote_code: bool = False
+) -> tuple[int, list[float], list[float]]:
+    """
+    What images a teacher takes, from its timm config or from the image processor at `path`.
+
+    Returns:
+        Height and width in pixels, and the mean and standard deviation of each channel, for values from 0 to 1.
+
+    Raises:
+        UserError: if there is no image processor, or it swaps or mixes the channels.
+    """
+    pretrained_cfg = getattr(model.config, "pretrained_cfg", None)
+    if pretrained_cfg:
+        data_config = timm.data.resolve_data_config(pretrained_cfg=pretrained_cfg, verbose=False)
+        return data_config["input_size"][-1], list(data_config["mean"]), list(data_config["std"])
+    processor = load_image_processor(path, "--teacher_model_name_or_path", trust_remote_code)
+    # Measured on images of one colour, not read: processors differ in what their fields mean, and some normalise
+    # twice, or not at all.
+    size = getattr(model.config, "image_size", None)
+    size = size if isinstance(size, int) else 224
+    colours = [PILImage.new("RGB", (size, size), colour) for colour in ("black", "white", "red")]
+    pixel_values = torch.as_tensor(processor(colours, return_tensors="pt")["pixel_values"]).float()
+    own_size = pixel_values.shape[-1]
+    black, white, red = pixel_values[:, :, own_size // 2, own_size // 2]
+    if not torch.allclose(red, torch.stack((white[0], black[1], black[2])), atol=1e-3):
+        raise UserError(
+            f"--teacher_model_name_or_path {path}: its image processor swaps or mixes the colours, which "
+            "cannot be done with the student's images."
+        )
+    std = 1 / (white - black)
+    return own_size, (-black * std).tolist(), std.tolist()
+
+
+def new_timm_classifier(
+    architecture: str, label_names: list[str], image_size: int, image_processor: BaseImageProcessor
+) -> TimmWrapperForImageClassification:
+    """
+    A timm network with timm's own random initialisation, as a transformers model.
+
+    Args:
+        architecture (`str`): a name that `timm.create_model` knows.
+        label_names (`list[str]`): the names of its labels, by label id.
+        image_size (`int`): height and width of its images, in pixels.
+        image_processor (`BaseImageProcessor`): whose normalisation and crop its config records.
+    """
+    pretrained_cfg = timm.get_pretrained_cfg(architecture)
+    model_args = {"img_size": image_size} if pretrained_cfg is not None and pretrained_cfg.fixed_input_size else None
+    config = TimmWrapperConfig(
+        architecture=architecture,
+        model_args=model_args,
+        **label_maps(label_names),
+        pretrained_cfg={
+            "input_size": [3, image_size, image_size],
+            "mean": list(image_processor.image_mean),
+            "std": list(image_processor.image_std),
+            "crop_pct": image_size / image_processor.size["shortest_edge"],
+            "interpolation": "bicubic",
+        },
+    )
+    model = TimmWrapperForImageClassification(config)
+    # The wrapper draws all convolutions from a normal distribution of deviation 0.02, which does not suit CNNs.
+    initialised = timm.create_model(architecture, num_classes=len(label_names), **(model_args or {}))
+    model.timm_model.load_state_dict(initialised.state_dict())
+    return model
+
+
+def check_takes_images(model: PreTrainedModel, name: str, image_size: int, batch_size: int) -> None:
+    """
+    Makes one forward pass of a copy, in training mode, on zeros: timm does not say which sizes a network takes.
+
+    Args:
+        model (`PreTrainedModel`): an image classifier, which stays unchanged.
+        name (`str`): what the user calls it.
+        image_size (`int`): height and width, in pixels.
+        batch_size (`int`): images per step and device. Batch norm may refuse a batch of one.
+
+    Raises:
+        UserError: if it cannot be trained on such batches.
+    """
+    trial = copy.deepcopy(model).train()
+    try:
+        with torch.no_grad(), torch.random.fork_rng(devices=[]):
+            trial(pixel_values=torch.zeros(min(batch_size, 2), 3, image_size, image_size))
+    except (ValueError, RuntimeError, AssertionError) as error:
+        raise UserError(
+            f"{name} cannot be trained on batches of {batch_size} images of {image_size}x{image_size} pixels "
+            f"({first_line(error)}). Take larger images (--image_size, --teacher_image_size) or larger batches "
+            "(--per_device_train_batch_size)."
+        ) from error
