@@ -29,16 +29,9 @@ from modeling_deit_ti import DeiTTiConfig, DeiTTiForImageClassification
 from modeling_deit_ti.classifiers import timm_hub_id
 from modeling_deit_ti.distillation import resolve_mode
 from modeling_deit_ti.errors import UserError
-from modeling_deit_ti.interop import (
-    load_student,
-    main,
-    save_timm,
-    save_transformers,
-    timm_arguments,
-    timm_preprocessing,
-    to_timm,
-    to_transformers,
-)
+from modeling_deit_ti.interop import load_student, save_timm, save_transformers, to_timm, to_transformers
+from modeling_deit_ti.interop.__main__ import main
+from modeling_deit_ti.interop.exports import timm_arguments, timm_preprocessing
 from modeling_deit_ti.modeling_deit_ti import interpolate_position_embeddings
 
 
@@ -239,7 +232,7 @@ def test_timm_preprocesses_as_the_image_processor(resize):
     torch.testing.assert_close(transform(image), expected, atol=0.04, rtol=0)  # two grey levels
 
 
-# Starting a student
+# ---- Starting a student ----
 
 
 @pytest.mark.parametrize("kind", ["native", "transformers", "timm"])
@@ -425,7 +418,8 @@ def test_incomplete_checkpoints_are_refused(kind, tmp_path):
     state = load_file(file)
     del state[next(key for key in state if "key.weight" in key or "qkv.weight" in key)]
     save_file(state, file, metadata={"format": "pt"})
-    with pytest.raises(UserError, match="incomplete, without deit_ti.layers.0.attention.qkv.weight"):
+    ours, theirs = "deit_ti.layers.0.attention.qkv.weight", "vit.layers.0.attention.k_proj.weight"
+    with pytest.raises(UserError, match=f"incomplete, without {ours if kind == 'native' else theirs}"):
         load_student(tmp_path, make_config("none"))
     file.write_bytes(file.read_bytes()[:1000])
     with pytest.raises(UserError, match="--model_name_or_path .*: the folder holds no .*SafetensorError"):
@@ -449,7 +443,7 @@ def test_pickled_weights_and_remote_code_are_refused(tmp_path):
     assert not (tmp_path / "ran").exists()
 
 
-# The command
+# ---- The command ----
 
 
 def run_command(*arguments: str) -> int:
