@@ -17,6 +17,7 @@ from transformers import (
 from modeling_deit_ti.classifiers import (
     check_takes_images,
     input_format,
+    label_maps,
     label_names,
     load_classifier,
     load_image_processor,
@@ -133,6 +134,41 @@ def test_an_image_processor_that_swaps_colours_is_refused(tmp_path):
 
 
 # ---- timm networks ----
+
+
+@pytest.fixture
+def saved_by_timm(tmp_path) -> tuple[torch.nn.Module, str]:
+    """A network, and the folder that timm saved it to. timm writes `num_classes` into `model_args` as well."""
+    torch.manual_seed(0)
+    network = timm.create_model("test_resnet", num_classes=2).eval()
+    labels = {"model_args": {"num_classes": 2}, "model_config": {"label_names": ["cat", "dog"]}}
+    timm.models.save_for_hf(network, tmp_path, **labels, safe_serialization=True)
+    assert json.loads((tmp_path / "config.json").read_text())["model_args"]["num_classes"] == 2
+    return network, str(tmp_path)
+
+
+@torch.no_grad()
+def test_what_timm_saved_itself_loads(saved_by_timm, tmp_path):
+    network, folder = saved_by_timm
+    model, missing = load_classifier(folder, "--model")
+    assert missing == [] and label_names(model.config) == ["cat", "dog"]
+    images = torch.randn(2, 3, 32, 32)
+    torch.testing.assert_close(model(images).logits, network(images))
+    model.save_pretrained(tmp_path / "again")
+    again = AutoModelForImageClassification.from_pretrained(tmp_path / "again").eval()
+    torch.testing.assert_close(again(images).logits, network(images))
+
+
+def test_what_timm_saved_itself_gets_a_head_for_other_labels(saved_by_timm):
+    network, folder = saved_by_timm
+    model, _ = load_classifier(
+        folder, "--model", ignore_mismatched_sizes=True, num_labels=10, **label_maps(DIGITS), dtype=torch.float32
+    )
+    assert label_names(model.config) == DIGITS
+    state = network.state_dict()
+    assert model.timm_model.fc.weight.shape == (10, state["fc.weight"].shape[1])
+    body = {key: value for key, value in model.timm_model.state_dict().items() if not key.startswith("fc.")}
+    assert all(torch.equal(value, state[key]) for key, value in body.items())
 
 
 def test_a_timm_network_keeps_timms_initialisation(tmp_path):

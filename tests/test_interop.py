@@ -385,6 +385,18 @@ def test_timm_architecture_starts_from_its_pretrained_weights_on_the_hub(monkeyp
         torch.testing.assert_close(tokens, source.forward_features(make_images(224)), atol=1e-4, rtol=1e-4)
 
 
+@pytest.mark.parametrize("mode", ["none", "both"])
+def test_student_starts_from_what_timm_saved_itself(mode, tmp_path):
+    """timm writes `num_classes` into `model_args` too, which transformers' wrapper does not expect."""
+    source = to_timm(make_model(mode))
+    names = {"model_args": {"num_classes": 5}, "model_config": {"label_names": LABELS}}
+    timm.models.save_for_hf(source, tmp_path, **names, safe_serialization=True)
+    assert json.loads((tmp_path / "config.json").read_text())["model_args"]["num_classes"] == 5
+    student, report = load_student(tmp_path, make_config(mode))
+    assert report == []
+    assert_same(logits_of(student.eval(), make_images()), logits_of(source, make_images()))
+
+
 def test_starting_names_what_does_not_fit(tmp_path):
     make_model("none", hidden_size=96).save_pretrained(tmp_path / "wide")
     with pytest.raises(UserError, match="--model_name_or_path .*wide: its hidden_size is 96, the student's 48"):

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import timm
 import torch
 from PIL import Image
 from transformers import DeiTImageProcessor, ResNetConfig, ResNetForImageClassification
@@ -123,6 +124,20 @@ def test_one_token_models_and_exports_and_other_classifiers_have_one_head(images
     ResNetForImageClassification(resnet).save_pretrained(tmp_path / "resnet")
     make_image_processor().save_pretrained(tmp_path / "resnet")
     assert list(predict(tmp_path / "resnet", images, output=tmp_path / "r.json")[0]["heads"]) == ["class"]
+
+
+def test_what_timm_saved_itself_predicts(images, tmp_path):
+    """timm writes `num_classes` into `model_args` too, which transformers' wrapper does not expect."""
+    network = timm.create_model("test_resnet", num_classes=4).eval()
+    saved = {"model_args": {"num_classes": 4}, "model_config": {"label_names": list(LABELS.values())}}
+    timm.models.save_for_hf(network, tmp_path / "timm", **saved, safe_serialization=True)
+    transform = timm.data.create_transform(**timm.data.resolve_model_data_config(network))
+    for prediction in predict(tmp_path / "timm", images, "--top_k", 4, output=tmp_path / "out.json"):
+        with torch.no_grad():
+            scores = network(transform(Image.open(prediction["file"]).convert("RGB"))[None])[0].softmax(-1)
+        expected = sorted(zip(LABELS.values(), scores.tolist(), strict=True), key=lambda pair: -pair[1])
+        assert [guess["label"] for guess in prediction["heads"]["class"]] == [label for label, _ in expected]
+        assert prediction["score"] == pytest.approx(expected[0][1], abs=1e-4)
 
 
 def test_transformers_class_with_two_heads_has_both(images, tmp_path):
