@@ -1,6 +1,7 @@
 """Says what is on images: `python predict.py MODEL IMAGES_OR_FOLDERS...`
 
-MODEL is the folder of a run or a Hub id, of this project or any other image classifier that transformers loads.
+MODEL is any image classifier: the folder of a run, another folder or Hub id that transformers loads, or a timm
+architecture, whose pretrained weights then come from the Hub.
 Exit code 0: all is well; 1: some images could not be read and were skipped; 2: nothing was done, and why.
 """
 
@@ -13,27 +14,25 @@ from pathlib import Path
 
 import torch
 from PIL import Image
-from safetensors import SafetensorError
 from tqdm import tqdm
-from transformers import AutoImageProcessor, AutoModelForImageClassification, PreTrainedModel
+from transformers import BaseImageProcessor, PreTrainedModel
+from transformers.utils import ModelOutput
 from transformers.utils import logging as transformers_logging
 
+from modeling_deit_ti.classifiers import check_complete, load_classifier, load_image_processor
 from modeling_deit_ti.data import decode_image
-from modeling_deit_ti.errors import UserError
-from modeling_deit_ti.interop import why_not_loaded
+from modeling_deit_ti.errors import UserError, first_line
 
 
 def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="predict.py", description="Says what is on images.")
-    parser.add_argument("model", metavar="MODEL", help="folder of a run, or a Hub id")
+    parser.add_argument("model", metavar="MODEL", help="folder of a run, Hub id, or timm architecture")
     parser.add_argument("images", metavar="IMAGE_OR_FOLDER", nargs="+", type=Path, help="folders are searched through")
     parser.add_argument("--top_k", type=int, default=3, help="labels to name for each head (default: 3)")
     parser.add_argument("--output", type=Path, metavar="FILE", help="a new .csv or .json file instead of a table")
     parser.add_argument("--batch_size", type=int, default=64, help="images at a time (default: 64)")
     parser.add_argument("--device", help="cpu, cuda, ... (default: a GPU if there is one)")
-    parser.add_argument(
-        "--trust_remote_code", action="store_true", help="run the code that a model of another project brings along"
-    )
+    parser.add_argument("--trust_remote_code", action="store_true", help="run the code that the model brings along")
     return parser.parse_args(arguments)
 
 
@@ -54,26 +53,6 @@ def find_images(paths: list[Path]) -> list[Path]:
     return list(dict.fromkeys(files))
 
 
-def load_model(name: str, trust_remote_code: bool) -> tuple[PreTrainedModel, object]:
-    """A classifier and its image processor; raises `UserError` if either cannot be loaded, or weights are missing."""
-    try:
-        model, info = AutoModelForImageClassification.from_pretrained(
-            name, trust_remote_code=trust_remote_code, use_safetensors=True, output_loading_info=True
-        )
-        if info["missing_keys"]:
-            raise UserError(f"it is incomplete, without {', '.join(sorted(info['missing_keys'])[:3])}")
-        return model.eval(), AutoImageProcessor.from_pretrained(name, trust_remote_code=trust_remote_code)
-    except (OSError, KeyError, RuntimeError, ValueError, SafetensorError) as error:
-        if "trust_remote_code" in str(error):
-            raise UserError(
-                f"The model {name} runs code of its own. If you trust its author, add --trust_remote_code."
-            ) from error
-        raise UserError(
-            f"Cannot load the model {name}: {why_not_loaded(name, error)} MODEL has to be a folder with a model "
-            "and its image processor, or a Hub id; offline, a folder or what is in the Hub's cache."
-        ) from error
-
-
 def read_images(files: list[Path]) -> Iterator[tuple[Path, Image.Image]]:
     """The images that can be read, upright and in RGB; the others are named on stderr."""
     for file in files:
@@ -83,7 +62,7 @@ def read_images(files: list[Path]) -> Iterator[tuple[Path, Image.Image]]:
             tqdm.write(f"skipped {file}: {' '.join(str(error).split()) or type(error).__name__}", file=sys.stderr)
 
 
-def head_logits(output, readout: str | None) -> dict[str, torch.Tensor]:
+def head_logits(output: ModelOutput, readout: str | None) -> dict[str, torch.Tensor]:
     """
     The logits of each head, `(B, K)`: `class`, `distillation` and their mean `both` of a distilled model, or the one
     head of another, under the name `class` unless the model says otherwise.
@@ -96,81 +75,62 @@ def head_logits(output, readout: str | None) -> dict[str, torch.Tensor]:
     return {"class": class_logits, "distillation": distillation_logits, "both": both}
 
 
-def best_labels(logits: torch.Tensor, id2label: dict[int, str], top_k: int) -> list[dict]:
-    """The `top_k` labels of one image's `(K,)` logits with their softmax scores, best first."""
-    scores, labels = logits.float().softmax(dim=-1).topk(min(top_k, logits.shape[-1]))
-    return [
-        {"label": id2label[label], "score": round(score, 6)}
-        for label, score in zip(labels.tolist(), scores.tolist(), strict=True)
-    ]
-
-
 @torch.no_grad()
-def predict(
-    model: PreTrainedModel, image_processor, files: list[Path], top_k: int = 3, batch_size: int = 64
+def predict_batch(
+    model: PreTrainedModel, image_processor: BaseImageProcessor, images: list[Image.Image], top_k: int
 ) -> list[dict]:
     """
-    Predictions for image files; what cannot be read is named on stderr and left out.
-
-    Args:
-        model (`PreTrainedModel`): an image classifier, in `eval()`.
-        image_processor (`BaseImageProcessor`): the model's.
-        files (`list[Path]`)
-        top_k (`int`): labels to name for each head.
-        batch_size (`int`): images at a time.
-
-    Returns:
-        `list[dict]`: for each image its `file`, the model's `prediction` with its `score`, and `heads`: a list of
-        labels and scores for each head, best first.
+    For each image the model's `prediction` with its `score`, and `heads`: for each head a list of the `top_k` labels
+    with their softmax scores, best first.
     """
-    id2label, readout = model.config.id2label, getattr(model.config, "readout", None)
+    pixel_values = image_processor(images=images, return_tensors="pt")["pixel_values"]
+    output = model(pixel_values=pixel_values.to(model.device, model.dtype))
+    logits = {"prediction": output.logits, **head_logits(output, getattr(model.config, "readout", None))}
+    stacked = torch.stack(list(logits.values()), dim=1).float()  # (B, heads, K)
+    scores, labels = stacked.softmax(dim=-1).topk(min(top_k, stacked.shape[-1]))
+    id2label, predictions = model.config.id2label, []
+    # To the host once per batch, not for each image and head: a transfer waits for the device.
+    for image_labels, image_scores in zip(labels.tolist(), scores.tolist(), strict=True):
+        heads = {
+            head: [{"label": id2label[label], "score": round(score, 6)} for label, score in zip(*best, strict=True)]
+            for head, *best in zip(logits, image_labels, image_scores, strict=True)
+        }
+        first = heads.pop("prediction")[0]
+        predictions.append({"prediction": first["label"], "score": first["score"], "heads": heads})
+    return predictions
+
+
+def predict(
+    model: PreTrainedModel, image_processor: BaseImageProcessor, files: list[Path], top_k: int, batch_size: int
+) -> list[dict]:
+    """The `file` of each image and what [`predict_batch`] says of it. Files that cannot be read are left out."""
     predictions = []
     with tqdm(total=len(files), unit="image", desc="Predicting") as progress:
         for start in range(0, len(files), batch_size):
             batch = files[start : start + batch_size]
-            images = list(read_images(batch))
+            images = dict(read_images(batch))
             if images:
-                inputs = image_processor(images=[image for _, image in images], return_tensors="pt")
-                output = model(pixel_values=inputs["pixel_values"].to(model.device, model.dtype))
-                heads = head_logits(output, readout)
-                for index, (file, _) in enumerate(images):
-                    best = best_labels(output.logits[index], id2label, 1)[0]
-                    predictions.append(
-                        {
-                            "file": str(file),
-                            "prediction": best["label"],
-                            "score": best["score"],
-                            "heads": {
-                                head: best_labels(logits[index], id2label, top_k) for head, logits in heads.items()
-                            },
-                        }
-                    )
+                found = predict_batch(model, image_processor, list(images.values()), top_k)
+                predictions += [{"file": str(file), **row} for file, row in zip(images, found, strict=True)]
             progress.update(len(batch))
     return predictions
 
 
-def table_rows(predictions: list[dict]) -> list[list[str]]:
-    """A heading and a row for each image, as the table shows them."""
+def print_table(predictions: list[dict]) -> None:
+    """A heading, and one row per image with the labels and scores of each head."""
     heads = list(predictions[0]["heads"])
     rows = [["file", "prediction", *heads]]
     for prediction in predictions:
-        cells = [
-            ", ".join(f"{guess['label']} {guess['score']:.1%}" for guess in prediction["heads"][head])
-            for head in heads
-        ]
+        guesses = [prediction["heads"][head] for head in heads]
+        cells = [", ".join(f"{guess['label']} {guess['score']:.1%}" for guess in cell) for cell in guesses]
         rows.append([prediction["file"], prediction["prediction"], *cells])
-    return rows
-
-
-def print_table(rows: list[list[str]]) -> None:
-    widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
-    rows = [rows[0], ["-" * width for width in widths], *rows[1:]]
-    for row in rows:
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    for row in [rows[0], ["-" * width for width in widths], *rows[1:]]:
         print("  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip())
 
 
 def write_csv(predictions: list[dict], file: Path) -> None:
-    """One row for each image, with columns `HEAD_RANK` and `HEAD_RANK_score` for each head's labels."""
+    """One row per image, with columns `HEAD_RANK` and `HEAD_RANK_score` for each head's labels."""
     rows = []
     for prediction in predictions:
         row = {key: prediction[key] for key in ("file", "prediction", "score")}
@@ -186,11 +146,11 @@ def write_csv(predictions: list[dict], file: Path) -> None:
 
 
 def run(options: argparse.Namespace) -> int:
-    """Predicts as asked, and returns how many files were skipped; raises `UserError`."""
+    """Predicts as asked, and returns how many files were skipped. Raises a `UserError`."""
     output = options.output
     for flag, value in (("--top_k", options.top_k), ("--batch_size", options.batch_size)):
         if value < 1:
-            raise UserError(f"{flag} {value}: it is 1 or more.")
+            raise UserError(f"{flag} {value}: must be at least 1.")
     if output is not None:
         if output.suffix.lower() not in (".csv", ".json"):
             raise UserError(f"--output {output}: the file's name has to end in .csv or .json.")
@@ -199,16 +159,18 @@ def run(options: argparse.Namespace) -> int:
         if not output.parent.is_dir():
             raise UserError(f"--output {output}: there is no folder {output.parent}.")
     files = find_images(options.images)
-    model, image_processor = load_model(options.model, options.trust_remote_code)
+    model, missing = load_classifier(options.model, "MODEL", options.trust_remote_code)
+    check_complete(missing, options.model, "MODEL")
+    image_processor = load_image_processor(options.model, "MODEL", options.trust_remote_code)
     device = options.device or ("cuda" if torch.cuda.is_available() else "cpu")
     try:
         model.to(device)
     except (RuntimeError, AssertionError) as error:
-        raise UserError(f"--device {device}: {str(error).partition(chr(10))[0]}") from error
+        raise UserError(f"--device {device}: {first_line(error)}.") from error
     predictions = predict(model, image_processor, files, options.top_k, options.batch_size)
     if output is None:
         if predictions:
-            print_table(table_rows(predictions))
+            print_table(predictions)
     elif output.suffix.lower() == ".csv":
         write_csv(predictions, output)
     else:

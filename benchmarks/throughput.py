@@ -47,11 +47,11 @@ from transformers import (
 )
 
 from benchmarks.report import BARE, OURS, SEED, TIMM, TRANSFORMERS, describe_machine, spread, write_result
+from modeling_deit_ti.classifiers import is_timm_architecture, label_maps, new_timm_classifier
 from modeling_deit_ti.data import (
     DataArguments,
     EvalImages,
     ImageData,
-    label_maps,
     load_images,
     make_image_processor,
     make_train_images,
@@ -60,8 +60,7 @@ from modeling_deit_ti.data import (
 )
 from modeling_deit_ti.distillation import MODES, distillation_loss
 from modeling_deit_ti.errors import UserError
-from modeling_deit_ti.interop import is_timm_architecture
-from modeling_deit_ti.teacher import Teacher, new_timm_classifier, prepare_teacher
+from modeling_deit_ti.teacher import Teacher, prepare_teacher
 from modeling_deit_ti.trainer import DistillationTrainer
 from train_hf import make_student, parse_arguments
 

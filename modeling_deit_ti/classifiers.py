@@ -9,6 +9,7 @@ import timm
 import torch
 from PIL import Image as PILImage
 from transformers import (
+    AutoConfig,
     AutoImageProcessor,
     AutoModelForImageClassification,
     BaseImageProcessor,
@@ -69,7 +70,7 @@ def load_classifier(
         name (`str`): a folder, a Hub id, or a timm architecture with or without a tag.
         flag (`str`): where the user gave the name, for the error message.
         trust_remote_code (`bool`, *optional*, defaults to `False`): run the code that the model brings along.
-        kwargs: passed on to `AutoModelForImageClassification.from_pretrained`.
+        kwargs: passed on to `AutoModelForImageClassification.from_pretrained`, as `num_labels` or `dtype`.
 
     Returns:
         The model in `eval()`, and the sorted names of the weights that the checkpoint lacks and that are therefore
@@ -79,8 +80,14 @@ def load_classifier(
         UserError: if it cannot be loaded.
     """
     with _explain(name, flag, "image classifier that AutoModelForImageClassification loads from safetensors"):
+        source = _source(name)
+        config = AutoConfig.from_pretrained(source, trust_remote_code=trust_remote_code)
+        if isinstance(config, TimmWrapperConfig) and config.model_args:
+            # timm's save_for_hf writes `num_classes` here too, and the wrapper would pass it to create_model twice.
+            model_args = {key: value for key, value in config.model_args.items() if key != "num_classes"}
+            kwargs = {"model_args": model_args, **kwargs}
         model, info = AutoModelForImageClassification.from_pretrained(
-            _source(name),
+            source,
             trust_remote_code=trust_remote_code,
             use_safetensors=True,
             output_loading_info=True,

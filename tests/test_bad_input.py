@@ -20,8 +20,8 @@ from safetensors.torch import load_file
 from transformers import ResNetConfig, ResNetForImageClassification, ViTImageProcessor
 
 from modeling_deit_ti.checkpoints import seal
+from modeling_deit_ti.classifiers import new_timm_classifier
 from modeling_deit_ti.data import DataArguments, make_image_processor
-from modeling_deit_ti.teacher import new_timm_classifier
 
 
 QUICK = [

@@ -15,7 +15,8 @@ from transformers import DeiTImageProcessor
 from modeling_deit_ti import DeiTTiConfig, DeiTTiForImageClassification
 from modeling_deit_ti.distillation import resolve_mode
 from modeling_deit_ti.errors import UserError
-from modeling_deit_ti.interop import export_onnx, main
+from modeling_deit_ti.interop import export_onnx
+from modeling_deit_ti.interop.__main__ import main
 
 
 onnxruntime = pytest.importorskip("onnxruntime")

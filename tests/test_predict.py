@@ -8,6 +8,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import timm
 import torch
 from PIL import Image
 from transformers import DeiTImageProcessor, ResNetConfig, ResNetForImageClassification
@@ -125,6 +126,20 @@ def test_one_token_models_and_exports_and_other_classifiers_have_one_head(images
     assert list(predict(tmp_path / "resnet", images, output=tmp_path / "r.json")[0]["heads"]) == ["class"]
 
 
+def test_what_timm_saved_itself_predicts(images, tmp_path):
+    """timm writes `num_classes` into `model_args` too, which transformers' wrapper does not expect."""
+    network = timm.create_model("test_resnet", num_classes=4).eval()
+    saved = {"model_args": {"num_classes": 4}, "model_config": {"label_names": list(LABELS.values())}}
+    timm.models.save_for_hf(network, tmp_path / "timm", **saved, safe_serialization=True)
+    transform = timm.data.create_transform(**timm.data.resolve_model_data_config(network))
+    for prediction in predict(tmp_path / "timm", images, "--top_k", 4, output=tmp_path / "out.json"):
+        with torch.no_grad():
+            scores = network(transform(Image.open(prediction["file"]).convert("RGB"))[None])[0].softmax(-1)
+        expected = sorted(zip(LABELS.values(), scores.tolist(), strict=True), key=lambda pair: -pair[1])
+        assert [guess["label"] for guess in prediction["heads"]["class"]] == [label for label, _ in expected]
+        assert prediction["score"] == pytest.approx(expected[0][1], abs=1e-4)
+
+
 def test_transformers_class_with_two_heads_has_both(images, tmp_path):
     model = save_run("both", tmp_path / "run")
     save_transformers(model, make_image_processor(), tmp_path / "transformers")
@@ -212,14 +227,14 @@ def test_no_readable_image_leaves_an_empty_result(suffix, run, images, tmp_path)
     [
         (["{tmp}/none", "{images}"], "{tmp}/none: there is no such folder"),
         (["someone/nothing", "{images}"], "someone/nothing: there is no such folder"),
-        (["{images}", "{images}"], "Cannot load the model {images}"),
+        (["{images}", "{images}"], "MODEL {images}: the folder holds no image classifier"),
         (["{run}", "{tmp}/none.png"], "There is no file or folder {tmp}/none.png"),
         (["{run}", "{images}/nothing"], "There are no images in the folder {images}/nothing"),
         (["{run}", "{images}", "--output", "{images}/notes.txt"], "has to end in .csv or .json"),
         (["{run}", "{images}", "--output", "{tmp}/old.csv"], "old.csv exists already"),
         (["{run}", "{images}", "--output", "{tmp}/none/new.csv"], "there is no folder {tmp}/none"),
-        (["{run}", "{images}", "--top_k", "0"], "--top_k 0: it is 1 or more"),
-        (["{run}", "{images}", "--batch_size", "0"], "--batch_size 0: it is 1 or more"),
+        (["{run}", "{images}", "--top_k", "0"], "--top_k 0: must be at least 1"),
+        (["{run}", "{images}", "--batch_size", "0"], "--batch_size 0: must be at least 1"),
         (["{run}", "{images}", "--device", "abacus"], "--device abacus"),
         (["{tmp}/incomplete", "{images}"], "it is incomplete, without class_head.bias"),
         (["{tmp}/remote", "{images}"], "add --trust_remote_code"),

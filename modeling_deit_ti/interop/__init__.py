@@ -1,0 +1,16 @@
+"""DeiT-Ti to and from transformers' own classes and timm, and to ONNX.
+
+Every export predicts what the model predicts, to float32 rounding. One-token models are plain ViTs. Two-token models
+that read out both heads are transformers' `DeiTForImageClassificationWithTeacher` and timm's
+`VisionTransformerDistilled`, which average them. Those that read out one head put its token first, where both
+libraries' single head sits, with its position; the other token stays in the sequence without a head (timm calls such
+a token a register).
+
+    python -m modeling_deit_ti.interop RUN --to transformers
+"""
+
+from .exports import export_onnx, save_timm, save_transformers, to_timm, to_transformers
+from .student import load_student
+
+
+__all__ = ["export_onnx", "load_student", "save_timm", "save_transformers", "to_timm", "to_transformers"]

@@ -1,0 +1,188 @@
+"""A student that starts from another model's weights."""
+
+import copy
+import os
+
+import torch
+from timm.layers import resample_patch_embed
+from timm.models.vision_transformer import VisionTransformer
+from transformers import (
+    DeiTForImageClassification,
+    DeiTForImageClassificationWithTeacher,
+    PreTrainedConfig,
+    PreTrainedModel,
+    TimmWrapperForImageClassification,
+    ViTForImageClassification,
+)
+
+from ..classifiers import check_complete, label_names, load_classifier
+from ..configuration_deit_ti import CLASS_TOKEN, TOKENS, DeiTTiConfig
+from ..errors import UserError
+from ..modeling_deit_ti import DeiTTiForImageClassification, interpolate_position_embeddings
+from .names import (
+    POSITIONS,
+    RECORD_FIELDS,
+    SHARED_FIELDS,
+    SIZE_FIELDS,
+    StateDict,
+    fuse_qkv,
+    import_state,
+    timm_names,
+    transformers_names,
+)
+
+
+PATCH_WEIGHT = "deit_ti.embeddings.patch_projection.weight"
+FLAG = "--model_name_or_path"
+# Of transformers' classes, in our terms.
+TOKENS_AND_READOUT = {
+    ViTForImageClassification: ((CLASS_TOKEN,), CLASS_TOKEN),
+    DeiTForImageClassification: (TOKENS, CLASS_TOKEN),
+    DeiTForImageClassificationWithTeacher: (TOKENS, "both"),
+}
+
+
+def load_student(
+    name_or_path: str | os.PathLike, config: DeiTTiConfig
+) -> tuple[DeiTTiForImageClassification, list[str]]:
+    """
+    A student that starts from the weights of a DeiT-Ti of this project, a ViT or DeiT of transformers, or timm's
+    DeiT. Only safetensors are read, and no remote code runs. The exports of this package come back as what they were.
+
+    What source and student have in common is taken over. Position embeddings are interpolated to the student's grid,
+    the patch projection is resampled to its patch size (FlexiViT, Beyer et al., 2023). A head is taken over where both
+    have the same label names, its rows in the student's order. The rest is new.
+
+    Args:
+        name_or_path (`str` or `os.PathLike`): folder, Hub id or timm architecture, with or without its tag.
+        config (`DeiTTiConfig`): the student's. It is not changed; the student's own config has the source's
+            `layer_norm_eps` and `hidden_act`, since the weights were made for them.
+
+    Returns:
+        `tuple[DeiTTiForImageClassification, list[str]]`: the student, in float32, and one sentence for each part that
+        is new, was changed on the way, or was left behind.
+
+    Raises:
+        UserError: if the source cannot be read, is incomplete, is no DeiT or ViT, or has another width, depth or
+            number of channels.
+    """
+    name = str(name_or_path)
+    model, missing = load_classifier(name, FLAG, dtype=torch.float32)
+    # Of all weights, only the heads may be missing: a backbone has none.
+    check_complete([key for key in missing if "head" not in key and "classifier" not in key], name, FLAG)
+    state = {key: value for key, value in model.state_dict().items() if key not in missing}
+    try:
+        source, state = _as_deit_ti(model, state)
+        for field in (*SIZE_FIELDS, "qkv_bias"):
+            ours, theirs = getattr(config, field), getattr(source, field)
+            if ours != theirs:
+                raise UserError(f"its {field} is {theirs}, the student's {ours}: the weights do not fit.")
+    except UserError as error:
+        raise UserError(f"{FLAG} {name}: {error}") from error
+    config = copy.deepcopy(config)
+    config.layer_norm_eps, config.hidden_act = source.layer_norm_eps, source.hidden_act
+    student = DeiTTiForImageClassification(config)
+    fresh = student.state_dict()
+    report = []
+
+    # The token of a one-token model is the token of another, whatever it learned from.
+    if len(source.tokens) == len(config.tokens) == 1 and source.tokens != config.tokens:
+        report.append(f"The {config.tokens[0]} token and its head start from the source's {source.tokens[0]} token.")
+        state = {key.replace(f"{source.tokens[0]}_", f"{config.tokens[0]}_"): value for key, value in state.items()}
+        source.tokens = config.tokens
+    for token in source.tokens:
+        if token not in config.tokens:
+            report.append(f"The source's {token} token and its head are left behind.")
+            state = {key: value for key, value in state.items() if f"{token}_" not in key}
+    old, new = source.patch_size, config.patch_size
+    if old != new:
+        report.append(f"The patch projection is resampled from {old}x{old} to {new}x{new} pixels.")
+        state[PATCH_WEIGHT] = resample_patch_embed(state[PATCH_WEIGHT], (new, new))
+    state[POSITIONS] = _fit_positions(state[POSITIONS], fresh[POSITIONS], source, config, report)
+    for token in config.tokens:
+        if token not in source.tokens:
+            report.append(f"The {token} token and its position are newly initialised: the source has none.")
+        _fit_head(state, f"{token}_head", source, config, report)
+    student.load_state_dict(fresh | state)
+    return student, report
+
+
+def _as_deit_ti(model: PreTrainedModel, state: StateDict) -> tuple[DeiTTiConfig, StateDict]:
+    """A model's config in our terms, and its tensors under our names."""
+    if isinstance(model, DeiTTiForImageClassification):
+        return model.config, state
+    if isinstance(model, TimmWrapperForImageClassification):
+        source = _config_of_timm(model)
+        state = {key.removeprefix("timm_model."): value for key, value in state.items()}
+        return source, import_state(state, timm_names(source), source)
+    if type(model) in TOKENS_AND_READOUT:
+        fields = {field: getattr(model.config, field) for field in SHARED_FIELDS}
+        source = _make_config(model.config, *TOKENS_AND_READOUT[type(model)], fields)
+        return source, import_state(fuse_qkv(state), transformers_names(source), source)
+    kind = model.config.model_type
+    raise UserError(f"it is a {kind}, not a deit_ti, a deit or vit of transformers, or timm's DeiT.")
+
+
+def _config_of_timm(model: TimmWrapperForImageClassification) -> DeiTTiConfig:
+    network = model.timm_model
+    if not isinstance(network, VisionTransformer) or network.global_pool != "token":
+        raise UserError(f"timm's {model.config.architecture} is no DeiT.")
+    block = network.blocks[0]
+    fields = {
+        "hidden_size": network.embed_dim,
+        "num_hidden_layers": len(network.blocks),
+        "num_attention_heads": block.attn.num_heads,
+        "intermediate_size": block.mlp.fc1.out_features,
+        "layer_norm_eps": block.norm1.eps,
+        "image_size": network.patch_embed.img_size,
+        "patch_size": network.patch_embed.patch_size,
+        "num_channels": network.patch_embed.proj.in_channels,
+        "qkv_bias": block.attn.qkv.bias is not None,
+    }
+    if network.num_prefix_tokens == 2 and network.num_reg_tokens == 0:
+        return _make_config(model.config, TOKENS, "both", fields)
+    return _make_config(model.config, (CLASS_TOKEN,), CLASS_TOKEN, fields)
+
+
+def _make_config(config: PreTrainedConfig, tokens: tuple[str, ...], readout: str, fields: dict) -> DeiTTiConfig:
+    """A source's config in our terms. Tokens and readout are the recorded ones where it is an export of ours."""
+    for field in ("image_size", "patch_size"):
+        size = fields[field]
+        sides = {size} if isinstance(size, int) else set(size)
+        if len(sides) != 1:
+            raise UserError(f"its {field} is {size}, a DeiT-Ti takes squares only.")
+        fields[field] = sides.pop()
+    record = {field: getattr(config, field) for field in RECORD_FIELDS if hasattr(config, field)}
+    fields |= {"tokens": tokens, "readout": readout} | record
+    return DeiTTiConfig(**fields, id2label=dict(enumerate(label_names(config))))
+
+
+def _fit_positions(
+    positions: torch.Tensor, fresh: torch.Tensor, source: DeiTTiConfig, config: DeiTTiConfig, report: list[str]
+) -> torch.Tensor:
+    """The source's (1, N, D) position embeddings for the student's tokens and grid; adds to the report."""
+    rows = [
+        positions[:, source.tokens.index(token)] if token in source.tokens else fresh[:, config.tokens.index(token)]
+        for token in config.tokens
+    ]
+    positions = torch.cat((torch.stack(rows, dim=1), positions[:, len(source.tokens) :]), dim=1)
+    old, new = source.image_size // source.patch_size, config.image_size // config.patch_size
+    if old != new:
+        report.append(f"The position embeddings are interpolated from {old}x{old} to {new}x{new} patches.")
+    return interpolate_position_embeddings(positions, len(rows), (new, new))
+
+
+def _fit_head(state: StateDict, head: str, source: DeiTTiConfig, config: DeiTTiConfig, report: list[str]) -> None:
+    """Puts the head into the student's order of labels, or takes it out of the state; adds to the report."""
+    title, keys = head.replace("_", " "), (f"{head}.weight", f"{head}.bias")
+    theirs, ours = label_names(source), label_names(config)
+    if keys[0] not in state:
+        report.append(f"The {title} is newly initialised: the source has none.")
+    elif sorted(theirs) != sorted(ours):
+        report.append(f"The {title} is newly initialised: the source has other labels ({len(theirs)} of them).")
+        for key in keys:
+            del state[key]
+    elif theirs != ours:
+        report.append(f"The {title} is put into the dataset's order of labels: the source has them in another.")
+        for key in keys:
+            state[key] = state[key][[theirs.index(label) for label in ours]]
