@@ -20,7 +20,7 @@ from transformers.utils import ModelOutput
 from transformers.utils import logging as transformers_logging
 
 from modeling_deit_ti.classifiers import check_complete, load_classifier, load_image_processor
-from modeling_deit_ti.data import decode_image
+from modeling_deit_ti.data.decoding import decode_image
 from modeling_deit_ti.errors import UserError, first_line
 
 

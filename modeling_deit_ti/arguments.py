@@ -381,13 +381,17 @@ class DistillationTrainingArguments(TrainingArguments):
 
 
 class Arguments(NamedTuple):
-    """A whole run, one group per question. `fitting` are the arguments of the run that fits its teacher, if any."""
+    """
+    A whole run, one group per question; the command line `flags` that make it; and in `fitting` the arguments of the
+    run that fits its teacher, if it has one.
+    """
 
     images: ImageArguments
     augmentation: AugmentationArguments
     model: ModelArguments
     teacher: TeacherArguments
     training: DistillationTrainingArguments
+    flags: list[str]
     fitting: "Arguments | None" = None
 
     def hyperparameters(self) -> dict:

@@ -139,6 +139,8 @@ def _fit(args: Arguments, pretrained: PreTrainedModel | None, source: str, data:
                 network = _with_labels(pretrained, source, data.label_names, args.teacher.trust_remote_code)
                 batch_size = min(run.training.train_batch_size, len(data.train))
                 check_takes_images(network, name, run.model.image_size, batch_size)
+            if run.training.process_index == 0:
+                (folder / "all_results.json").unlink(missing_ok=True)  # of another recipe, or of none
             (checkpoint,) = broadcast_object_list([last_complete(folder)])
             if checkpoint is not None:
                 logger.info(f"Teacher: an earlier run was interrupted while fitting it; resuming from {checkpoint}")

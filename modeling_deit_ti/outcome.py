@@ -2,7 +2,6 @@
 
 import os
 import shlex
-import sys
 from pathlib import Path
 
 from huggingface_hub import HfApi
@@ -86,6 +85,8 @@ def describe_run(
     if images.streaming:
         hyperparameters |= {"streaming": True, "shuffle_buffer_size": images.shuffle_buffer_size}
     hyperparameters |= {"precision": training.mixed_precision, "num_processes": training.world_size}
+    # `accelerate launch` leaves its settings in the environment.
+    launcher = ["accelerate", "launch"] if "ACCELERATE_MIXED_PRECISION" in os.environ else ["python"]
     return RunRecord(
         architecture=getattr(trainer.model.config, "architecture", trainer.model.config.model_type),  # timm's, ours
         num_parameters=trainer.model.num_parameters(),
@@ -110,8 +111,7 @@ def describe_run(
         base_model_on_hub=started_from is not None and not os.path.isdir(started_from),
         hub_model_id=training.hub_model_id if training.push_to_hub else None,
         license=model.license,
-        # `accelerate launch` leaves its settings in the environment.
-        command=[*(["accelerate", "launch"] if "ACCELERATE_MIXED_PRECISION" in os.environ else ["python"]), *sys.argv],
+        command=[*launcher, "train_hf.py", *args.flags],
         example_label=example_label,
     )
 

@@ -64,7 +64,7 @@ class _Parser(HfArgumentParser):
             raise UserError(f"the flags cannot be used: {first_line(error)}.") from error
         if unknown:
             raise UserError(f"unknown flag {unknown[0]}{self.closest(unknown[0].split('=')[0])}")
-        return Arguments(*groups)
+        return Arguments(*groups, flags=argv)
 
     def closest(self, flag: str) -> str:
         close = difflib.get_close_matches(flag, self._option_string_actions, n=1)
@@ -118,11 +118,11 @@ def parse_arguments(argv: list[str], description: str | None = None) -> Argument
     Raises:
         UserError: if a flag is unknown, has a value out of range, or contradicts another.
     """
-    parser = _Parser(description)
+    parser, given = _Parser(description), argv
     if "--config" in argv or any(argument.startswith("--config=") for argument in argv):
         recipe = parser.read_recipe("--config", parser.parse_known_args(argv)[0].config)
         argv = [*parser.flags(recipe), *argv]
-    args = parser.parse(argv)
+    args = parser.parse(argv)._replace(flags=given)
     _check_combinations(args)
     model, training = args.model, args.training
     if training.has_default_output_dir:

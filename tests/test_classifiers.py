@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 import timm
 import torch
+from building import image_processor
 from transformers import (
     AutoModelForImageClassification,
     MobileViTImageProcessor,
@@ -23,7 +24,6 @@ from modeling_deit_ti.classifiers import (
     load_image_processor,
     new_timm_classifier,
 )
-from modeling_deit_ti.data import DataArguments, make_image_processor
 from modeling_deit_ti.errors import UserError
 
 
@@ -173,7 +173,7 @@ def test_what_timm_saved_itself_gets_a_head_for_other_labels(saved_by_timm):
 
 def test_a_timm_network_keeps_timms_initialisation(tmp_path):
     torch.manual_seed(0)
-    model = new_timm_classifier("resnet18", DIGITS, 32, make_image_processor(DataArguments(), 32))
+    model = new_timm_classifier("resnet18", DIGITS, 32, image_processor(32))
     weights = timm.create_model("resnet18", num_classes=10).state_dict()
     for name, parameter in model.timm_model.named_parameters():
         if weights[name].numel() > 1000:
@@ -186,12 +186,12 @@ def test_a_timm_network_keeps_timms_initialisation(tmp_path):
 
 
 def test_a_timm_transformer_is_made_for_the_image_size():
-    model = new_timm_classifier("test_vit", DIGITS, 64, make_image_processor(DataArguments(), 64))
+    model = new_timm_classifier("test_vit", DIGITS, 64, image_processor(64))
     assert model(torch.randn(1, 3, 64, 64)).logits.shape == (1, 10)
 
 
 def test_batches_that_a_network_cannot_be_trained_on_are_refused():
-    model = new_timm_classifier("test_resnet", DIGITS, 32, make_image_processor(DataArguments(), 32))
+    model = new_timm_classifier("test_resnet", DIGITS, 32, image_processor(32))
     before = {key: value.clone() for key, value in model.state_dict().items()}
     check_takes_images(model, "test_resnet", 32, 64)
     with pytest.raises(UserError, match="^test_resnet cannot be trained on batches of 1 images of 8x8 pixels"):

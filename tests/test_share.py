@@ -20,6 +20,7 @@ from typing import NamedTuple
 import numpy as np
 import pytest
 import torch
+from building import image_processor
 from datasets import load_dataset
 from hub_stand_in import HubStandIn
 from huggingface_hub import ModelCard
@@ -28,7 +29,6 @@ from sklearn.datasets import load_digits
 from transformers import AutoImageProcessor
 
 from modeling_deit_ti import DeiTTiConfig, DeiTTiForImageClassification
-from modeling_deit_ti.data import DataArguments, make_image_processor
 from modeling_deit_ti.distillation import resolve_mode
 from modeling_deit_ti.interop import export_onnx, save_timm, save_transformers
 
@@ -285,7 +285,7 @@ def modes_on_the_hub(hub, tmp_path_factory) -> dict[str, str]:
     in all modes, it has one: the trained model has all twelve, and their export to ONNX takes a while.
     """
     root = tmp_path_factory.mktemp("modes")
-    processor = make_image_processor(DataArguments(), 32)
+    processor = image_processor(32)
     labels = {"id2label": dict(enumerate(CIFAR10)), "label2id": {label: index for index, label in enumerate(CIFAR10)}}
     exported = {}  # by network: some modes share one
     for name, mode in MODES.items():

@@ -421,7 +421,7 @@ def test_a_fitted_teacher_is_a_finished_run_with_its_card_curves_and_results(dig
     teacher, _, path = prepare(digits, tmp_path, teacher_config=write_config(tmp_path, **RECIPE))
     folder = Path(path)
     card = (folder / "README.md").read_text()
-    assert "timm's `test_resnet`" in card and "24x24 pixels" in card and "without distillation" in card
+    assert "A `test_resnet`" in card and "24x24 pixels" in card and "without distillation" in card
     for flag, value in {**RECIPE, "lr_scheduler_type": "cosine"}.items():
         if flag not in ("model_name_or_path", "image_size"):
             assert f"| {flag} | `{value}` |" in card
