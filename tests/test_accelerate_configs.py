@@ -181,16 +181,17 @@ def test_fsdp2_plugin_shards_weights_and_saves_a_full_model(launched, enter, cap
 
 @pytest.mark.parametrize("student", ["deit_ti", "resnet18"])
 def test_fsdp2_takes_the_student_and_a_cnn_alike(launched, enter, student):
+    from transformers import DeiTImageProcessor
+
     from modeling_deit_ti import DeiTTiConfig, DeiTTiForImageClassification
-    from modeling_deit_ti.data import DataArguments, make_image_processor
-    from modeling_deit_ti.teacher import new_timm_classifier
+    from modeling_deit_ti.classifiers import new_timm_classifier
 
     _, args = launched("fsdp2_bf16")
     enter(prepare_multi_gpu_env(args))
     if student == "deit_ti":
         model = DeiTTiForImageClassification(DeiTTiConfig())
     else:
-        model = new_timm_classifier(student, ["a", "b"], 32, make_image_processor(DataArguments(), 32))
+        model = new_timm_classifier(student, ["a", "b"], 32, DeiTImageProcessor())
     assert fsdp2_prepare_auto_wrap_policy(FullyShardedDataParallelPlugin(), model) is None
 
 
