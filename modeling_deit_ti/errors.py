@@ -60,7 +60,7 @@ def _why_not_stored(error: BaseException | None) -> str | None:
     while error is not None:
         if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS):
             return os.strerror(error.errno)
-        if isinstance(error, SafetensorError):
+        if isinstance(error, SafetensorError) and str(error).startswith("Error while serializing"):  # not reading
             return first_line(error)
         # torch's writer only says at which byte it stopped.
         if "PytorchStreamWriter failed" in str(error) or "unexpected pos" in str(error):

@@ -15,7 +15,7 @@ from timm.data.random_erasing import RandomErasing
 from timm.data.transforms import RandomResizedCropAndInterpolation
 from torchvision.transforms import functional as TF
 
-from modeling_deit_ti.augmentation import (
+from modeling_deit_ti.data.augmentation import (
     GEOMETRIC,
     INCREASING_OPERATIONS,
     PLAIN_OPERATIONS,

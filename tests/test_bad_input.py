@@ -19,9 +19,10 @@ from real_command import REPOSITORY, run
 from safetensors.torch import load_file
 from transformers import ResNetConfig, ResNetForImageClassification, ViTImageProcessor
 
+from modeling_deit_ti.arguments import AugmentationArguments, ModelArguments
 from modeling_deit_ti.checkpoints import seal
 from modeling_deit_ti.classifiers import new_timm_classifier
-from modeling_deit_ti.data import DataArguments, make_image_processor
+from modeling_deit_ti.data.inputs import make_image_processor
 
 
 QUICK = [
@@ -132,7 +133,7 @@ def teacher(**changes) -> Callable:
     """`teacher/`: an untrained classifier of the digits, with its config changed."""
 
     def write(folder: Path) -> None:
-        processor = make_image_processor(DataArguments(), 32)
+        processor = make_image_processor(ModelArguments(image_size=32), AugmentationArguments())
         new_timm_classifier("test_resnet", DIGITS, 32, processor).save_pretrained(folder / "teacher")
         path = folder / "teacher" / "config.json"
         path.write_text(json.dumps({**json.loads(path.read_text()), **changes}))
@@ -261,7 +262,7 @@ MISTAKES = {
     "a single label": (
         parquet(labels=["cat"] * 4, kind=Value("string")),
         [DATA],
-        ["one label ['cat']", "classifying takes two"],
+        ["one label ['cat']", "a classifier needs two"],
     ),
     # Its images
     "image missing": (one_then(None), [DATA], ["Split `train`, row 1", "it is missing"]),
@@ -291,9 +292,9 @@ MISTAKES = {
     "image size without end": (
         nothing,
         ["--model_name_or_path=deit_ti", "--image_size=100000000", "--patch_size=1"],
-        ["--image_size 100000000", "no room"],
+        ["--image_size 100000000", "do not fit into memory"],
     ),
-    "drop path nan": (nothing, ["--drop_path_rate=nan"], ["--drop_path_rate", "nan is no finite number"]),
+    "drop path nan": (nothing, ["--drop_path_rate=nan"], ["--drop_path_rate", "nan is not a finite number"]),
     "model nowhere": (nothing, ["--model_name_or_path=nowhere"], ["--model_name_or_path nowhere"]),
     "model with one head for two tokens": (nothing, ["--distill_mode=both"], ["test_resnet has one head"]),
     "model that is no DeiT": (teacher(), ["--model_name_or_path=teacher"], ["test_resnet is no DeiT"]),
@@ -355,19 +356,19 @@ MISTAKES = {
     "temperature inf": (
         nothing,
         ["--distill_mode=soft", "--distillation_temperature=inf"],
-        ["--distillation_temperature", "inf is no finite number"],
+        ["--distillation_temperature", "inf is not a finite number"],
     ),
     "word for a number": (nothing, ["--learning_rate=fast"], ["--learning-rate", "invalid float value: 'fast'"]),
-    "learning rate nan": (nothing, ["--learning_rate=nan"], ["--learning_rate", "nan is no finite number"]),
+    "learning rate nan": (nothing, ["--learning_rate=nan"], ["--learning_rate", "nan is not a finite number"]),
     "learning rate below 0": (nothing, ["--learning_rate=-1"], ["--learning_rate -1.0"]),
-    "mixup nan": (nothing, ["--mixup=nan"], ["--mixup", "nan is no finite number"]),
+    "mixup nan": (nothing, ["--mixup=nan"], ["--mixup", "nan is not a finite number"]),
     "mixup below 0": (nothing, ["--mixup=-1"], ["--mixup -1.0"]),
     "weight decay below 0": (nothing, ["--weight_decay=-1"], ["--weight_decay", "Invalid weight_decay value: -1"]),
     "beta above 1": (nothing, ["--adam_beta1=2"], ["--adam_*", "Invalid beta parameter"]),
     "warm-up below 0": (nothing, ["--warmup_steps=-1"], ["warmup_steps"]),
     "epochs 0": (nothing, ["--num_train_epochs=0"], ["--num_train_epochs 0.0"]),
     "epochs below 0": (nothing, ["--num_train_epochs=-1"], ["--num_train_epochs -1.0"]),
-    "epochs nan": (nothing, ["--num_train_epochs=nan"], ["--num_train_epochs", "nan is no finite number"]),
+    "epochs nan": (nothing, ["--num_train_epochs=nan"], ["--num_train_epochs", "nan is not a finite number"]),
     "batch size 0": (nothing, ["--per_device_train_batch_size=0"], ["--per_device_train_batch_size 0"]),
     "evaluation batch size 0": (nothing, ["--per_device_eval_batch_size=0"], ["--per_device_eval_batch_size 0"]),
     "accumulation 0": (nothing, ["--gradient_accumulation_steps=0"], ["--gradient_accumulation_steps 0"]),
@@ -403,7 +404,11 @@ MISTAKES = {
         ["--load_best_model_at_end", "save and eval strategy"],
     ),
     "best without a metric": (nothing, ["--save_strategy=best"], ["--metric_for_best_model"]),
-    "flag without use": (nothing, ["--prediction_loss_only"], ["--prediction_loss_only"]),
+    "flag that is the Trainer's alone": (
+        nothing,
+        ["--prediction_loss_only"],
+        ["unknown flag --prediction_loss_only"],
+    ),
     "compile mode": (nothing, ["--torch_compile_mode=fastest"], ["--torch_compile_mode fastest"]),
     "DeepSpeed file nowhere": (nothing, ["--deepspeed=nowhere.json"], ["flags cannot be used"]),
     "accelerator file nowhere": (nothing, ["--accelerator_config=nowhere.json"], ["nowhere.json"]),
@@ -416,7 +421,6 @@ MISTAKES = {
     "recipe with NUL": (files(a=b"seed: \0"), ["--config=a"], ["--config a", "cannot be read as YAML"]),
     "recipe is a list": (files(a=b"- seed"), ["--config=a"], ["--config a", "`flag: value` lines"]),
     "recipe empty": (files(a=b""), ["--config=a"], ["--config a", "`flag: value` lines"]),
-    "recipe with a 13th month": (files(a=b"seed: 2026-13-01"), ["--config=a"], ["--config a", "month"]),
     "recipe with an unknown key": (
         files(a=b"learning_rat: 1"),
         ["--config=a"],
@@ -426,10 +430,25 @@ MISTAKES = {
     "recipe with a word for a number": (files(a=b"mixup: a lot"), ["--config=a"], ["--mixup", "'a lot'"]),
     "recipe with a list for a number": (files(a=b"mixup: [1, 2]"), ["--config=a"], ["2"]),
     "recipe with a mapping for a number": (files(a=b"mixup: {a: 1}"), ["--config=a"], ["--mixup"]),
-    "recipe with nan": (files(a=b"mixup: .nan"), ["--config=a"], ["--mixup", "nan is no finite number"]),
+    "recipe with nan": (files(a=b"mixup: .nan"), ["--config=a"], ["--mixup", "nan is not a finite number"]),
+    "teacher recipe nowhere": (
+        nothing,
+        [HARD, "--teacher_config=nowhere.yaml"],
+        ["--teacher_config nowhere.yaml", "No such file"],
+    ),
+    "teacher recipe with what is its student's": (
+        files(a=b"dataset_name: other"),
+        [HARD, "--teacher_config=a"],
+        ["--teacher_config a", "dataset_name is not the teacher's to set"],
+    ),
+    "teacher recipe with an unknown optimizer": (
+        files(a=b"optim: adams"),
+        [HARD, "--teacher_config=a"],
+        ["--teacher_config a", "--optim", "invalid choice: 'adams'"],
+    ),
     # The output folder
     "output without a name": (nothing, ["--output_dir="], ["--output_dir"]),
-    "output is a file": (files(run=b"mine"), [], ["--output_dir run", "a file of this name"]),
+    "output is a file": (files(run=b"mine"), [], ["--output_dir run", "this is a file"]),
     "output below a file": (
         files(a=b"mine"),
         ["--output_dir=a/run"],
@@ -444,7 +463,7 @@ MISTAKES = {
     "output of an unfinished run": (
         files(**{"run__checkpoint-10__": b""}),
         [],
-        ["--output_dir run", "unfinished run: go on with --resume_from_checkpoint True"],
+        ["--output_dir run", "unfinished run: continue it with --resume_from_checkpoint True"],
     ),
     "output with a card of somebody's": (
         files(**{"run__README.md": b"mine"}),
@@ -455,12 +474,12 @@ MISTAKES = {
     "checkpoint incomplete": (
         files(**{"run__checkpoint-10__trainer_state.json": b'{"epoch": 1.'}),
         ["--resume_from_checkpoint=run/checkpoint-10"],
-        ["--resume_from_checkpoint run/checkpoint-10", "no complete checkpoint", "was being written"],
+        ["--resume_from_checkpoint run/checkpoint-10", "not a complete checkpoint", "was being written"],
     ),
     "checkpoint with a flipped bit": (
         flipped_checkpoint,
         ["--resume_from_checkpoint=run/checkpoint-10"],
-        ["--resume_from_checkpoint run/checkpoint-10", "no complete checkpoint", "its optimizer.pt is damaged"],
+        ["--resume_from_checkpoint run/checkpoint-10", "not a complete checkpoint", "its optimizer.pt is damaged"],
     ),
 }
 if not torch.cuda.is_available():
@@ -567,12 +586,13 @@ class TestDisk:
         flags = [*QUICK, HARD, "--teacher_output_dir=disk/teachers"]
         result = run(*flags, cwd=tmp_path)
         assert result.returncode == 1, result.stderr
-        assert message_of(result).startswith("disk/teachers cannot be written (No space left on device)")
-        assert not list((tmp_path / "disk").glob("teachers/*/teacher_recipe.json"))
+        message = message_of(result)
+        assert message.startswith("disk/teachers cannot be written (") and "No space left on device" in message
+        assert not list((tmp_path / "disk").glob("teachers/*/all_results.json"))
         disk("remount,size=64m")
         result = run(*flags, cwd=tmp_path)
         assert "is no better than chance" in message_of(result)  # after so short a fitting
-        assert len(list((tmp_path / "disk").glob("teachers/*/teacher_recipe.json"))) == 1
+        assert len(list((tmp_path / "disk").glob("teachers/*/all_results.json"))) == 1
 
     def test_a_dataset_in_a_read_only_folder_trains(self, disk, tmp_path):
         features = Features({"image": Image(), "label": ClassLabel(names=["cat", "dog"])})

@@ -1,5 +1,6 @@
 """Datasets in, tensors out: every source, every kind of image, every mistake, and what is random in between."""
 
+import dataclasses
 import io
 import pickle
 import random
@@ -8,26 +9,24 @@ import numpy as np
 import pytest
 import torch
 from accelerate.data_loader import prepare_data_loader
+from building import arguments
 from datasets import ClassLabel, Dataset, DatasetDict, Features, Image, Value, concatenate_datasets
 from PIL import Image as PILImage
 from timm.data.constants import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from torch.utils.data import DataLoader
 
-from modeling_deit_ti.data import (
-    DataArguments,
+from modeling_deit_ti.arguments import AugmentationArguments, ImageArguments, ModelArguments
+from modeling_deit_ti.data import ImageData, load_images
+from modeling_deit_ti.data.decoding import read_image, to_rgb
+from modeling_deit_ti.data.inputs import (
     EvalImages,
     ImageBatches,
     TrainImages,
-    TrainSampler,
-    collate_images,
-    load_images,
     make_image_processor,
     make_train_images,
     make_train_transform,
-    mix_images,
-    read_image,
-    to_rgb,
 )
+from modeling_deit_ti.data.sampling import TrainSampler, collate_images, mix_images
 from modeling_deit_ti.errors import UserError
 
 
@@ -43,16 +42,20 @@ def write_parquet(folder, labels=(0, 1, 0, 1), names=("cat", "dog"), split="trai
     Dataset.from_dict(values, features=features).to_parquet(folder / f"{split}-00000-of-00001.parquet")
 
 
-def train_transform(args: DataArguments, image_size: int):
-    return make_train_transform(args, make_image_processor(args, image_size))
+def image_processor(image_size: int, **parts):
+    return make_image_processor(ModelArguments(image_size=image_size), AugmentationArguments(**parts))
 
 
-def train_images(dataset, args: DataArguments, image_size: int, device: str = "cpu"):
-    return make_train_images(dataset, args, make_image_processor(args, image_size), device)
+def train_transform(args: AugmentationArguments, image_size: int):
+    return make_train_transform(args, image_processor(image_size))
 
 
-def load(folder, **arguments):
-    return load_images(DataArguments(dataset_name=str(folder), **arguments))
+def train_images(data: ImageData, args: AugmentationArguments, image_size: int, device: str = "cpu"):
+    return make_train_images(data, args, image_processor(image_size), device)
+
+
+def load(folder, labels_needed: bool = True, **flags) -> ImageData:
+    return load_images(ImageArguments(dataset_name=str(folder), **flags), labels_needed)
 
 
 def pixels(row) -> np.ndarray:
@@ -149,7 +152,7 @@ def test_training_without_labels_takes_images_that_have_none(tmp_path):
     )
     write_parquet(tmp_path / "data", split="test")
     try:  # one schema for both splits, or two: datasets decides, and says so itself
-        data = load_images(DataArguments(dataset_name=str(tmp_path / "data")), labels_needed=False)
+        data = load(tmp_path / "data", labels_needed=False)
     except UserError as error:
         pytest.fail(str(error))
     assert "label" not in data.train.column_names and data.label_names == ["cat", "dog"]
@@ -158,7 +161,7 @@ def test_training_without_labels_takes_images_that_have_none(tmp_path):
 def test_training_without_labels_takes_rows_without_a_label(tmp_path):
     write_parquet(tmp_path / "data", labels=[0, None, -1, 1])
     write_parquet(tmp_path / "data", split="test")
-    data = load_images(DataArguments(dataset_name=str(tmp_path / "data")), labels_needed=False)
+    data = load(tmp_path / "data", labels_needed=False)
     assert len(data.train) == 4 and "label" not in data.train.column_names
 
 
@@ -184,7 +187,7 @@ def splits(train: dict, test: dict):
 
 
 @pytest.mark.parametrize(
-    ("write", "arguments", "message"),
+    ("write", "flags", "message"),
     [
         (broken_image, {}, r"Split `train`, row 1: the image in column 'image' cannot be decoded"),
         (splits({"labels": [0, 1, None]}, {}), {}, "Split `train`, row 2: the label is missing"),
@@ -200,17 +203,21 @@ def splits(train: dict, test: dict):
             {},
             "labels differ: evaluation has 7",
         ),
-        (splits({"labels": [0, 0], "names": ["cat"]}, {"labels": [0], "names": ["cat"]}), {}, "classifying takes two"),
+        (
+            splits({"labels": [0, 0], "names": ["cat"]}, {"labels": [0], "names": ["cat"]}),
+            {},
+            "a classifier needs two",
+        ),
         (splits({}, {}), {"image_column_name": "photo"}, "no such column; there are image, label"),
         (splits({}, {}), {"label_column_name": "kind"}, "no such column; there are image, label"),
         (splits({}, {}), {"image_column_name": "label"}, "holds ClassLabel, not images; image does"),
         (splits({}, {}), {"label_column_name": "image"}, "holds Image; labels are class labels, strings or integers"),
     ],
 )
-def test_a_mistake_in_the_data_is_named(tmp_path, write, arguments, message):
+def test_a_mistake_in_the_data_is_named(tmp_path, write, flags, message):
     write(tmp_path / "data")
     with pytest.raises(UserError, match=message):
-        load(tmp_path / "data", **arguments)
+        load(tmp_path / "data", **flags)
 
 
 def test_a_dataset_that_is_nowhere_is_an_error_that_says_how_to_run_offline(tmp_path):
@@ -224,7 +231,7 @@ def test_a_dataset_that_is_nowhere_is_an_error_that_says_how_to_run_offline(tmp_
 
 
 @pytest.mark.parametrize(
-    "arguments",
+    "flag",
     [
         {"max_train_samples": 0},
         {"horizontal_flip": 1.5},
@@ -233,9 +240,9 @@ def test_a_dataset_that_is_nowhere_is_an_error_that_says_how_to_run_offline(tmp_
         {"eval_crop_ratio": 0.0},
     ],
 )
-def test_arguments_out_of_range_are_refused_by_their_flag(arguments):
-    with pytest.raises(UserError, match=f"--{next(iter(arguments))}"):
-        DataArguments(**arguments)
+def test_arguments_out_of_range_are_refused_by_their_flag(flag):
+    with pytest.raises(UserError, match=f"--{next(iter(flag))}"):
+        arguments(**flag)
 
 
 # ---- Kinds of images ----
@@ -276,10 +283,11 @@ def normalised(image: PILImage.Image) -> torch.Tensor:
     return torch.tensor(values, dtype=torch.float32).permute(2, 0, 1)
 
 
-def plain(**arguments) -> DataArguments:
-    return DataArguments(
-        **{"crop": "none", "horizontal_flip": 0, "auto_augment": "none", "random_erasing": 0, **arguments}
-    )
+OFF = {"crop": "none", "horizontal_flip": 0, "auto_augment": "none", "random_erasing": 0, "mixup": 0, "cutmix": 0}
+
+
+def plain(**parts) -> AugmentationArguments:
+    return AugmentationArguments(**{**OFF, **parts})
 
 
 def test_with_every_part_switched_off_training_sees_the_normalised_image():
@@ -304,14 +312,14 @@ def test_each_part_of_the_recipe_can_be_switched_on_alone():
 
 
 def test_crops_are_padded_up_to_32_pixels_and_resized_above():
-    assert [DataArguments().crop_at(size) for size in (32, 33, 224)] == ["padded", "resized", "resized"]
+    assert [AugmentationArguments().crop_at(size) for size in (32, 33, 224)] == ["padded", "resized", "resized"]
 
 
 def test_evaluation_resizes_the_shorter_edge_and_takes_the_centre():
-    processor = make_image_processor(DataArguments(), 224)
+    processor = image_processor(224)
     assert processor.size["shortest_edge"] == 256 and processor.crop_size["height"] == 224
     data = load("digits", max_eval_samples=4)
-    images = EvalImages(data.evaluation, make_image_processor(plain(), 8))
+    images = EvalImages(data.evaluation, image_processor(8))
     expected = normalised(PILImage.fromarray(pixels(data.evaluation[1])))
     torch.testing.assert_close(images[1]["pixel_values"], expected, atol=1e-6, rtol=0)
     assert images[1]["labels"] == data.evaluation[1]["label"]
@@ -319,7 +327,7 @@ def test_evaluation_resizes_the_shorter_edge_and_takes_the_centre():
 
 def test_an_images_augmentation_depends_on_its_seed_alone():
     data = load("digits", max_train_samples=40)
-    images = TrainImages(data.train, train_transform(DataArguments(), 32))
+    images = TrainImages(data.train, train_transform(AugmentationArguments(), 32))
     keys = list(TrainSampler(40, 8, seed=5))
     alone = torch.stack([images[key]["pixel_values"] for key in keys])
     for workers in (0, 2):
@@ -329,7 +337,7 @@ def test_an_images_augmentation_depends_on_its_seed_alone():
 
 
 def test_augmentation_leaves_the_global_generators_alone():
-    images = TrainImages(load("digits", max_train_samples=4).train, train_transform(DataArguments(), 32))
+    images = TrainImages(load("digits", max_train_samples=4).train, train_transform(AugmentationArguments(), 32))
     draws = []
     for augment in (False, True):
         torch.manual_seed(0), random.seed(0), np.random.seed(0)
@@ -408,20 +416,21 @@ def test_mixing_takes_images_without_labels_and_can_be_off():
 
 # ---- Augmentation on the device ----
 
+UNMIXED = AugmentationArguments(augment_on="device", mixup=0, cutmix=0)
+
 
 def test_the_device_gets_raw_pixels_and_finishes_what_the_loader_would_have(tmp_path):
     data = load("digits", max_train_samples=8)
     keys = list(TrainSampler(8, 8, seed=0))
-    images, augment = train_images(data.train, plain(augment_on="device"), 8)
+    images, augment = train_images(data, plain(augment_on="device"), 8)
     batch = collate_images(images.__getitems__(keys))
     assert batch["pixel_values"].shape == (8, 3, 8, 8) and batch["pixel_values"].dtype == torch.uint8
-    by_loader, nothing = train_images(data.train, plain(augment_on="loader"), 8)
+    by_loader, only_mix = train_images(data, plain(augment_on="loader"), 8)
     expected = collate_images(by_loader.__getitems__(keys))
-    assert nothing is None
-    torch.testing.assert_close(
-        augment(batch["pixel_values"], torch.from_numpy(batch["seeds"])), expected["pixel_values"]
-    )
-    assert torch.equal(batch["labels"], expected["labels"])
+    pixel_values, labels = augment(batch["pixel_values"], batch["labels"], batch["seeds"])
+    torch.testing.assert_close(pixel_values, expected["pixel_values"])
+    assert torch.equal(labels, expected["labels"])
+    assert only_mix(expected["pixel_values"], None, expected["seeds"])[0] is expected["pixel_values"]
 
 
 @pytest.mark.parametrize(
@@ -452,36 +461,36 @@ def test_a_batch_fetched_whole_is_the_rows_it_was_asked_for(rows):
 
 
 def test_batches_fetched_whole_are_the_same_for_any_number_of_workers():
-    images, augment = train_images(load("digits", max_train_samples=40).train, DataArguments(augment_on="device"), 32)
+    images, augment = train_images(load("digits", max_train_samples=40), UNMIXED, 32)
     keys = list(TrainSampler(40, 8, seed=5))
     epochs = []
     for workers in (0, 2):
         loader = DataLoader(images, batch_size=8, sampler=keys, collate_fn=collate_images, num_workers=workers)
-        epochs.append([augment(batch["pixel_values"], torch.from_numpy(batch["seeds"])) for batch in loader])
+        epochs.append([augment(batch["pixel_values"], None, batch["seeds"])[0] for batch in loader])
     torch.testing.assert_close(epochs[0], epochs[1], atol=0, rtol=0)
     alone = images[keys[3]]
-    again = augment(alone["pixel_values"][None], torch.tensor([alone["seeds"]]))[0]
-    torch.testing.assert_close(again, epochs[0][0][3], atol=0, rtol=0)
+    again = augment(alone["pixel_values"][None], None, np.array([alone["seeds"]]))[0]
+    torch.testing.assert_close(again[0], epochs[0][0][3], atol=0, rtol=0)
 
 
 def test_two_processes_together_see_the_batches_of_one():
-    images, augment = train_images(load("digits", max_train_samples=40).train, DataArguments(augment_on="device"), 32)
+    images, augment = train_images(load("digits", max_train_samples=40), UNMIXED, 32)
     keys = list(TrainSampler(40, 8, seed=5))
 
     def augmented(**processes) -> list[torch.Tensor]:
         loader = DataLoader(images, batch_size=4, sampler=keys, collate_fn=collate_images)
         loader = prepare_data_loader(loader, put_on_device=True, device=torch.device("cpu"), **processes)
-        return [augment(batch["pixel_values"], torch.from_numpy(batch["seeds"])) for batch in loader]
+        return [augment(batch["pixel_values"], None, batch["seeds"])[0] for batch in loader]
 
     first, second = (augmented(num_processes=2, process_index=index) for index in (0, 1))
     together = [batch for pair in zip(first, second, strict=True) for batch in pair]
     torch.testing.assert_close(together, augmented(num_processes=1, process_index=0), atol=0, rtol=0)
 
 
-@pytest.mark.parametrize(("image_size", "arguments"), [(8, {}), (20, {"crop": "none"}), (48, {})])
-def test_evaluation_images_fetched_whole_are_what_the_shipped_processor_makes_of_each(image_size, arguments):
+@pytest.mark.parametrize(("image_size", "parts"), [(8, {}), (20, {"crop": "none"}), (48, {})])
+def test_evaluation_images_fetched_whole_are_what_the_shipped_processor_makes_of_each(image_size, parts):
     split = load("digits", max_eval_samples=6).evaluation
-    processor = make_image_processor(DataArguments(**arguments), image_size)
+    processor = image_processor(image_size, **parts)
     batch = collate_images(EvalImages(split, processor).__getitems__([5, 0, 3]))
     for position, index in enumerate([5, 0, 3]):
         expected = processor(read_image(split[index]), return_tensors="pt")["pixel_values"][0]
@@ -493,28 +502,28 @@ def test_images_of_several_sizes_are_evaluated_one_by_one():
     pictures = [picture(0, (9, 12)), picture(1, (12, 9))]
     features = Features({"image": Image(), "label": Value("int64")})
     split = Dataset.from_dict({"image": pictures, "label": [0, 1]}, features=features)
-    processor = make_image_processor(DataArguments(), 16)
+    processor = image_processor(16)
     batch = collate_images(EvalImages(split, processor).__getitems__([1, 0]))
     expected = processor([pictures[1], pictures[0]], return_tensors="pt")["pixel_values"]
     torch.testing.assert_close(batch["pixel_values"], expected, atol=0, rtol=0)
 
 
 def test_auto_augments_on_the_device_where_it_can_and_is_faster():
-    split = load("digits", max_train_samples=8).train
+    digits = load("digits", max_train_samples=8)
     features = Features({"pixels": Value("binary"), "height": Value("int32"), "width": Value("int32")})
     two_sizes = {"pixels": [bytes(12), bytes(18)], "height": [2, 2], "width": [2, 3]}
-    mixed = Dataset.from_dict(two_sizes, features=features)
+    mixed = dataclasses.replace(digits, train=Dataset.from_dict(two_sizes, features=features))
     on_device = [
-        train_images(dataset, DataArguments(**arguments), image_size, device)[1] is not None
-        for dataset, arguments, image_size, device in (
-            (split, {}, 64, "cpu"),
-            (split, {}, 65, "cpu"),
-            (split, {}, 224, "cuda"),
-            (split, {}, 32, "mps"),
+        train_images(data, AugmentationArguments(**parts), image_size, device)[1].augment is not None
+        for data, parts, image_size, device in (
+            (digits, {}, 64, "cpu"),
+            (digits, {}, 65, "cpu"),
+            (digits, {}, 224, "cuda"),
+            (digits, {}, 32, "mps"),
             (mixed, {}, 32, "cuda"),
-            (split, {"auto_augment": "augmix-m5"}, 32, "cpu"),
-            (split, {"augment_on": "device"}, 65, "cpu"),
-            (split, {"augment_on": "loader"}, 32, "cuda"),
+            (digits, {"auto_augment": "augmix-m5"}, 32, "cpu"),
+            (digits, {"augment_on": "device"}, 65, "cpu"),
+            (digits, {"augment_on": "loader"}, 32, "cuda"),
         )
     ]
     assert on_device == [True, False, True, False, False, False, True, False]
@@ -527,6 +536,6 @@ def test_the_device_takes_images_of_one_size_and_policies_it_knows(tmp_path):
     for split in ("train", "test"):
         mixed.to_parquet(tmp_path / "data" / f"{split}-00000-of-00001.parquet")
     with pytest.raises(UserError, match="not all of one size"):
-        train_images(load(tmp_path / "data").train, plain(augment_on="device"), 32)
+        train_images(load(tmp_path / "data"), plain(augment_on="device"), 32)
     with pytest.raises(UserError, match="--augment_on device: .*augmix"):
-        train_images(load("digits").train, plain(augment_on="device", auto_augment="augmix-m5"), 32)
+        train_images(load("digits"), plain(augment_on="device", auto_augment="augmix-m5"), 32)

@@ -2,7 +2,9 @@
 
 import io
 import json
+import logging
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -11,30 +13,26 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from building import arguments
 from datasets import ClassLabel, Dataset, DatasetDict, Features, Image, Value
 from PIL import Image as PILImage
 from torch.utils.data import DataLoader
 
 import train_hf
 from modeling_deit_ti import DeiTTiConfig, DeiTTiForImageClassification
-from modeling_deit_ti.data import (
-    DataArguments,
-    EvalImages,
-    TrainImages,
-    load_images,
-    make_image_processor,
-    make_train_images,
-)
-from modeling_deit_ti.errors import UserError
-from modeling_deit_ti.streaming import (
+from modeling_deit_ti.arguments import AugmentationArguments, ImageArguments, ModelArguments
+from modeling_deit_ti.data import ImageData, load_images
+from modeling_deit_ti.data.inputs import TrainImages, make_image_processor, make_train_images
+from modeling_deit_ti.data.streaming import (
     ParquetRows,
     StreamedBatches,
     StreamedImages,
+    StreamedSplit,
     UnreadableRow,
-    as_it_is,
-    load_streamed_images,
 )
-from modeling_deit_ti.trainer import DistillationTrainer, DistillationTrainingArguments
+from modeling_deit_ti.errors import UserError
+from modeling_deit_ti.runs import build_trainer
+from modeling_deit_ti.trainer import DistillationTrainer
 
 
 REPOSITORY = Path(train_hf.__file__).parent
@@ -87,8 +85,8 @@ def image_folder(tmp_path_factory) -> Path:
     return folder
 
 
-def load(folder, **options):
-    return load_streamed_images(DataArguments(dataset_name=str(folder), streaming=True, **options))
+def load(folder, labels_needed: bool = True, **flags) -> ImageData:
+    return load_images(ImageArguments(dataset_name=str(folder), streaming=True, **flags), labels_needed)
 
 
 def number_of(image: PILImage.Image) -> torch.Tensor:
@@ -96,16 +94,14 @@ def number_of(image: PILImage.Image) -> torch.Tensor:
     return torch.tensor([red + 256 * green, torch.randint(10**6, ()).item()])
 
 
-def epoch(images, number=0, processes=1, workers=0, batch_size=10, seed=0, repeats=1, skip=0) -> list[list[dict]]:
+def epoch(split, number=0, processes=1, workers=0, batch_size=10, seed=0, repeats=1, skip=0) -> list[list[dict]]:
     """The batches of each process, through real loaders with real workers. `pixel_values`: the image's number."""
-    batches = []
+    images, batches = StreamedImages(split, number_of, repeats), []
     for process in range(processes):
-        dataset = StreamedBatches(
-            images.with_transform(number_of), batch_size, seed, repeats, workers, process, processes
-        )
+        dataset = StreamedBatches(images, batch_size, seed, workers, process, processes)
         dataset.set_epoch(number)
         dataset.skip(number, skip)
-        batches.append(list(DataLoader(dataset, batch_size=None, collate_fn=as_it_is, num_workers=workers)))
+        batches.append(list(DataLoader(dataset, batch_size=None, collate_fn=lambda batch: batch, num_workers=workers)))
     return batches
 
 
@@ -118,11 +114,11 @@ def numbers(batches: list[list[dict]]) -> list[int]:
 
 @pytest.mark.parametrize("workers", [0, 2])
 def test_each_image_comes_once_in_an_epoch_over_all_processes_and_workers(parquet, workers):
-    images = load(parquet).train
-    assert len(images) == NUM_IMAGES
+    split = load(parquet).train
+    assert len(split) == NUM_IMAGES
     left_out = []
     for number in range(2):
-        batches = epoch(images, number, processes=2, workers=workers)
+        batches = epoch(split, number, processes=2, workers=workers)
         assert [len(process) for process in batches] == [24, 24]  # as many steps in each process
         assert all(batch["pixel_values"].shape == (10, 2) for process in batches for batch in process)
         seen = numbers(batches)
@@ -134,18 +130,18 @@ def test_each_image_comes_once_in_an_epoch_over_all_processes_and_workers(parque
 
 
 def test_a_process_reads_its_own_part_and_little_more(parquet, monkeypatch):
-    images, read = load(parquet).train, []
+    split, read = load(parquet).train, []
     original = ParquetRows.read
     monkeypatch.setattr(
         ParquetRows, "read", lambda self, *args: (read.append(row) or row for row in original(self, *args))
     )
-    epoch(images, processes=2)
+    epoch(split, processes=2)
     assert len(read) == 480
 
 
 def test_seed_and_epoch_decide_the_order_and_the_augmentation(parquet):
-    images = load(parquet).train
-    runs = [epoch(images, number, seed=seed, workers=2) for seed, number in ((1, 0), (1, 0), (1, 1), (2, 0))]
+    split = load(parquet).train
+    runs = [epoch(split, number, seed=seed, workers=2) for seed, number in ((1, 0), (1, 0), (1, 1), (2, 0))]
     assert all(
         torch.equal(first["pixel_values"], second["pixel_values"])
         for first, second in zip(runs[0][0], runs[1][0], strict=True)
@@ -182,10 +178,10 @@ def test_repeated_augmentation_shows_each_image_three_times_differently(parquet,
 @pytest.mark.parametrize("workers", [0, 2])
 @pytest.mark.parametrize("repeats", [1, 3])
 def test_skipped_batches_leave_the_others_as_they_were(parquet, workers, repeats):
-    images = load(parquet, shuffle_buffer_size=100).train
-    (whole,) = epoch(images, 3, workers=workers, repeats=repeats)
+    split = load(parquet, shuffle_buffer_size=100).train
+    (whole,) = epoch(split, 3, workers=workers, repeats=repeats)
     for skip in (1, 17, 48):
-        (rest,) = epoch(images, 3, workers=workers, repeats=repeats, skip=skip)
+        (rest,) = epoch(split, 3, workers=workers, repeats=repeats, skip=skip)
         assert rest[:skip] == [{}] * skip and len(rest) == 48
         for first, second in zip(whole[skip:], rest[skip:], strict=True):
             assert torch.equal(first["pixel_values"], second["pixel_values"])
@@ -193,20 +189,21 @@ def test_skipped_batches_leave_the_others_as_they_were(parquet, workers, repeats
 
 
 def test_skipped_batches_are_not_read(parquet, monkeypatch):
-    images, read = load(parquet, shuffle_buffer_size=50).train, []
+    split, read = load(parquet, shuffle_buffer_size=50).train, []
     original = ParquetRows.read
     monkeypatch.setattr(
         ParquetRows, "read", lambda self, *args: (read.append(row) or row for row in original(self, *args))
     )
-    epoch(images, skip=40)  # 80 images are left, and those in the buffer are looked for in their row groups
+    epoch(split, skip=40)  # 80 images are left, and those in the buffer are looked for in their row groups
     assert 80 <= len(read) < 350
 
 
 def test_an_image_is_augmented_as_it_would_be_from_a_split_in_memory(parquet):
-    streamed, args = load(parquet), DataArguments(dataset_name=str(parquet), augment_on="loader")
-    processor = make_image_processor(args, 32)
-    in_memory = make_train_images(load_images(args).train, args, processor)[0]
-    batches = StreamedBatches(make_train_images(streamed.train, args, processor)[0], 8, 0, 1, 0, 0, 1)
+    streamed = load(parquet)
+    args = AugmentationArguments(augment_on="loader", repeated_augmentation=1)
+    processor = make_image_processor(ModelArguments(image_size=32), args)
+    in_memory, _ = make_train_images(load_images(ImageArguments(dataset_name=str(parquet))), args, processor)
+    batches = StreamedBatches(make_train_images(streamed, args, processor)[0], 8, 0, 0, 0, 1)
     (numbered,) = epoch(streamed.train, batch_size=8)
     assert isinstance(in_memory, TrainImages)
     batch = next(iter(batches))
@@ -233,7 +230,7 @@ def test_labels_that_are_strings_are_numbered_as_without_streaming(tmp_path):
     features = Features({"image": Image(), "label": Value("string")})
     folder = write_dataset(tmp_path, features, label=lambda number: "xyz"[3 * number // NUM_IMAGES])
     data = load(folder)
-    assert data.label_names == load_images(DataArguments(dataset_name=str(folder))).label_names == ["x", "y", "z"]
+    assert data.label_names == load_images(ImageArguments(dataset_name=str(folder))).label_names == ["x", "y", "z"]
     batch = epoch(data.train)[0][0]
     assert batch["labels"].tolist() == [3 * n // NUM_IMAGES for n in batch["pixel_values"][:, 0].tolist()]
 
@@ -241,7 +238,7 @@ def test_labels_that_are_strings_are_numbered_as_without_streaming(tmp_path):
 def test_what_save_to_disk_wrote_and_the_digits_stream_too(tmp_path):
     digits = load("digits")
     assert len(digits.train) == 1438 and digits.fingerprint == load("digits").fingerprint
-    batch = next(iter(StreamedBatches(digits.train.with_transform(number_of), 16, 0, 1, 0, 0, 1)))
+    batch = epoch(digits.train, batch_size=16)[0][0]
     assert len(set(batch["labels"].tolist())) > 5
     splits = {name: Dataset.from_dict({"image": [picture(0)] * 30, "label": [0, 1, 2] * 10}) for name in ("a", "b")}
     DatasetDict(train=splits["a"].cast(ENCODED), test=splits["b"].cast(ENCODED)).save_to_disk(tmp_path)
@@ -266,7 +263,7 @@ def test_without_labels_the_images_stream_for_the_teacher_to_name(tmp_path):
         Dataset.from_parquet(str(file)).remove_columns("label").to_parquet(file)
     with pytest.raises(UserError, match="The training split has no column 'label'"):
         load(folder)
-    data = load_streamed_images(DataArguments(dataset_name=str(folder), streaming=True), labels_needed=False)
+    data = load(folder, labels_needed=False)
     assert data.train.column_names == ["image"] and data.label_names == NAMES
     assert "labels" not in epoch(data.train)[0][0]
 
@@ -274,31 +271,32 @@ def test_without_labels_the_images_stream_for_the_teacher_to_name(tmp_path):
 # ---- Training ----
 
 
-def make_trainer(folder: Path, output_dir: Path, **options) -> DistillationTrainer:
+def make_trainer(folder: Path, output_dir: Path, **flags) -> DistillationTrainer:
     """Six steps of 80 images an epoch with a one-block student, and all that is random."""
-    data_args = DataArguments(dataset_name=str(folder), streaming=True, shuffle_buffer_size=120)
     settings = {
         "per_device_train_batch_size": 80,
         "num_train_epochs": 2,
         "save_strategy": "no",
         "eval_strategy": "no",
-        "save_total_limit": None,
+        "save_total_limit": 9,
         "disable_tqdm": True,
-        **options,
+        **flags,
     }
-    args = DistillationTrainingArguments(output_dir=str(output_dir), **settings)
-    data, processor = load_streamed_images(data_args), make_image_processor(data_args, 32)
-    torch.manual_seed(3)
-    config = DeiTTiConfig(image_size=32, patch_size=16, num_labels=3, num_hidden_layers=1, **args.mode.network)
-    train_images, augment = make_train_images(data.train, data_args, processor)
-    return DistillationTrainer(
-        model=DeiTTiForImageClassification(config),
-        args=args,
-        augment=augment,
-        train_dataset=train_images,
-        eval_dataset=EvalImages(data.evaluation, processor),
-        processing_class=processor,
+    args = arguments(
+        dataset_name=folder,
+        streaming=True,
+        shuffle_buffer_size=120,
+        output_dir=output_dir,
+        image_size=32,
+        patch_size=16,
+        **settings,
     )
+    data, image_processor = load_images(args.images), make_image_processor(args.model, args.augmentation)
+    torch.manual_seed(3)
+    network = DeiTTiForImageClassification(
+        DeiTTiConfig(image_size=32, patch_size=16, num_labels=3, num_hidden_layers=1)
+    )
+    return build_trainer(args, data, network, image_processor)
 
 
 @pytest.mark.parametrize(
@@ -343,7 +341,8 @@ def in_process(monkeypatch, *flags: str) -> None:
     train_hf.main()
 
 
-def test_a_streamed_run_fits_its_teacher_and_the_next_takes_it(monkeypatch, tmp_path, capsys):
+def test_a_streamed_run_fits_its_teacher_and_the_next_takes_it(monkeypatch, tmp_path, caplog):
+    caplog.set_level(logging.INFO, "modeling_deit_ti")
     flags = [
         "--dataset_name=digits",
         "--distill_mode=hard",
@@ -356,9 +355,10 @@ def test_a_streamed_run_fits_its_teacher_and_the_next_takes_it(monkeypatch, tmp_
         f"--teacher_output_dir={tmp_path}/teachers",
     ]
     in_process(monkeypatch, *flags, f"--output_dir={tmp_path}/first")
-    assert "fitting for 2 epochs" in capsys.readouterr().out
+    assert "fitting for 2 epochs" in caplog.text
+    caplog.clear()
     in_process(monkeypatch, *flags, f"--output_dir={tmp_path}/second", "--seed=7")
-    assert "fitted by an earlier run" in capsys.readouterr().out
+    assert "fitted by an earlier run" in caplog.text and "fitting for" not in caplog.text
     results = json.loads((tmp_path / "first" / "all_results.json").read_text())
     assert results["teacher_accuracy"] > 0.3
     card = (tmp_path / "first" / "README.md").read_text()
@@ -429,25 +429,25 @@ def test_a_missing_label_is_told_with_its_row(tmp_path, label):
 def test_a_label_out_of_range_and_a_file_that_is_cut_off_are_told(tmp_path):
     folder = write_dataset(tmp_path)
     data = load(folder)
-    out_of_range = StreamedImages(data.train.rows, "image", "label", None, num_labels=1, buffer_size=9)
-    with pytest.raises(UnreadableRow, match=r"row \d+: label [12] is out of range; there are 1 labels"):
-        list(StreamedBatches(out_of_range.with_transform(number_of), 400, 0, 1, 0, 0, 1)._views(0, 0, 0))
+    out_of_range = StreamedSplit(data.train.rows, "image", "label", None, num_labels=1, buffer_size=9)
+    ((batch,),) = epoch(out_of_range, batch_size=400)
+    assert re.search(r"row \d+: label [12] is out of range; there are 1 labels", batch["error"])
     os.truncate(folder / "train-00001.parquet", 2000)
     errors = [batch["error"] for batch in epoch(data.train)[0] if "error" in batch]
     assert "train-00001.parquet" in errors[0] and "cannot be read" in errors[0]
 
 
 @pytest.mark.parametrize(
-    ("options", "message"),
+    ("flags", "message"),
     [
         ({"max_train_samples": 10}, "--max_train_samples takes a random subset"),
         ({"augment_on": "device"}, "--augment_on device"),
         ({"shuffle_buffer_size": 0}, "--shuffle_buffer_size 0"),
     ],
 )
-def test_flags_that_streaming_cannot_keep_are_refused(options, message):
+def test_flags_that_streaming_cannot_keep_are_refused(flags, message):
     with pytest.raises(UserError, match=message):
-        DataArguments(streaming=True, **options)
+        arguments(streaming=True, **flags)
 
 
 def test_datasets_that_cannot_be_streamed_are_told_before_training(parquet, tmp_path):
@@ -463,4 +463,4 @@ def test_datasets_that_cannot_be_streamed_are_told_before_training(parquet, tmp_
     with pytest.raises(UserError, match="--image_column_name nothing: no such column"):
         load(parquet, image_column_name="nothing")
     with pytest.raises(UserError, match=r"487 training images are fewer than one step.*\(300 x 2\)"):
-        StreamedBatches(load(parquet).train, 300, 0, 1, 0, 0, 2)
+        epoch(load(parquet).train, processes=2, batch_size=300)

@@ -8,9 +8,7 @@ import time
 from pathlib import Path
 
 import pytest
-import torch
 from real_command import Run, run
-from safetensors.torch import load_file
 
 from modeling_deit_ti.checkpoints import checkpoints_of, flaw_of, last_complete, seal
 
@@ -72,27 +70,25 @@ def shared(metrics: dict) -> dict:
 
 def assert_same_end(reference: Path, folder: Path, logged_alike: bool = True) -> None:
     """
-    Weights, results and the whole log, bit by bit. A run that was told to stop has logged what it had until then, so
-    its means are those of other steps (`logged_alike=False`); what it measured is the same.
+    Weights, results and the whole log of student and teacher, bit by bit. A run that was told to stop has logged what
+    it had until then, so its means are those of other steps (`logged_alike=False`); what it measured is the same.
     """
-    first, second = (load_file(path / "run" / "model.safetensors") for path in (reference, folder))
-    assert first.keys() == second.keys()
-    assert all(torch.equal(first[name], second[name]) for name in first)
-    teachers = [next((path / "teachers").glob("*/model.safetensors")) for path in (reference, folder)]
-    assert teachers[0].read_bytes() == teachers[1].read_bytes()
-    for file in ("all_results.json", "eval_results.json"):
-        first, second = (json.loads((path / "run" / file).read_text()) for path in (reference, folder))
-        first, second = shared(first), shared(second)
-        if not logged_alike and "train_loss" in first:
-            assert first.pop("train_loss") == pytest.approx(second.pop("train_loss"), rel=1e-6)
+    for runs in zip(runs_of(reference), runs_of(folder), strict=True):
+        first, second = ((run / "model.safetensors").read_bytes() for run in runs)
         assert first == second
-    first, second = (
-        [shared(entry) for entry in json.loads((path / "run/trainer_state.json").read_text())["log_history"]]
-        for path in (reference, folder)
-    )
-    if not logged_alike:
-        first, second = ([entry for entry in log if "eval_loss" in entry] for log in (first, second))
-    assert first == second
+        for file in ("all_results.json", "eval_results.json"):
+            first, second = (shared(json.loads((run / file).read_text())) for run in runs)
+            if not logged_alike and "train_loss" in first:
+                assert first.pop("train_loss") == pytest.approx(second.pop("train_loss"), rel=1e-6)
+            assert first == second
+        logs = [json.loads((run / "trainer_state.json").read_text())["log_history"] for run in runs]
+        first, second = ([shared(entry) for entry in log if logged_alike or "eval_loss" in entry] for log in logs)
+        assert first == second
+
+
+def runs_of(folder: Path) -> list[Path]:
+    """The student's run and the one that fitted its teacher."""
+    return [folder / "run", *(weights.parent for weights in (folder / "teachers").glob("*/model.safetensors"))]
 
 
 # ---- Killed ----
@@ -107,12 +103,17 @@ FITTING = {
     "in a step": (STEP, 20, "after"),
     "while a checkpoint's weights are written": (WRITE_WEIGHTS, 2, "half"),
     "before a checkpoint is sealed": (SEAL, 1, "before"),
-    "when it is done, before it is put in its place": ("modeling_deit_ti.teacher.checkpoints_of", 1, "before"),
-    "when it is in its place and not yet measured": (
-        "modeling_deit_ti.trainer.DistillationTrainer.measure_teacher",
+    "in the evaluation after an epoch": (EVALUATION, 3, "after"),
+    "after its last checkpoint, in the closing evaluation": (EVALUATION, 7, "after"),
+    "while the finished model is written": (WRITE_WEIGHTS, 1, "half"),
+    "while its card is written": ("modeling_deit_ti.outcome.write_model_card", 1, "before"),
+    "before all_results.json": ("transformers.Trainer.save_metrics", 3, "before"),
+    "when it is finished, before its checkpoints are deleted": (
+        "modeling_deit_ti.fitting.checkpoints_of",
         1,
         "before",
     ),
+    "before it is measured": ("modeling_deit_ti.trainer.DistillationTrainer.measure_teacher", 1, "before"),
 }
 TRAINING = [
     {
@@ -121,7 +122,7 @@ TRAINING = [
         "in the evaluation after the first epoch": (EVALUATION, 2, "after"),
         "before a checkpoint is sealed": (SEAL, 3, "before"),
         "in the last evaluation of training": (EVALUATION, 1, "after"),
-        "while the finished model is exported": ("modeling_deit_ti.interop.save_transformers", 1, "before"),
+        "while the finished model is exported": ("modeling_deit_ti.outcome.save_transformers", 1, "before"),
     },
     {
         "while a checkpoint's optimizer is written": ("torch.save", 7, "half"),
@@ -133,7 +134,7 @@ TRAINING = [
         ),
         "while a checkpoint is sealed": ("modeling_deit_ti.checkpoints.os.replace", 1, "before"),
         "before an older checkpoint is deleted": ("modeling_deit_ti.trainer.rotate_checkpoints", 1, "before"),
-        "while the card is written": ("modeling_deit_ti.card.write_model_card", 1, "before"),
+        "while the card is written": ("modeling_deit_ti.outcome.write_model_card", 1, "before"),
     },
 ]
 
@@ -155,7 +156,8 @@ def kill_and_resume(folder: Path, moments: dict) -> list[str]:
 
 def test_killed_again_and_again_while_the_teacher_is_fitted(reference, tmp_path):
     said = kill_and_resume(tmp_path, FITTING)
-    assert ["going on from" in output for output in said] == [False, True, True, True, True, False]
+    assert ["resuming from" in output for output in said] == [False, *[True] * 8, False, False]
+    assert not list((tmp_path / "teachers").glob("*/checkpoint-*"))
     assert_same_end(reference, tmp_path)
 
 
@@ -216,7 +218,7 @@ def test_told_to_stop_in_a_step(reference, tmp_path, signum):
     assert f"{name}: finishing the step, then writing a checkpoint." in stopped.stderr
     assert stopped.stderr.splitlines()[-1] == (
         f"train_hf.py: stopped by {name} after step 9 of 12; {checkpoint} is written. "
-        "Go on with the same command and --resume_from_checkpoint True."
+        "Resume with the same command and --resume_from_checkpoint True."
     )
     assert "Traceback" not in stopped.stderr
     assert last_complete(tmp_path / "run") == str(checkpoint)
@@ -252,7 +254,7 @@ def test_told_to_stop_while_the_teacher_is_fitted(reference, tmp_path):
     stopped = run(*FLAGS, *places(tmp_path), fault={"function": STEP, "call": 20, "signum": signal.SIGTERM})
     assert stopped.returncode == 75 and "stopped by SIGTERM after step 20 of 48" in stopped.stderr
     assert not (tmp_path / "run").exists()
-    (checkpoint,) = (tmp_path / "teachers").glob("*.unfinished/checkpoint-20")
+    (checkpoint,) = (tmp_path / "teachers").glob("*/checkpoint-20")
     assert flaw_of(checkpoint) is None
 
 

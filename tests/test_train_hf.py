@@ -10,12 +10,18 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
+from building import arguments
 from PIL import Image
 from safetensors.torch import load_file
 from transformers import AutoImageProcessor, AutoModelForImageClassification, pipeline
 
 import train_hf
+from modeling_deit_ti.arguments import ImageArguments
+from modeling_deit_ti.data import load_images
+from modeling_deit_ti.data.inputs import EvalImages
 from modeling_deit_ti.errors import UserError
+from modeling_deit_ti.parsing import parse_arguments
+from modeling_deit_ti.preflight import checkpoint_to_resume
 
 
 REPOSITORY = Path(train_hf.__file__).parent
@@ -132,10 +138,8 @@ def test_the_saved_model_predicts_with_the_head_of_its_mode(finished):
 
 
 def test_the_reported_accuracy_is_that_of_the_saved_model(finished):
-    from modeling_deit_ti.data import DataArguments, EvalImages, load_images
-
     folder, _ = finished
-    data = load_images(DataArguments(dataset_name="digits", max_train_samples=128, max_eval_samples=100))
+    data = load_images(ImageArguments(dataset_name="digits", max_train_samples=128, max_eval_samples=100))
     images = EvalImages(data.evaluation, AutoImageProcessor.from_pretrained(folder)).__getitems__(list(range(100)))
     model = AutoModelForImageClassification.from_pretrained(folder, subfolder="transformers").eval()
     with torch.no_grad():
@@ -169,7 +173,7 @@ def test_the_cnn_baseline_goes_through_the_same_code(monkeypatch, tmp_path):
     assert len(classify(Image.open(tmp_path / "cnn" / "example.png"), top_k=10)) == 10
 
 
-def test_training_goes_on_from_a_finished_model(finished, teachers, monkeypatch, tmp_path, capsys):
+def test_training_goes_on_from_a_finished_model(finished, teachers, monkeypatch, tmp_path):
     folder, _ = finished
     flags = [*QUICK, teachers, "--distill_mode=both", f"--output_dir={tmp_path / 'more'}"]
     in_process(monkeypatch, *flags, f"--model_name_or_path={folder}", "--learning_rate=1e-12")
@@ -184,7 +188,7 @@ def test_training_goes_on_from_a_finished_model(finished, teachers, monkeypatch,
 
 def test_help_lists_the_flags(capsys):
     with pytest.raises(SystemExit) as ending:
-        train_hf.parse_arguments(["--help"])
+        parse_arguments(["--help"])
     assert ending.value.code == 0
     shown = capsys.readouterr().out
     for flag in ("--distill_mode", "--teacher_model_name_or_path", "--dataset_name", "--num_train_epochs"):
@@ -193,41 +197,31 @@ def test_help_lists_the_flags(capsys):
 
 def test_a_recipe_sets_flags_and_the_command_line_wins(tmp_path):
     (tmp_path / "recipe.yaml").write_text("learning_rate: 1e-3\nimage_size: 64\nuse_cpu: true\nmixup: 0\n")
-    model, data, _, training = train_hf.parse_arguments([f"--config={tmp_path / 'recipe.yaml'}", "--image_size", "32"])
-    assert (model.image_size, training.learning_rate, training.mixup, training.use_cpu) == (32, 1e-3, 0.0, True)
-    assert training.output_dir == "outputs/deit_ti-cifar10-none"
+    args = parse_arguments([f"--config={tmp_path / 'recipe.yaml'}", "--image_size", "32"])
+    assert (args.model.image_size, args.augmentation.mixup) == (32, 0)
+    assert (args.training.learning_rate, args.training.use_cpu) == (1e-3, True)
+    assert args.training.output_dir == "outputs/deit_ti-cifar10-none"
 
 
 @pytest.mark.parametrize("recipe", sorted((REPOSITORY / "recipes").glob("*.yaml")), ids=lambda path: path.stem)
 def test_every_recipe_parses(recipe):
-    train_hf.parse_arguments(["--config", str(recipe)])
+    arguments(config=recipe)
     assert "distill_mode" in yaml.safe_load(recipe.read_text())
 
 
 def test_nothing_given_is_the_papers_recipe_on_cifar10():
-    model, data, teacher, training = train_hf.parse_arguments([])
+    images, augmentation, model, _, training, fitting = arguments()
     assert (model.model_name_or_path, model.image_size, model.patch_size) == ("deit_ti", 224, 16)
-    assert (data.dataset_name, teacher.teacher_model_name_or_path) == ("uoft-cs/cifar10", "regnetx_004")
-    assert (
-        data.auto_augment,
-        data.random_erasing,
-        training.mixup,
-        training.cutmix,
-        training.repeated_augmentation,
-    ) == (
-        "rand-m9-mstd0.5-inc1",
-        0.25,
-        0.8,
-        1.0,
-        3,
-    )
+    assert (images.dataset_name, fitting) == ("uoft-cs/cifar10", None)
+    assert (augmentation.auto_augment, augmentation.random_erasing) == ("rand-m9-mstd0.5-inc1", 0.25)
+    assert (augmentation.mixup, augmentation.cutmix, augmentation.repeated_augmentation) == (0.8, 1.0, 3)
     assert (training.num_train_epochs, training.weight_decay, training.label_smoothing_factor) == (20, 0.05, 0.1)
+    assert arguments(distill_mode="hard").teacher.teacher_model_name_or_path == "regnetx_004"
 
 
 def test_a_bare_no_in_a_recipe_is_a_word(tmp_path):
     (tmp_path / "recipe.yaml").write_text("save_strategy: no\n")
-    *_, training = train_hf.parse_arguments([f"--config={tmp_path / 'recipe.yaml'}"])
-    assert training.save_strategy == "no"
+    assert arguments(config=tmp_path / "recipe.yaml").training.save_strategy == "no"
 
 
 # ---- Runs that were there before ----
@@ -243,12 +237,11 @@ def test_only_complete_checkpoints_are_resumed_from(finished, tmp_path):
     (tmp_path / "checkpoint-12" / "model.safetensors").write_bytes(weights)
 
     def resume(value: str):
-        *_, training = train_hf.parse_arguments([f"--output_dir={tmp_path}", f"--resume_from_checkpoint={value}"])
-        return train_hf.checkpoint_to_resume(training)
+        return checkpoint_to_resume(arguments(output_dir=tmp_path, resume_from_checkpoint=value).training)
 
     assert resume("True") == str(tmp_path / "checkpoint-4")
     for step, flaw in ((8, "was being written when the run ended"), (12, "its model.safetensors is damaged")):
-        with pytest.raises(UserError, match=f"no complete checkpoint; .*{flaw}"):
+        with pytest.raises(UserError, match=f"not a complete checkpoint; .*{flaw}"):
             resume(str(tmp_path / f"checkpoint-{step}"))
     shutil.rmtree(tmp_path / "checkpoint-4")
     assert resume("True") is None  # nothing complete yet: from the beginning
