@@ -62,7 +62,7 @@ def changed_settings(checkpoint: str | Path, settings: dict) -> list[str]:
 
 
 def checkpoints_of(folder: str | Path) -> list[Path]:
-    """The checkpoints of a run, complete or not, newest step first."""
+    """The checkpoints of a run, complete or not, the latest step first."""
     found = [path for path in Path(folder).glob("checkpoint-*") if path.name.removeprefix("checkpoint-").isdigit()]
     return sorted(found, key=lambda path: int(path.name.removeprefix("checkpoint-")), reverse=True)
 

@@ -20,7 +20,7 @@ def name_of(signum: int) -> str:
 
 
 def interrupt_on_signals() -> None:
-    """Makes SIGTERM and Ctrl-C raise [`Interrupted`] in this process; its children still end by them."""
+    """Makes SIGTERM and Ctrl-C raise [`Interrupted`] in this process; its child processes end as usual."""
     process = os.getpid()
 
     def handle(signum, frame):

@@ -78,8 +78,8 @@ def interpolate_position_embeddings(
 
 
 def drop_path(hidden_states: torch.Tensor, rate: float, training: bool) -> torch.Tensor:
-    """Stochastic depth (Huang et al., 2016): drops the branch (B, N, D) of each image with probability `rate`, and scales
-    up the others to keep the expected value."""
+    """Stochastic depth (Huang et al., 2016): drops the branch (B, N, D) of each image with probability `rate`, and
+    scales up the others to keep the expected value."""
     if rate == 0.0 or not training:
         return hidden_states
     keep = hidden_states.new_empty(hidden_states.shape[0], 1, 1).bernoulli_(1 - rate).div_(1 - rate)
@@ -113,8 +113,8 @@ class DeiTTiEmbeddings(nn.Module):
         if (height, width) != (self.image_size, self.image_size):
             if not interpolate_pos_encoding:
                 raise ValueError(
-                    f"The images have {height}x{width} pixels, but the model takes {self.image_size}x{self.image_size}: "
-                    "resize them, or pass interpolate_pos_encoding=True."
+                    f"The images have {height}x{width} pixels, but the model takes {self.image_size}x"
+                    f"{self.image_size}: resize them, or pass interpolate_pos_encoding=True."
                 )
             grid = (height // self.patch_size, width // self.patch_size)
             positions = interpolate_position_embeddings(positions, self.num_tokens, grid)
