@@ -197,6 +197,7 @@ class DeiTTiPreTrainedModel(PreTrainedModel):
     supports_gradient_checkpointing = True
     # The loss is a mean over the batch, so Trainer has to divide it by the number of accumulation steps.
     accepts_loss_kwargs = False
+    _input_embed_layer = "patch_projection"
     _no_split_modules = ["DeiTTiEmbeddings", "DeiTTiLayer"]
     _supports_sdpa = True
     _supports_flash_attn = True
@@ -229,9 +230,6 @@ class DeiTTiModel(DeiTTiPreTrainedModel):
         self.layers = nn.ModuleList(DeiTTiLayer(config, rate) for rate in rates)
         self.norm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
         self.post_init()
-
-    def get_input_embeddings(self) -> nn.Module:
-        return self.embeddings.patch_projection
 
     @merge_with_config_defaults
     @capture_outputs(tie_last_hidden_states=False)
