@@ -13,6 +13,15 @@ from modeling_deit_ti.teacher import Teacher
 # A CNN of timm's own tests: 16 to 64 channels, real architecture, fitted in seconds.
 TINY_CNN = "test_resnet"
 DIGITS = [str(digit) for digit in range(10)]
+# Four steps of the real student, which has no flag for fewer blocks.
+FOUR_STEPS = (
+    "--config=recipes/digits.yaml",
+    "--max_train_samples=128",
+    "--max_eval_samples=100",
+    "--num_train_epochs=1",
+    "--per_device_train_batch_size=32",
+    "--disable_tqdm=true",
+)
 NOTHING_RANDOM = {
     "crop": "none",
     "horizontal_flip": 0,

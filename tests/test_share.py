@@ -20,7 +20,7 @@ from typing import NamedTuple
 import numpy as np
 import pytest
 import torch
-from building import image_processor
+from building import FOUR_STEPS, image_processor
 from datasets import load_dataset
 from hub_stand_in import HubStandIn
 from huggingface_hub import ModelCard
@@ -34,15 +34,7 @@ from modeling_deit_ti.interop import export_onnx, save_timm, save_transformers
 
 
 REPOSITORY = Path(__file__).resolve().parents[1]
-QUICK = [
-    "--config=recipes/digits.yaml",
-    "--max_train_samples=128",
-    "--max_eval_samples=100",
-    "--num_train_epochs=1",
-    "--per_device_train_batch_size=32",
-    "--disable_tqdm=true",
-    "--push_to_hub",
-]
+QUICK = [*FOUR_STEPS, "--push_to_hub"]
 # In the form of a real one, so that it meets whatever looks for tokens on the way.
 TOKEN = "hf_" + "Stranger" * 4
 SHARED = "tester/deit-ti.digits-distill"  # a name with all that a module's name must not have

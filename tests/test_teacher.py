@@ -6,7 +6,6 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
-import timm
 import torch
 from building import DIGITS, TINY_CNN, arguments, image_processor
 from PIL import Image as PILImage
@@ -25,7 +24,7 @@ from transformers import (
 from modeling_deit_ti import DeiTTiConfig, DeiTTiForImageClassification
 from modeling_deit_ti.arguments import ImageArguments
 from modeling_deit_ti.checkpoints import seal
-from modeling_deit_ti.classifiers import input_format, label_maps, new_timm_classifier
+from modeling_deit_ti.classifiers import input_format, label_maps
 from modeling_deit_ti.data import load_images
 from modeling_deit_ti.data.inputs import EvalImages, make_image_processor
 from modeling_deit_ti.distillation import resolve_mode
@@ -137,28 +136,6 @@ def test_in_half_precision_it_still_answers_in_float32(dtype):
     logits = Teacher(model, 16, [0.5] * 3, [0.5] * 3, MEAN, STD).to(dtype)(images)
     assert logits.dtype == torch.float32 and next(model.parameters()).dtype == dtype
     torch.testing.assert_close(logits, expected, atol=0.05, rtol=0.05)
-
-
-# ---- timm networks ----
-
-
-def test_a_timm_network_keeps_timms_initialisation(tmp_path):
-    torch.manual_seed(0)
-    model = new_timm_classifier("resnet18", DIGITS, 32, image_processor(32))
-    weights = timm.create_model("resnet18", num_classes=10).state_dict()
-    for name, parameter in model.timm_model.named_parameters():
-        if weights[name].numel() > 1000:
-            assert parameter.std().item() == pytest.approx(weights[name].std().item(), rel=0.2), name
-    model.save_pretrained(tmp_path)
-    loaded = AutoModelForImageClassification.from_pretrained(tmp_path).eval()
-    images = torch.randn(2, 3, 32, 32)
-    torch.testing.assert_close(loaded(images).logits, model.eval()(images).logits)
-    assert list(loaded.config.id2label.values()) == DIGITS
-
-
-def test_a_timm_transformer_is_made_for_the_image_size():
-    model = new_timm_classifier("test_vit", DIGITS, 64, image_processor(64))
-    assert model(torch.randn(1, 3, 64, 64)).logits.shape == (1, 10)
 
 
 # ---- Loading and fitting ----

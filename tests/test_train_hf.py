@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
-from building import arguments
+from building import FOUR_STEPS, arguments
 from PIL import Image
 from safetensors.torch import load_file
 from transformers import AutoImageProcessor, AutoModelForImageClassification, pipeline
@@ -25,17 +25,11 @@ from modeling_deit_ti.preflight import checkpoint_to_resume
 
 
 REPOSITORY = Path(train_hf.__file__).parent
-# A student of two blocks is not among the flags, so the real one runs, for a few steps.
 QUICK = [
-    "--config=recipes/digits.yaml",
-    "--max_train_samples=128",
-    "--max_eval_samples=100",
-    "--num_train_epochs=1",
-    "--per_device_train_batch_size=32",
+    *FOUR_STEPS,
     "--teacher_model_name_or_path=test_resnet",
     "--teacher_num_train_epochs=12",
     "--teacher_learning_rate=2e-2",
-    "--disable_tqdm=true",
 ]
 
 
