@@ -18,7 +18,15 @@ import datasets
 from modeling_deit_ti.arguments import Arguments
 from modeling_deit_ti.data import ImageData, load_images
 from modeling_deit_ti.data.inputs import EvalImages, make_image_processor
-from modeling_deit_ti.errors import StorageError, UserError, first_line, list_some, storing
+from modeling_deit_ti.errors import (
+    EXIT_INTERRUPTED,
+    EXIT_USER_ERROR,
+    StorageError,
+    UserError,
+    first_line,
+    list_some,
+    storing,
+)
 from modeling_deit_ti.fitting import prepare_teacher
 from modeling_deit_ti.interruption import Interrupted, interrupt_on_signals
 from modeling_deit_ti.outcome import push, summary
@@ -33,11 +41,6 @@ from modeling_deit_ti.preflight import (
 from modeling_deit_ti.runs import build_network, build_trainer, run_settings, train_and_save
 from modeling_deit_ti.teacher import check_better_than_chance
 from modeling_deit_ti.teacher_cache import make_teacher_cache
-
-
-# How a run ended, for the scheduler: a user's mistake, or worth starting again (EX_TEMPFAIL of sysexits.h).
-EXIT_USER_ERROR = 2
-EXIT_INTERRUPTED = 75
 
 
 def main() -> None:

@@ -1,24 +1,23 @@
-"""What both benchmarks share: the spread of repeats, where and with what they ran, the files and the table of targets.
+"""What the results of throughput.py and inference.py become: tables, files, and the verdict on each target.
 
-Every result is a JSON file in the output folder with a Markdown table beside it. `README.md` there is made anew from
-all JSON files after each run, so that a setting that nobody has run yet says so.
+Each result is a JSON file in the output folder, with a Markdown table next to it. The folder's `README.md` is
+rewritten from all JSON files after every run; it also lists the settings that have not been measured yet.
 """
 
-import datetime
 import json
 import re
 import statistics
 from collections.abc import Callable
-from dataclasses import dataclass
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-
-from modeling_deit_ti.card import describe_hardware, library_versions
+from typing import NamedTuple
 
 
 NOT_MEASURED = "not measured"
-BARE, TIMM, TRANSFORMERS, SEED = "bare step", "timm", "transformers", "seed's loop"
+BARE, TIMM, TRANSFORMERS, PUBLISHED_BASELINE = "bare step", "timm", "transformers", "published baseline's loop"
 OURS = ("ours, augment on loader", "ours, augment on device")
+# Of a step, in this order.
+PARTS = ("data", "teacher", "student", "optimizer", "other")
+GPU_INFERENCE = "python benchmarks/inference.py --image_size 224 --patch_size 16"
 
 
 def spread(runs: list[float]) -> dict:
@@ -26,181 +25,104 @@ def spread(runs: list[float]) -> dict:
     return {"median": statistics.median(runs), "min": min(runs), "max": max(runs), "runs": runs}
 
 
-def describe_machine(training_args) -> dict:
-    """Device and versions, as every result records them; `training_args` is a `TrainingArguments`."""
-    versions = library_versions()
-    for library in ("onnxruntime", "onnx"):
-        try:
-            versions[library] = version(library)
-        except PackageNotFoundError:
-            continue
-    return {
-        "device": training_args.device.type,
-        "hardware": describe_hardware(training_args),
-        "versions": versions,
-        "date": datetime.date.today().isoformat(),
-    }
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Targets
-# ---------------------------------------------------------------------------------------------------------------------
+# ---- Targets ----
 
 
 def row_of(result: dict, name: str) -> dict | None:
-    """That contender's row; `None` where it was not run or failed."""
+    """That contender's row; `None` if it was not run or failed."""
     return next((row for row in result["rows"] if row["name"] == name and not row["failed"]), None)
 
 
-def ours(result: dict) -> dict | None:
-    """Our trainer's row, with augmentation wherever it is faster."""
-    rows = [row for name in OURS if (row := row_of(result, name)) is not None]
-    return max(rows, key=lambda row: row["images_per_second"]["median"], default=None)
+def our_rows(result: dict) -> list[dict]:
+    return [row for name in OURS if (row := row_of(result, name)) is not None]
 
 
-def times_as_fast_as(name: str) -> Callable[[dict], float | None]:
+def images_per_second(result: dict) -> float | None:
+    """Our trainer's, with augmentation wherever it is faster."""
+    return max((row["images_per_second"]["median"] for row in our_rows(result)), default=None)
+
+
+def speed_over(name: str) -> Callable[[dict], float | None]:
     def ratio(result: dict) -> float | None:
-        own, other = ours(result), row_of(result, name)
-        if own is None or other is None:
-            return None
-        return own["images_per_second"]["median"] / other["images_per_second"]["median"]
+        own, other = images_per_second(result), row_of(result, name)
+        return own / other["images_per_second"]["median"] if own and other else None
 
     return ratio
 
 
-def images_per_second(result: dict) -> float | None:
-    own = ours(result)
-    return own and own["images_per_second"]["median"]
-
-
 def peak_device_gigabytes(result: dict) -> float | None:
-    """The larger of both ways to augment: either has to fit."""
-    peaks = [row["peak_device_bytes"] for name in OURS if (row := row_of(result, name)) is not None]
+    """The higher peak of the two ways to augment: both have to fit."""
+    peaks = (row["peak_device_bytes"] for row in our_rows(result))
     return max((peak["max"] / 1e9 for peak in peaks if peak), default=None)
 
 
 def host_memory_growth(result: dict) -> float | None:
     """
-    The most resident memory after an epoch of the second half, over that of the first: a process that only goes up
-    and down, as allocators do, does not grow.
+    The highest resident memory after an epoch of the second half, relative to that of the first. Allocators go up and
+    down; only memory that keeps going up is growth.
     """
-    epochs = result["host_bytes_by_epoch"]
-    half = len(epochs or ()) // 2
+    epochs = result["host_bytes_by_epoch"] or []
+    half = len(epochs) // 2
     return max(epochs[half:]) / max(epochs[:half]) - 1 if half else None
 
 
-@dataclass(frozen=True)
-class Target:
-    """
-    Args:
-        text (`str`): what is wanted.
-        where (`dict`): what a result's setting has to say for the target to be about it.
-        value (`Callable`): a result to its value, `None` where it has none.
-        limit (`float`): at least this, or at most where `at_most` is set.
-        shown (`str`): format of the value.
-        command (`str`): what measures it.
-    """
+class Case(NamedTuple):
+    """A setting that has targets: its name, and what a result's setting must say to belong to it."""
 
-    text: str
+    name: str
     where: dict
-    value: Callable[[dict], float | None]
+
+    @property
+    def command(self) -> str:
+        flags = (f" --{name} {self.where[name]}" for name in ("image_size", "patch_size", "batch_size"))
+        return "python benchmarks/throughput.py" + "".join(flags)
+
+
+def sizes(image_size: int, patch_size: int, batch_size: int) -> dict:
+    return {"image_size": image_size, "patch_size": patch_size, "batch_size": batch_size, "teacher": "regnetx_004"}
+
+
+CPU_32 = Case(
+    "2 CPU cores, 32/4, batch 128, RegNetX-400MF",
+    {"device": "cpu", "threads": 2, "recipe": "paper", **sizes(32, 4, 128)},
+)
+GPU_224 = Case("one GPU, 224/16, batch 1024", {"device": "cuda", **sizes(224, 16, 1024)})
+GPU_32 = Case("one GPU, 32/4, batch 1024", {"device": "cuda", **sizes(32, 4, 1024)})
+
+
+class Target(NamedTuple):
+    case: Case | None  # None: any setting
+    text: str
+    value: Callable[[dict], float | None]  # of a result
     limit: float
-    shown: str
-    command: str
+    shown: str  # format of the value
     at_most: bool = False
 
-    def verdict(self, value: float | None) -> str:
-        if value is None:
-            return NOT_MEASURED
+    def verdict(self, value: float) -> str:
         return "met" if (value <= self.limit if self.at_most else value >= self.limit) else "missed"
 
 
-CPU_32 = {
-    "device": "cpu",
-    "threads": 2,
-    "image_size": 32,
-    "patch_size": 4,
-    "batch_size": 128,
-    "teacher": "regnetx_004",
-    "recipe": "paper",
-}
-GPU_224 = {"device": "cuda", "image_size": 224, "patch_size": 16, "batch_size": 1024, "teacher": "regnetx_004"}
-GPU_32 = {"device": "cuda", "image_size": 32, "patch_size": 4, "batch_size": 1024, "teacher": "regnetx_004"}
-CPU_COMMAND = "python benchmarks/throughput.py --image_size 32 --patch_size 4 --batch_size 128"
-GPU_224_COMMAND = "python benchmarks/throughput.py --image_size 224 --patch_size 16 --batch_size 1024"
-GPU_32_COMMAND = "python benchmarks/throughput.py --image_size 32 --patch_size 4 --batch_size 1024"
-GPU_INFERENCE_COMMAND = "python benchmarks/inference.py --image_size 224 --patch_size 16"
-CPU_NAME = "2 CPU cores, 32/4, batch 128, RegNetX-400MF"
-GPU_224_NAME = "one GPU, 224/16, batch 1024"
-GPU_32_NAME = "one GPU, 32/4, batch 1024"
-
 TARGETS = (
-    Target(f"{CPU_NAME}: at least 95 % of the bare step", CPU_32, times_as_fast_as(BARE), 0.95, ".1%", CPU_COMMAND),
-    Target(f"{CPU_NAME}: at least level with timm", CPU_32, times_as_fast_as(TIMM), 1.0, ".2f", CPU_COMMAND),
-    Target(
-        f"{CPU_NAME}: at least 1.1 x plain transformers",
-        CPU_32,
-        times_as_fast_as(TRANSFORMERS),
-        1.1,
-        ".2f",
-        CPU_COMMAND,
-    ),
-    Target(f"{GPU_224_NAME}: at least 2 x timm", GPU_224, times_as_fast_as(TIMM), 2.0, ".2f", GPU_224_COMMAND),
-    Target(
-        f"{GPU_224_NAME}: at least 10 x the seed's loop",
-        GPU_224,
-        times_as_fast_as(SEED),
-        10.0,
-        ".1f",
-        GPU_224_COMMAND,
-    ),
-    Target(
-        f"{GPU_224_NAME}: at least 15,000 images/s with the teacher",
-        GPU_224,
-        images_per_second,
-        15_000,
-        ",.0f",
-        GPU_224_COMMAND,
-    ),
-    Target(
-        f"{GPU_224_NAME}: at least 85 % of the bare step",
-        GPU_224,
-        times_as_fast_as(BARE),
-        0.85,
-        ".1%",
-        GPU_224_COMMAND,
-    ),
-    Target(
-        f"{GPU_224_NAME}: at most 40 GB on the device",
-        GPU_224,
-        peak_device_gigabytes,
-        40.0,
-        ".1f",
-        GPU_224_COMMAND,
-        at_most=True,
-    ),
-    Target(f"{GPU_32_NAME}: at least 40,000 images/s", GPU_32, images_per_second, 40_000, ",.0f", GPU_32_COMMAND),
-    Target(
-        "host memory does not grow with the epochs (at most 1 %)",
-        {},
-        host_memory_growth,
-        0.01,
-        "+.2%",
-        CPU_COMMAND,
-        at_most=True,
-    ),
+    Target(CPU_32, "at least 95% of the bare step", speed_over(BARE), 0.95, ".1%"),
+    Target(CPU_32, "at least as fast as timm", speed_over(TIMM), 1.0, ".2f"),
+    Target(CPU_32, "at least 1.1x plain transformers", speed_over(TRANSFORMERS), 1.1, ".2f"),
+    Target(GPU_224, "at least 2x timm", speed_over(TIMM), 2.0, ".2f"),
+    Target(GPU_224, f"at least 10x the {PUBLISHED_BASELINE}", speed_over(PUBLISHED_BASELINE), 10.0, ".1f"),
+    Target(GPU_224, "at least 15,000 images/s with the teacher", images_per_second, 15_000, ",.0f"),
+    Target(GPU_224, "at least 85% of the bare step", speed_over(BARE), 0.85, ".1%"),
+    Target(GPU_224, "at most 40 GB on the device", peak_device_gigabytes, 40.0, ".1f", at_most=True),
+    Target(GPU_32, "at least 40,000 images/s", images_per_second, 40_000, ",.0f"),
+    Target(None, "host memory grows by at most 1% over the epochs", host_memory_growth, 0.01, "+.2%", at_most=True),
 )
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Tables
-# ---------------------------------------------------------------------------------------------------------------------
+# ---- Tables ----
 
 
 def table(header: list[str], rows: list[list[str]]) -> str:
     """A Markdown table; the first column is text, the others are aligned right."""
     lines = [header, ["---", *["---:"] * (len(header) - 1)], *rows]
-    return "\n".join("| " + " | ".join(line) + " |" for line in lines) + "\n"
+    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
 
 
 def number(values: dict | None, shown: str = ",.1f", scale: float = 1.0) -> str:
@@ -212,89 +134,70 @@ def number(values: dict | None, shown: str = ",.1f", scale: float = 1.0) -> str:
 
 
 def throughput_table(result: dict) -> str:
-    phases = ("data", "teacher", "student", "optimizer", "other")
+    header = ["contender", "images/s", "step, ms", *(f"{part}, ms" for part in PARTS)]
+    header += ["start-up, s", "peak host, MB", "peak device, MB"]
+    on_cpu = result["setting"]["device"] == "cpu"
     rows = []
     for row in result["rows"]:
         if row["failed"]:
-            rows.append([row["name"], f"failed: {row['failed']}", *[NOT_MEASURED] * (len(phases) + 4)])
+            rows.append([row["name"], f"failed: {row['failed']}", *[NOT_MEASURED] * (len(header) - 2)])
             continue
-        split = row["split_ms"] or {}
-        on_device = NOT_MEASURED if result["setting"]["device"] == "cuda" else "no device"
+        split = row["split_ms"]
         rows.append(
             [
                 row["name"],
                 number(row["images_per_second"]),
                 number(row["step_ms"], ",.0f"),
-                *(f"{split[phase]:,.1f}" if phase in split else NOT_MEASURED for phase in phases),
+                *(f"{split[part]:,.1f}" if split else NOT_MEASURED for part in PARTS),
                 number(row["startup_seconds"]),
                 number(row["peak_host_bytes"], ",.0f", 1e-6),
-                number(row["peak_device_bytes"], ",.0f", 1e-6) if row["peak_device_bytes"] else on_device,
+                "no device" if on_cpu else number(row["peak_device_bytes"], ",.0f", 1e-6),
             ]
         )
-    return table(
-        [
-            "contender",
-            "images/s",
-            "step, ms",
-            *(f"{phase}, ms" for phase in phases),
-            "start-up, s",
-            "peak host, MB",
-            "peak device, MB",
-        ],
-        rows,
-    )
+    return table(header, rows)
 
 
 def inference_table(result: dict) -> str:
-    return table(
-        ["model", "batch", "images/s", "median, ms", "p95, ms", "largest difference of a logit"],
-        [
-            [row["name"], f"{row['batch_size']}", f"failed: {row['failed']}", *[NOT_MEASURED] * 3]
-            if row["failed"]
-            else [
-                row["name"],
-                f"{row['batch_size']}",
-                number(row["images_per_second"]),
-                f"{row['latency_ms']['median']:,.1f}",
-                f"{row['latency_ms']['p95']:,.1f}",
-                f"{row['max_abs_difference']:.1e}",
-            ]
-            for row in result["rows"]
-        ],
-    )
+    header = ["model", "batch", "images/s", "median, ms", "p95, ms", "largest difference of a logit"]
+    rows = []
+    for row in result["rows"]:
+        if row["failed"]:
+            cells = [f"failed: {row['failed']}", *[NOT_MEASURED] * 3]
+        else:
+            latency = row["latency_ms"]
+            cells = [number(row["images_per_second"]), f"{latency['median']:,.1f}", f"{latency['p95']:,.1f}"]
+            cells.append(f"{row['max_abs_difference']:.1e}")
+        rows.append([row["name"], str(row["batch_size"]), *cells])
+    return table(header, rows)
 
 
 def targets_table(results: dict[str, dict]) -> str:
-    """Each target on each result that it is about; results by file name."""
+    """Each target on each training result that it applies to; results by file name."""
     rows = []
     for target in TARGETS:
-        found = [
-            (file, result)
+        case = target.case or CPU_32
+        text = f"{case.name}: {target.text}" if target.case else target.text
+        measured = [
+            [text, format(value, target.shown), target.verdict(value), f"[{file}]({file}.md)"]
             for file, result in results.items()
-            if result["benchmark"] == "throughput" and target.where.items() <= result["setting"].items()
+            if (target.case is None or case.where.items() <= result["setting"].items())
+            and (value := target.value(result)) is not None
         ]
-        measured = [(file, value) for file, result in found if (value := target.value(result)) is not None]
-        for file, value in measured:
-            shown = format(value, target.shown)
-            rows.append([target.text, shown, target.verdict(value), f"[{file}]({file}.md)"])
-        if not measured:
-            rows.append([target.text, NOT_MEASURED, target.verdict(None), f"`{target.command}`"])
+        rows += measured or [[text, NOT_MEASURED, NOT_MEASURED, f"`{case.command}`"]]
     return table(["target", "value", "verdict", "where, or the command that measures it"], rows)
 
 
 def results_table(results: dict[str, dict]) -> str:
-    """One line a training result, and one for each setting of the targets that has none."""
-    names = (BARE, *OURS, TIMM, TRANSFORMERS, SEED)
+    """A line for each training result, and for each setting with targets that has none."""
+    names = (BARE, *OURS, TIMM, TRANSFORMERS, PUBLISHED_BASELINE)
     rows = []
     for file, result in results.items():
-        if result["benchmark"] != "throughput":
-            continue
         found = [row_of(result, name) for name in names]
         cells = [number(row["images_per_second"]) if row else NOT_MEASURED for row in found]
         rows.append([f"[{describe_setting(result)}]({file}.md)", *cells])
-    for name, where in ((CPU_NAME, CPU_32), (GPU_224_NAME, GPU_224), (GPU_32_NAME, GPU_32)):
-        if not any(where.items() <= result["setting"].items() for result in results.values()):
-            rows.append([name, *[NOT_MEASURED] * len(names)])
+    for case in (CPU_32, GPU_224, GPU_32):
+        if not any(case.where.items() <= result["setting"].items() for result in results.values()):
+            rows.append([case.name, *[NOT_MEASURED] * len(names)])
     return table(["training, images/s: median (min to max)", *names], rows)
 
 
@@ -309,67 +212,58 @@ def describe_setting(result: dict) -> str:
     return ", ".join(parts)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Files
-# ---------------------------------------------------------------------------------------------------------------------
-
-
-def file_name(result: dict) -> str:
-    """`<device>-<setting>`, the same for every run of one setting on one kind of machine."""
-    prefix = "" if result["benchmark"] == "throughput" else "inference, "
-    return re.sub(r"[^a-z0-9_]+", "-", (prefix + describe_setting(result)).lower()).strip("-")
+# ---- Files ----
 
 
 def write_result(result: dict, folder: Path, remarks: list[str]) -> Path:
     """
-    Writes a result's JSON and Markdown, replacing those of an earlier run of the same setting whatever its contenders
-    were (numbers from two runs do not stand in one table), and the index.
+    Writes a result as JSON and Markdown, then the index. An earlier run of the same setting is replaced, even if it
+    had other contenders: a table never mixes two runs.
 
     Args:
-        result (`dict`): of `throughput.py` or `inference.py`.
-        folder (`Path`): of the results.
+        result (`dict`): of throughput.py or inference.py.
+        folder (`Path`): of all results.
         remarks (`list[str]`): how it was measured, for the reader of the table.
 
     Returns:
         `Path`: the Markdown file.
     """
-    folder.mkdir(parents=True, exist_ok=True)
-    name = file_name(result)
-    make_table = throughput_table if result["benchmark"] == "throughput" else inference_table
-    versions = ", ".join(f"{library} {number}" for library, number in result["versions"].items())
-    lines = [
-        f"# {'Training' if result['benchmark'] == 'throughput' else 'Inference'}: {describe_setting(result)}",
-        f"{result['date']}; {versions}.",
-        make_table(result).rstrip(),
+    is_training, setting = result["benchmark"] == "throughput", describe_setting(result)
+    name = re.sub(r"[^a-z0-9_]+", "-", (setting if is_training else f"inference, {setting}").lower()).strip("-")
+    sections = [
+        f"# {'Training' if is_training else 'Inference'}: {setting}",
+        f"{result['date']}; {describe_versions(result)}.",
+        throughput_table(result) if is_training else inference_table(result),
         "\n".join(f"- {remark}" for remark in remarks),
     ]
+    folder.mkdir(parents=True, exist_ok=True)
     (folder / f"{name}.json").write_text(json.dumps(result, indent=2) + "\n")
-    (folder / f"{name}.md").write_text("\n\n".join(lines) + "\n")
+    (folder / f"{name}.md").write_text("\n\n".join(sections) + "\n")
     write_index(folder)
     return folder / f"{name}.md"
 
 
+def describe_versions(result: dict) -> str:
+    return ", ".join(f"{library} {number}" for library, number in result["versions"].items())
+
+
 def write_index(folder: Path) -> None:
-    """`README.md`: all results of the folder and what they say of the targets."""
+    """`README.md`: all results in the folder, and what they say about the targets."""
     results = {path.stem: json.loads(path.read_text()) for path in sorted(folder.glob("*.json"))}
-    inference = [
-        f"- [{describe_setting(result)}]({file}.md)"
-        for file, result in results.items()
-        if result["benchmark"] == "inference"
-    ]
-    if not any(result["benchmark"] == "inference" and result["device"] == "cuda" for result in results.values()):
-        inference.append(
-            f"- one GPU: {NOT_MEASURED} (`python benchmarks/inference.py --image_size 224 --patch_size 16`)"
-        )
-    lines = [
+    training = {file: result for file, result in results.items() if result["benchmark"] == "throughput"}
+    inference = {file: result for file, result in results.items() if result["benchmark"] == "inference"}
+    links = [f"- [{describe_setting(result)}]({file}.md)" for file, result in inference.items()]
+    if not any(result["device"] == "cuda" for result in inference.values()):
+        links.append(f"- one GPU: {NOT_MEASURED} (`{GPU_INFERENCE}`)")
+    sections = [
         "# Speed",
-        "Written by `benchmarks/throughput.py` and `benchmarks/inference.py` from the JSON files here. "
-        "Our trainer counts with its augmentation on the loader or the device, whichever is faster.",
+        "Written by `benchmarks/throughput.py` and `benchmarks/inference.py` from the JSON files in this folder. "
+        "Our trainer is rated with augmentation on the loader or on the device, whichever is faster.",
         "## Targets",
-        targets_table(results).rstrip(),
+        targets_table(training),
         "## Training",
-        results_table(results).rstrip(),
+        results_table(training),
         "## Inference",
-        "\n".join(inference),
+        "\n".join(links),
     ]
-    (folder / "README.md").write_text("\n\n".join(lines) + "\n")
+    (folder / "README.md").write_text("\n\n".join(sections) + "\n")

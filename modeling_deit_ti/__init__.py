@@ -9,7 +9,7 @@ from .modeling_deit_ti import DeiTTiForImageClassification, DeiTTiImageClassifie
 AutoConfig.register(DeiTTiConfig.model_type, DeiTTiConfig)
 AutoModel.register(DeiTTiConfig, DeiTTiModel)
 AutoModelForImageClassification.register(DeiTTiConfig, DeiTTiForImageClassification)
-# What is saved carries its own code (config.json's auto_map), so it loads without this package.
+# Saved models carry their own code (auto_map in config.json), so they load without this package.
 DeiTTiConfig.register_for_auto_class()
 DeiTTiModel.register_for_auto_class("AutoModel")
 DeiTTiForImageClassification.register_for_auto_class("AutoModelForImageClassification")

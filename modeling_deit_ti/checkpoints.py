@@ -1,4 +1,4 @@
-"""Checkpoints to rely on: sealed with checksums once they are whole, verified before a run resumes from them."""
+"""Checkpoints of a run: sealed with checksums when complete, and verified before a run resumes from them."""
 
 import hashlib
 import json
@@ -11,7 +11,7 @@ SETTINGS_FILE = "run_settings.json"
 
 
 def seal(checkpoint: str | Path) -> None:
-    """Writes the checksums of all files of a checkpoint beside them, as the last thing that makes it complete."""
+    """Completes a checkpoint: writes the checksums of all its files beside them."""
     checkpoint = Path(checkpoint)
     checksums = {
         path.relative_to(checkpoint).as_posix(): _digest(path)
@@ -25,10 +25,10 @@ def seal(checkpoint: str | Path) -> None:
 
 def flaw_of(checkpoint: str | Path) -> str | None:
     """
-    Why a checkpoint is not to be resumed from, or `None` where it is as it was sealed.
+    Why a run cannot resume from this checkpoint, or `None` if it is as it was when sealed.
 
-    One that was being written when the run was killed has no checksums yet, or those of an older checkpoint of its
-    name; one whose files were changed, cut off or lost later differs from them.
+    A checkpoint that was being written when the run was killed has no checksums, or those of an older checkpoint of
+    the same name. Files that were changed, truncated or lost later do not match theirs.
     """
     checkpoint = Path(checkpoint)
     try:
@@ -47,12 +47,12 @@ def flaw_of(checkpoint: str | Path) -> str | None:
 
 
 def save_settings(checkpoint: str | Path, settings: dict) -> None:
-    """Keeps what decides the run in its checkpoint."""
+    """Records in a checkpoint the settings that decide its run (`runs.run_settings`)."""
     Path(checkpoint, SETTINGS_FILE).write_text(json.dumps(settings, indent=2) + "\n")
 
 
 def changed_settings(checkpoint: str | Path, settings: dict) -> list[str]:
-    """What differs between the run that wrote a checkpoint and a run with these settings, in words."""
+    """How the run that wrote a checkpoint differs from one with these settings: a phrase for each setting."""
     file = Path(checkpoint, SETTINGS_FILE)
     if not file.is_file():  # written by an older version
         return []
@@ -62,13 +62,13 @@ def changed_settings(checkpoint: str | Path, settings: dict) -> list[str]:
 
 
 def checkpoints_of(folder: str | Path) -> list[Path]:
-    """The checkpoints of a run, complete or not, the one with the most steps first."""
+    """The checkpoints of a run, complete or not, the latest step first."""
     found = [path for path in Path(folder).glob("checkpoint-*") if path.name.removeprefix("checkpoint-").isdigit()]
     return sorted(found, key=lambda path: int(path.name.removeprefix("checkpoint-")), reverse=True)
 
 
 def last_complete(folder: str | Path) -> str | None:
-    """The checkpoint of a run to go on from: the last one without a flaw."""
+    """The last complete and undamaged checkpoint of a run, or `None`."""
     return next((str(path) for path in checkpoints_of(folder) if flaw_of(path) is None), None)
 
 

@@ -13,8 +13,8 @@ class DeiTTiConfig(PretrainedConfig):
     r"""
     Configuration of a [`DeiTTiModel`], the smallest network of "Training data-efficient image transformers &
     distillation through attention" (Touvron et al., 2021, table 1). The defaults are the paper's DeiT-Ti without
-    distillation; `DistillMode.network` of `modeling_deit_ti.distillation` gives `distill_mode`, `tokens` and `readout`
-    of each mode.
+    distillation. `DistillMode.network` in `modeling_deit_ti.distillation` has the `distill_mode`, `tokens` and
+    `readout` of each mode.
 
     Args:
         hidden_size (`int`, *optional*, defaults to 192):
@@ -28,12 +28,12 @@ class DeiTTiConfig(PretrainedConfig):
         hidden_act (`str`, *optional*, defaults to `"gelu"`):
             Activation of the MLP.
         hidden_dropout_prob (`float`, *optional*, defaults to 0.0):
-            Dropout after the embeddings, the attention's output and the MLP.
+            Dropout after the embeddings, the attention and the MLP.
         attention_probs_dropout_prob (`float`, *optional*, defaults to 0.0):
             Dropout of the attention probabilities.
         drop_path_rate (`float`, *optional*, defaults to 0.1):
-            Stochastic depth: probability of dropping a residual branch in the last block; it grows linearly from 0 in
-            the first.
+            Stochastic depth: probability of dropping a residual branch in the last block. It increases linearly from
+            0 in the first.
         initializer_range (`float`, *optional*, defaults to 0.02):
             Standard deviation of the truncated normal that initialises tokens, positions and weights.
         layer_norm_eps (`float`, *optional*, defaults to 1e-6):
@@ -41,21 +41,21 @@ class DeiTTiConfig(PretrainedConfig):
         image_size (`int`, *optional*, defaults to 224):
             Height and width of the input images, in pixels.
         patch_size (`int`, *optional*, defaults to 16):
-            Height and width of a patch, in pixels. Has to divide `image_size`.
+            Height and width of a patch, in pixels. Must divide `image_size`.
         num_channels (`int`, *optional*, defaults to 3):
             Number of channels of the input images.
         qkv_bias (`bool`, *optional*, defaults to `True`):
             Whether queries, keys and values have a bias.
         tokens (`list[str]`, *optional*, defaults to `["class"]`):
-            The learned tokens, each with a head of its own: `"class"`, `"distillation"` or both, in this order.
+            The learned tokens, each with its own head: `"class"`, `"distillation"` or both, in this order.
         readout (`str`, *optional*, defaults to `"class"`):
-            What `logits` are: those of the `"class"` head, of the `"distillation"` head, or the mean of `"both"`.
+            What `logits` returns: those of the `"class"` or the `"distillation"` head, or the mean of `"both"`.
         distill_mode (`str`, *optional*, defaults to `"none"`):
-            The mode the model was trained in. A record: `tokens` and `readout` say what the network is.
+            The mode that the model was trained in. Only a record: `tokens` and `readout` define the network.
 
     Raises:
         ValueError: if `patch_size` does not divide `image_size`, `num_attention_heads` does not divide `hidden_size`,
-            `tokens` or `readout` are none of those above, or `readout` needs a token that is not there.
+            `tokens` or `readout` is not one of the values above, or `readout` needs a token that is not in `tokens`.
     """
 
     model_type = "deit_ti"
@@ -88,11 +88,11 @@ class DeiTTiConfig(PretrainedConfig):
             raise ValueError(f"num_attention_heads {num_attention_heads} does not divide hidden_size {hidden_size}.")
         tokens = list(tokens)
         if not tokens or tokens != [token for token in TOKENS if token in tokens]:
-            raise ValueError(f"tokens has to be one or both of {list(TOKENS)}, in this order; it is {tokens}.")
+            raise ValueError(f"tokens must be one or both of {list(TOKENS)}, in this order, not {tokens}.")
         needed = TOKENS if readout == "both" else (readout,)
         if readout not in READOUTS or any(token not in tokens for token in needed):
             raise ValueError(
-                f"readout {readout!r} does not fit tokens {tokens}: it has to be one of them, or 'both' of both."
+                f"readout {readout!r} does not fit tokens {tokens}: it must be one of them, or 'both' with both."
             )
         self.hidden_size = hidden_size
         self.num_hidden_layers = num_hidden_layers

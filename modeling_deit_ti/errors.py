@@ -10,6 +10,11 @@ from pathlib import Path
 from safetensors import SafetensorError
 
 
+# How a run ends, for the scheduler: a user's mistake, or worth starting again (EX_TEMPFAIL of sysexits.h).
+EXIT_USER_ERROR = 2
+EXIT_INTERRUPTED = 75
+
+
 class UserError(ValueError):
     """A mistake in what the user gave. The message, on one line, names it, what was found and what to do about it."""
 

@@ -1,4 +1,4 @@
-"""SIGTERM and Ctrl-C: a run that is told to stop ends in a place from where it can go on."""
+"""SIGTERM and Ctrl-C: a run that is told to stop does so where it can be resumed."""
 
 import os
 import signal
@@ -7,12 +7,12 @@ import time
 
 
 SIGNALS = (signal.SIGTERM, signal.SIGINT)
-# Long enough for the loader's workers to serve the step that is being finished.
+# How long the data loader's workers live on, to serve the step that is being finished.
 WORKER_GRACE_SECONDS = 60
 
 
 class Interrupted(BaseException):
-    """A signal has ended the run. Like `KeyboardInterrupt` it is no error, so `except Exception` lets it pass."""
+    """A signal has ended the run. Like `KeyboardInterrupt`, it is not caught by `except Exception`."""
 
 
 def name_of(signum: int) -> str:
@@ -20,7 +20,7 @@ def name_of(signum: int) -> str:
 
 
 def interrupt_on_signals() -> None:
-    """From here on SIGTERM and Ctrl-C raise [`Interrupted`] in this process, and end its children as ever."""
+    """Makes SIGTERM and Ctrl-C raise [`Interrupted`] in this process; its child processes end as usual."""
     process = os.getpid()
 
     def handle(signum, frame):
@@ -36,10 +36,13 @@ def interrupt_on_signals() -> None:
 
 class StopRequest:
     """
-    Inside this context the first SIGTERM or Ctrl-C is noted in `signum`, for the training loop to stop where it can; a
-    second Ctrl-C raises [`Interrupted`] at once.
+    A context that records the first SIGTERM or Ctrl-C in `signum`, so that the training loop can stop after its step.
+    A second Ctrl-C raises [`Interrupted`] at once.
 
-    Outside the main thread, where Python takes no signal handlers, it does nothing.
+    Does nothing outside the main thread, where Python does not allow signal handlers.
+
+    Args:
+        announce (`bool`): whether to print that the signal was received.
     """
 
     def __init__(self, announce: bool):
@@ -56,19 +59,19 @@ class StopRequest:
 
     def __exit__(self, *exception) -> None:
         for signum, handler in self._previous.items():
-            signal.signal(signum, handler or signal.SIG_DFL)  # None: it was not set from Python
+            signal.signal(signum, handler or signal.SIG_DFL)  # None: not set from Python
 
     def _handle(self, signum: int, frame) -> None:
         if os.getpid() != self._process:
-            # A worker of the loader, in a process group that was signalled as a whole.
+            # A worker of the data loader: the whole process group was signalled.
             signal.alarm(WORKER_GRACE_SECONDS)
             return
         if self.signum:
-            # Launchers pass on what the terminal or the scheduler has already sent to all processes.
+            # Within a second it is the same one: launchers repeat what the terminal or scheduler sent to all.
             if signum == signal.SIGINT and time.monotonic() - self._received_at > 1:
                 raise Interrupted("stopped at once by a second Ctrl-C.")
             return
         self.signum, self._received_at = signum, time.monotonic()
         if self.announce:
-            # Not print: the signal may have come in the middle of one.
+            # Not print: the signal may have interrupted one.
             os.write(2, f"\n{name_of(signum)}: finishing the step, then writing a checkpoint.\n".encode())

@@ -1,7 +1,7 @@
 """DeiT-Ti: a vision transformer with a class token, a distillation token, or both.
 
-Written in the order in which the data meets it: patches, tokens and positions, blocks, heads. Shapes: B images,
-C channels, N tokens (the learned ones first, then the patches), D the width, H attention heads.
+In the order of the forward pass: patches, tokens and positions, blocks, heads. Shapes: B images, C channels, N tokens
+(first the learned ones, then the patches), width D, H attention heads.
 """
 
 from dataclasses import dataclass
@@ -29,9 +29,9 @@ class DeiTTiImageClassifierOutput(ModelOutput):
 
     Args:
         loss (`torch.FloatTensor` of shape `(1,)`, *optional*, returned when `labels` is given):
-            Loss of `logits` and the labels.
+            Loss between `logits` and the labels.
         logits (`torch.FloatTensor` of shape `(B, num_labels)`):
-            What the model predicts with: the head that `config.readout` names, or the mean of both.
+            The prediction: the logits of the head in `config.readout`, or the mean of both.
         class_logits (`torch.FloatTensor` of shape `(B, num_labels)`, *optional*, returned if there is a class token):
             Logits of the class head.
         distillation_logits (`torch.FloatTensor` of shape `(B, num_labels)`, *optional*, returned if there is a
@@ -39,7 +39,7 @@ class DeiTTiImageClassifierOutput(ModelOutput):
             Logits of the distillation head.
         hidden_states (`tuple` of `num_hidden_layers + 1` tensors of shape `(B, N, D)`, *optional*, returned when
             `output_hidden_states=True`):
-            The embeddings and the output of each block, before the last layer norm.
+            The embeddings and the output of each block, before the final layer norm.
         attentions (`tuple` of `num_hidden_layers` tensors of shape `(B, H, N, N)`, *optional*, returned when
             `output_attentions=True`):
             Attention probabilities.
@@ -57,12 +57,12 @@ def interpolate_position_embeddings(
     position_embeddings: torch.Tensor, num_tokens: int, size: tuple[int, int]
 ) -> torch.Tensor:
     """
-    Fits position embeddings to another number of patches: bicubic over the square grid of patches, as in
-    transformers' ViT and DeiT; those of the learned tokens do not change.
+    Resizes position embeddings to another grid of patches by bicubic interpolation, as in transformers' ViT and DeiT.
+    Those of the learned tokens do not change.
 
     Args:
         position_embeddings (`torch.Tensor` of shape `(1, num_tokens + rows * rows, D)`)
-        num_tokens (`int`): number of learned tokens in front.
+        num_tokens (`int`): number of learned tokens, which come first.
         size (`tuple[int, int]`): rows and columns of the new grid.
 
     Returns:
@@ -78,8 +78,8 @@ def interpolate_position_embeddings(
 
 
 def drop_path(hidden_states: torch.Tensor, rate: float, training: bool) -> torch.Tensor:
-    """Stochastic depth (Huang et al., 2016): drops the whole branch for an image with probability `rate`, and scales
-    the others up so that the expectation stays."""
+    """Stochastic depth (Huang et al., 2016): drops the branch (B, N, D) of each image with probability `rate`, and
+    scales up the others to keep the expected value."""
     if rate == 0.0 or not training:
         return hidden_states
     keep = hidden_states.new_empty(hidden_states.shape[0], 1, 1).bernoulli_(1 - rate).div_(1 - rate)
@@ -87,7 +87,7 @@ def drop_path(hidden_states: torch.Tensor, rate: float, training: bool) -> torch
 
 
 class DeiTTiEmbeddings(nn.Module):
-    """(B, C, height, width) pixels to (B, N, D): the learned tokens, then the patches, with their positions."""
+    """(B, C, height, width) pixels to (B, N, D): the learned tokens, then the patches, plus their positions."""
 
     def __init__(self, config: DeiTTiConfig):
         super().__init__()
@@ -113,8 +113,8 @@ class DeiTTiEmbeddings(nn.Module):
         if (height, width) != (self.image_size, self.image_size):
             if not interpolate_pos_encoding:
                 raise ValueError(
-                    f"The images have {height}x{width} pixels, the model takes {self.image_size}x{self.image_size}: "
-                    "resize them, or pass interpolate_pos_encoding=True."
+                    f"The images have {height}x{width} pixels, but the model takes {self.image_size}x"
+                    f"{self.image_size}: resize them, or pass interpolate_pos_encoding=True."
                 )
             grid = (height // self.patch_size, width // self.patch_size)
             positions = interpolate_position_embeddings(positions, self.num_tokens, grid)
@@ -128,7 +128,7 @@ class DeiTTiEmbeddings(nn.Module):
 
 
 def eager_attention_forward(module, query, key, value, attention_mask, scaling, dropout=0.0, **kwargs):
-    """Attention in separate steps; unlike the fused kernels, it can return its probabilities."""
+    """Attention step by step. Unlike the fused kernels, it returns its probabilities."""
     attention = torch.matmul(query, key.transpose(2, 3)) * scaling  # (B, H, N, N)
     if attention_mask is not None:
         attention = attention + attention_mask
@@ -145,7 +145,7 @@ class DeiTTiAttention(nn.Module):
         self.head_dim = config.hidden_size // config.num_attention_heads
         self.scaling = self.head_dim**-0.5
         self.is_causal = False
-        # One matrix product for queries, keys and values: at this width three small ones cost more.
+        # One matrix product for queries, keys and values: at this width, three small ones are slower.
         self.qkv = nn.Linear(config.hidden_size, 3 * config.hidden_size, bias=config.qkv_bias)
         self.projection = nn.Linear(config.hidden_size, config.hidden_size)
 
@@ -171,7 +171,7 @@ class DeiTTiMLP(nn.Module):
 
 
 class DeiTTiLayer(GradientCheckpointingLayer):
-    """A pre-norm block: x + attention(norm(x)), then x + MLP(norm(x)), each branch with stochastic depth."""
+    """A pre-norm block: x + attention(norm(x)), then x + MLP(norm(x)), with stochastic depth on each branch."""
 
     def __init__(self, config: DeiTTiConfig, drop_path_rate: float):
         super().__init__()
@@ -195,7 +195,7 @@ class DeiTTiPreTrainedModel(PreTrainedModel):
     main_input_name = "pixel_values"
     input_modalities = ("image",)
     supports_gradient_checkpointing = True
-    # The loss is a mean over the batch, whatever the number of accumulation steps: the Trainer divides by it.
+    # The loss is a mean over the batch, so Trainer has to divide it by the number of accumulation steps.
     accepts_loss_kwargs = False
     _no_split_modules = ["DeiTTiEmbeddings", "DeiTTiLayer"]
     _supports_sdpa = True
@@ -241,15 +241,15 @@ class DeiTTiModel(DeiTTiPreTrainedModel):
         """
         Args:
             pixel_values (`torch.Tensor` of shape `(B, C, image_size, image_size)`):
-                Normalised images, as the image processor makes them.
+                Normalised images, as the image processor returns them.
             interpolate_pos_encoding (`bool`, *optional*, defaults to `False`):
-                Whether to take images of another size, with interpolated position embeddings.
+                Whether to accept images of other sizes, by interpolating the position embeddings.
             output_hidden_states, output_attentions, return_dict (`bool`, *optional*):
-                As in every model of transformers. Attention probabilities need `attn_implementation="eager"`.
+                As in every transformers model. Attention probabilities need `attn_implementation="eager"`.
 
         Returns:
-            `BaseModelOutput` with `last_hidden_state` of shape `(B, N, D)`: class token, distillation token (those
-            that the model has), patches.
+            `BaseModelOutput` with `last_hidden_state` of shape `(B, N, D)`: class token and distillation token (if the
+            model has them), then the patches.
 
         Raises:
             ValueError: if the images have another size and `interpolate_pos_encoding` is not set.
@@ -261,7 +261,7 @@ class DeiTTiModel(DeiTTiPreTrainedModel):
 
 
 class DeiTTiForImageClassification(DeiTTiPreTrainedModel):
-    """DeiT-Ti with one linear head for each of its learned tokens."""
+    """DeiT-Ti with one linear head per learned token."""
 
     def __init__(self, config: DeiTTiConfig):
         super().__init__(config)
@@ -284,13 +284,13 @@ class DeiTTiForImageClassification(DeiTTiPreTrainedModel):
         """
         Args:
             pixel_values (`torch.Tensor` of shape `(B, C, image_size, image_size)`):
-                Normalised images, as the image processor makes them.
+                Normalised images, as the image processor returns them.
             labels (`torch.Tensor` of shape `(B,)` or `(B, num_labels)`, *optional*):
-                With them, `loss` is that of `logits`, as in transformers' ViT and DeiT: cross-entropy with label ids,
-                binary cross-entropy with float labels, mean squared error with a single label, unless
-                `config.problem_type` says otherwise. Distillation has losses of its own, in distillation.py.
+                If given, the output has the `loss` of `logits`, as in transformers' ViT and DeiT: cross-entropy for
+                label ids, binary cross-entropy for float labels, mean squared error for a single label, unless
+                `config.problem_type` says otherwise. The losses of distillation are in distillation.py.
 
-        The other arguments, and what is raised, are those of [`DeiTTiModel`].
+        Other arguments and exceptions: see [`DeiTTiModel`].
 
         Returns:
             [`DeiTTiImageClassifierOutput`]
@@ -301,7 +301,7 @@ class DeiTTiForImageClassification(DeiTTiPreTrainedModel):
         if self.class_head is not None:
             class_logits = self.class_head(tokens[:, 0])
         if self.distillation_head is not None:
-            # The distillation token comes after the class token, if there is one.
+            # Position 1 after a class token, otherwise 0.
             distillation_logits = self.distillation_head(tokens[:, len(self.config.tokens) - 1])
         if self.config.readout == CLASS_TOKEN:
             logits = class_logits

@@ -55,7 +55,7 @@ def run_settings(args: Arguments, data: ImageData) -> dict:
     settings = {
         "train_images": len(data.train),
         "images": data.fingerprint[:12],
-        "batch_size": training.total_train_batch_size,
+        "batch_size": training.train_batch_size * training.world_size,  # whose processes does not matter
         "distill_mode": mode.name,
         "tokens": list(mode.tokens),
         "teacher_targets": mode.teacher_targets,
@@ -69,8 +69,7 @@ def run_settings(args: Arguments, data: ImageData) -> dict:
         "precision": training.mixed_precision,
         **args.hyperparameters(),
     }
-    for name in ("per_device_train_batch_size", "gradient_accumulation_steps"):  # what counts is the batch size
-        del settings[name]
+    del settings["per_device_train_batch_size"]
     if args.fitting is not None:
         settings |= {f"teacher_{name}": value for name, value in args.fitting.hyperparameters().items()}
     if data.is_streamed:  # who reads what depends on the readers

@@ -280,7 +280,7 @@ def test_interpolated_positions_keep_the_tokens_rows_and_resample_the_grid():
 
 def test_another_image_size_is_refused_unless_positions_are_interpolated():
     model = small_model()
-    with pytest.raises(ValueError, match="48x40 pixels, the model takes 32x32"):
+    with pytest.raises(ValueError, match="48x40 pixels, but the model takes 32x32"):
         model(torch.randn(1, 3, 48, 40))
     assert model(torch.randn(1, 3, 48, 40), interpolate_pos_encoding=True).logits.shape == (1, 5)
 
@@ -325,8 +325,8 @@ def test_a_saved_model_loads_in_a_fresh_process_that_has_only_its_folder(tmp_pat
     [
         ({"image_size": 30, "patch_size": 8}, "does not divide image_size"),
         ({"num_attention_heads": 5}, "does not divide hidden_size"),
-        ({"tokens": ["register"]}, "tokens has to be"),
-        ({"tokens": []}, "tokens has to be"),
+        ({"tokens": ["register"]}, "tokens must be"),
+        ({"tokens": []}, "tokens must be"),
         ({"tokens": ["class"], "readout": "both"}, "does not fit tokens"),
         ({"tokens": ["distillation"], "readout": "class"}, "does not fit tokens"),
     ],

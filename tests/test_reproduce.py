@@ -1,4 +1,4 @@
-"""All rows by one command: real runs, interrupted and gone on with, and what is written of them."""
+"""All rows with one command: real runs, interrupted and resumed, and the results written from them."""
 
 import fcntl
 import json
@@ -14,11 +14,11 @@ import pytest
 from PIL import Image
 
 import reproduce
-from modeling_deit_ti.card import DatasetRecord, RunRecord
-from modeling_deit_ti.data import DataArguments
+from benchmarks import accuracy
+from modeling_deit_ti.card import PUBLISHED_BASELINE, DatasetRecord, RunRecord
 from modeling_deit_ti.distillation import resolve_mode
 from modeling_deit_ti.errors import UserError
-from modeling_deit_ti.teacher import _fitting_arguments
+from modeling_deit_ti.parsing import parse_arguments
 
 
 REPOSITORY = Path(reproduce.__file__).parent
@@ -46,9 +46,8 @@ teacher_learning_rate: 2e-2
 FLAGS = ["--budget=tiny.yaml", "--cnn_model_name_or_path=test_resnet"]
 
 
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory) -> Path:
-    folder = tmp_path_factory.mktemp("project")
+def make_project(folder: Path) -> Path:
+    """A working directory with recipes and the README of the results."""
     (folder / "tiny.yaml").write_text(RECIPE)
     (folder / "broken.yaml").write_text("- a list")
     (folder / "results").mkdir()
@@ -56,12 +55,31 @@ def folder(tmp_path_factory) -> Path:
     return folder
 
 
+def read(file: Path) -> dict:
+    return json.loads(file.read_text())
+
+
+def start(folder: Path, *flags: str) -> subprocess.Popen:
+    command = [sys.executable, str(REPOSITORY / "reproduce.py"), *FLAGS, *flags]
+    return subprocess.Popen(command, cwd=folder, stdout=subprocess.PIPE, text=True)
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory) -> tuple[Path, str]:
+    """The folder of a command that trained a student, its teacher and the CNN, and what it printed."""
+    folder = make_project(tmp_path_factory.mktemp("finished"))
+    process = start(folder, "--rows", "hard", "cnn")
+    printed = process.communicate()[0]
+    assert process.returncode == 0, printed
+    return folder, printed
+
+
 @pytest.fixture
-def call(monkeypatch, capsys, folder):
-    """Runs the command in this process, in a folder of its own, and gives its exit code and what it printed."""
+def call(monkeypatch, capsys, tmp_path):
+    """Runs the command in this process, and returns its exit code and what it printed."""
     handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
 
-    def call(*flags: str) -> tuple[int, str]:
+    def call(*flags: str, folder: Path = tmp_path) -> tuple[int, str]:
         monkeypatch.chdir(folder)
         monkeypatch.setattr(sys, "argv", ["reproduce.py", *FLAGS, *flags])
         code = 0
@@ -71,70 +89,58 @@ def call(monkeypatch, capsys, folder):
             code = end.code
         return code, capsys.readouterr().out
 
+    make_project(tmp_path)
     yield call
     for number, handler in handlers.items():
         signal.signal(number, handler)
 
 
-def read(file: Path) -> dict:
-    return json.loads(file.read_text())
-
-
 # ---- Running ----
 
 
-def test_an_interrupted_row_goes_on_where_it_was(folder, call):
-    runs = folder / "outputs" / "reproduce" / "digits-tiny"
-    process = subprocess.Popen(
-        [sys.executable, str(REPOSITORY / "reproduce.py"), *FLAGS, "--rows", "none"],
-        cwd=folder,
-        stdout=subprocess.PIPE,
-        text=True,
-    )
-    while process.poll() is None and not list(runs.glob("none-seed0/checkpoint-*/trainer_state.json")):
+def test_an_interrupted_run_continues_where_it_stopped(tmp_path, call):
+    runs = tmp_path / "outputs" / "reproduce" / "digits-tiny"
+    process = start(tmp_path, "--rows", "none")
+    while process.poll() is None and not list(runs.glob("none-seed0/checkpoint-*/checksums.json")):
         time.sleep(0.05)
-    time.sleep(0.2)  # until the file is written
     process.send_signal(signal.SIGTERM)
     printed = process.communicate()[0]
     assert process.returncode == 75, printed
-    assert "none, seed 0: asked to stop" in printed
+    assert "none, seed 0: stopping" in printed
     assert "none, seed 0: interrupted after " in printed and " of 3 epochs" in printed
-    assert "0 of 1 runs are finished" in printed and "Left: none, seed 0. The same command goes on." in printed
+    assert "0 of 1 runs are finished" in printed and "Left: none, seed 0. Run the same command again" in printed
     log = runs / "none-seed0.log"
     with open(log) as file:
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)  # it was the run's own: the run has ended
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)  # the run held it, so it has ended
     assert not (runs / "none-seed0" / "all_results.json").exists()
     assert call("--list", "--rows", "none")[1].startswith("none, seed 0          interrupted after ")
 
-    first = log.stat().st_size
+    length, before = log.stat().st_size, read(runs / "none-seed0" / "reproduce.json")
     code, printed = call("--rows", "none")
     assert code == 0 and "1 of 1 runs are finished" in printed
-    gone_on = log.read_text()[first:]
-    assert "'epoch': '3'" in gone_on and "'epoch': '1'" not in gone_on
+    continued = log.read_text()[length:]
+    assert "'epoch': '3'" in continued and "'epoch': '1'" not in continued
     results = read(runs / "none-seed0" / "all_results.json")
     assert results["epoch"] == 3
-    assert f"no distillation {100 * results['eval_accuracy']:.2f} %" in printed
-    row = next(row for row in read(folder / "results/digits-tiny/table.json")["rows"] if row["run"] == "none")
+    assert f"no distillation {results['eval_accuracy']:.2%}" in printed
+    row = next(row for row in read(tmp_path / "results/digits-tiny/table.json")["rows"] if row["run"] == "none")
     assert row["runs"][0]["images_seen"] == 3 * 128
+    record = read(runs / "none-seed0" / "reproduce.json")
+    assert record["seconds"] > before["seconds"] > 0 and record["commits"] == before["commits"]
 
 
-def test_a_students_row_trains_the_teachers_row_first(folder, call):
-    code, printed = call("--rows", "hard", "cnn")
-    assert code == 0 and "3 of 3 runs are finished" in printed
+def test_a_student_is_trained_after_its_teacher(finished):
+    folder, printed = finished
+    assert "3 of 3 runs are finished" in printed
     order = [printed.index(f"{name}, seed 0: ") for name in ("teacher", "cnn", "hard")]
     assert order == sorted(order)
-    table = read(folder / "results" / "digits-tiny" / "table.json")
-    rows = {row["run"]: row for row in table["rows"]}
+    rows = {row["run"]: row for row in read(folder / "results" / "digits-tiny" / "table.json")["rows"]}
     teacher, hard = rows["teacher"]["runs"][0], rows["hard"]["runs"][0]
-    # The row and the teacher of the students are one model, measured on the same images.
+    # The teacher's row and the students' teacher are one model, measured on the same images.
     assert hard["teacher_top1"] == pytest.approx(teacher["top1"]) and teacher["top1"] > 0.5
     assert (teacher["epochs"], teacher["images_seen"], hard["epochs"]) == (8, 1024, 3)
     assert (teacher["architecture"], hard["architecture"]) == ("test_resnet", "deit_ti")
-    assert (rows["hard"]["mode"], rows["hard"]["teacher_targets"], rows["hard"]["readout"]) == (
-        "hard",
-        "hard",
-        "class",
-    )
+    assert [rows["hard"][name] for name in ("mode", "teacher_targets", "readout")] == ["hard", "hard", "class"]
     for fact in (teacher, hard):
         assert fact["test_images"] == 359 and fact["train_images"] == 128 and fact["precision"] == "no"
         assert fact["top5"] > fact["top1"] and fact["seconds"] > 0 and fact["images_per_second"] > 0
@@ -142,8 +148,8 @@ def test_a_students_row_trains_the_teachers_row_first(folder, call):
     assert rows["soft"]["state"] == "not yet run" and rows["soft"]["top1"] is None and rows["soft"]["runs"] == []
 
 
-def test_results_are_of_all_images_and_curves_of_the_validation_images(folder):
-    """After the test above."""
+def test_results_use_all_test_images_and_curves_the_validation_images(finished):
+    folder, _ = finished
     run = folder / "outputs" / "reproduce" / "digits-tiny" / "hard-seed0"
     log = [entry for entry in read(run / "trainer_state.json")["log_history"] if "eval_accuracy" in entry]
     assert [entry["epoch"] for entry in log] == [1, 2, 3, 3]
@@ -155,64 +161,65 @@ def test_results_are_of_all_images_and_curves_of_the_validation_images(folder):
     assert curve == {"epochs": [1, 2, 3], "accuracy": [entry["eval_accuracy"] for entry in log[:-1]]}
 
 
-def test_what_is_committed_names_every_finished_row(folder):
-    """After the tests above."""
+def test_table_picture_cards_and_state_cover_every_finished_run(finished):
+    folder, _ = finished
     text = (folder / "results" / "digits-tiny" / "table.md").read_text()
     lines = [line for line in text.splitlines() if line.startswith("| ")]
-    assert len(lines) == 1 + len(reproduce.LINES) and len({line.count("|") for line in lines}) == 1
-    assert sum("not yet run" in line for line in lines) == 7
-    assert "on 359 images of the split test" in text and "the same 128 images" in text
+    assert len(lines) == 1 + len(accuracy.ROWS) and len({line.count("|") for line in lines}) == 1
+    assert sum("not yet run" in line for line in lines) == 8
+    assert "on 359 images of the test split" in text and "the same 128 images" in text
     assert "- device: " in text and "- commit: " in text and "torch 2" in text
     assert Image.open(folder / "results" / "digits-tiny" / "curves.png").size == (1500, 900)
     cards = {path.name: path.read_text() for path in (folder / "model_cards").iterdir()}
-    assert sorted(cards) == [f"digits-tiny-{row}.md" for row in ("cnn", "hard", "none", "teacher")]
+    assert sorted(cards) == [f"digits-tiny-{name}.md" for name in ("cnn", "hard", "teacher")]
     for card in cards.values():
         assert card.startswith("---\n") and "(training_curves.png)" not in card
-        assert "../results/digits-tiny/curves.png" in card and "/table.md), seed 0." in card
+        assert "../results/digits-tiny/curves.png" in card and "/table.md), seed 0:" in card
     assert "`teacher-test_resnet-seed0`" in cards["digits-tiny-hard.md"]
     state = (folder / "results" / "README.md").read_text()
     assert "| cifar10-native | not yet run | |" in state
     assert (
-        "| [digits-tiny](digits-tiny/table.md) | 4 of 9 rows | teacher, cnn, none, hard; not yet run: soft," in state
+        "| [digits-tiny](digits-tiny/table.md) | 3 of 9 runs | hard, cnn, teacher; not yet run: none, soft," in state
     )
     assert state.count("<!-- ") == 2 and "## What was tried" in state
 
 
-def test_finished_rows_are_not_run_again(folder, call):
-    """After the tests above."""
+def test_finished_runs_are_not_trained_again(finished, call):
+    folder, _ = finished
     runs = folder / "outputs" / "reproduce" / "digits-tiny"
     before = {path: path.stat().st_mtime_ns for path in runs.rglob("*") if path.name != "settings.json"}
-    code, printed = call("--rows", "none", "hard")
-    assert code == 0 and printed.count("finished already") == 3 and "3 of 3 runs are finished" in printed
+    code, printed = call("--rows", "cnn", "hard", folder=folder)
+    assert code == 0 and printed.count("already finished") == 3 and "3 of 3 runs are finished" in printed
     assert {path: path.stat().st_mtime_ns for path in before} == before
 
 
-def test_rows_of_another_recipe_do_not_come_into_the_same_table(call):
-    """After the tests above."""
-    with pytest.raises(UserError, match="were run with another extra_flags .*name another folder"):
-        call("--rows", "soft", "--", "--learning_rate=1e-3")
+def test_runs_with_different_recipes_cannot_share_a_table(finished, call):
+    folder, _ = finished
+    with pytest.raises(UserError, match="have a different extra_flags .*choose another folder"):
+        call("--rows", "soft", "--", "--learning_rate=1e-3", folder=folder)
 
 
-def test_no_row_is_started_that_would_not_get_to_train(folder, call):
+def test_no_run_is_started_that_would_not_get_to_train(tmp_path, call):
     code, printed = call("--output_dir=elsewhere", "--rows=soft", "--minutes=2")
     assert code == 75 and "0 of 2 runs are finished" in printed
-    assert sorted(path.name for path in (folder / "elsewhere/digits-tiny").iterdir()) == ["settings.json"]
+    assert [path.name for path in (tmp_path / "elsewhere/digits-tiny").iterdir()] == ["settings.json"]
 
 
-def test_a_row_is_stopped_in_time(call, monkeypatch):
+def test_a_run_is_stopped_in_time(call, monkeypatch):
     monkeypatch.setattr(reproduce, "START_SECONDS", 0)
     monkeypatch.setattr(reproduce, "STOP_SECONDS", 5)
     started = time.monotonic()
-    code, printed = call("--output_dir=stopped", "--rows=cnn", "--minutes=0.1")
-    assert code == 75 and "cnn, seed 0: asked to stop" in printed
+    code, printed = call("--rows=cnn", "--minutes=0.1")
+    assert code == 75 and "cnn, seed 0: stopping" in printed
     assert time.monotonic() - started > 1 and "Left: cnn, seed 0" in printed
 
 
-def test_a_row_is_trained_by_one_process(folder, call):
-    (folder / "locked" / "digits-tiny").mkdir(parents=True)
-    with open(folder / "locked/digits-tiny/none-seed0.log", "w") as file:
+def test_only_one_process_trains_a_run(tmp_path, call):
+    folder = tmp_path / "locked" / "digits-tiny"
+    folder.mkdir(parents=True)
+    with open(folder / "none-seed0.log", "w") as file:
         fcntl.flock(file, fcntl.LOCK_EX)
-        with pytest.raises(UserError, match="none, seed 0: another process trains it"):
+        with pytest.raises(UserError, match="none, seed 0: another process is training it"):
             call("--output_dir=locked", "--rows=none")
 
 
@@ -227,21 +234,22 @@ def test_a_mistake_that_train_hf_finds_is_passed_on(call):
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
-        (["--budget=huge"], "--budget huge: it is one of seed, native, cpu, long, or a YAML file"),
-        (["--budget=broken.yaml"], "--config broken.yaml: it has to hold `flag: value` lines"),
+        (["--budget=huge"], "--budget huge: must be one of baseline, native, cpu, long, or a YAML file"),
+        (["--budget=broken.yaml"], "--config broken.yaml: it must consist of `flag: value` lines"),
         (["--rows", "medium"], "argument --rows: invalid choice: 'medium'"),
-        (["--minutes=1"], "--minutes 1: a row takes up to 2 minutes"),
+        (["--minutes=1"], "--minutes 1: must be at least 2"),
         (["--minutes=soon"], "argument --minutes: invalid float value: 'soon'"),
-        (["--seeds", "1", "1"], "--seeds 1 1: each is 0 or more, and there once"),
+        (["--seeds", "1", "1"], "--seeds 1 1: must be at least 0 and all different"),
         (["--accelerate_config=nowhere.yaml"], "--accelerate_config nowhere.yaml: there is no such file"),
         (["--learning_rate=1"], "unrecognized arguments: --learning_rate=1"),
         (["--", "--learning_rat=1"], "unknown flag --learning_rat=1; did you mean --learning_rate?"),
-        (["--", "--output-dir=here"], "--output-dir after `--`: every row has its own"),
-        (["--", "--teacher_model_name_or_path=nobody/nothing"], "the teacher is a row of the table"),
+        (["--", "--output-dir=here"], "--output-dir after `--`: each run sets its own"),
+        (["--", "--teacher_model_name_or_path=owner/name"], "the teacher is a row of the table"),
         (["--cnn_model_name_or_path=deit_ti", "--", "--image_size=30"], "--patch_size 16 does not divide"),
     ],
 )
-def test_a_mistake_ends_it_before_anything_runs(folder, monkeypatch, capsys, flags, message):
+def test_a_mistake_is_reported_before_anything_runs(tmp_path, monkeypatch, capsys, flags, message):
+    folder = make_project(tmp_path)
     monkeypatch.chdir(folder)
     monkeypatch.setattr(sys, "argv", ["reproduce.py", *FLAGS, "--output_dir=mistakes", *flags])
     with pytest.raises(SystemExit) as end:
@@ -254,71 +262,79 @@ def test_a_mistake_ends_it_before_anything_runs(folder, monkeypatch, capsys, fla
 # ---- The recipes ----
 
 
+def runs_of(*argv: str) -> dict[str, accuracy.Run]:
+    args = reproduce.parse_command(list(argv))
+    return {run.name: run for run in reproduce.make_runs(args, [0])}
+
+
+def settings_of(group, *but: str) -> dict[str, str]:
+    return {key: str(value) for key, value in vars(group).items() if key not in but and not key.startswith("_")}
+
+
 @pytest.mark.parametrize("name", reproduce.BUDGETS)
-def test_all_rows_of_a_budget_share_data_length_and_recipe(name):
-    _, budget = reproduce.parse_arguments([f"--budget={name}"])
-    assert budget.name == f"cifar10-{name}"
-    runs = reproduce.make_runs(budget)
-    assert [run.row for run in runs] == list(reproduce.ROWS)
-    parsed = {run.row: reproduce.train_hf.parse_arguments(run.flags) for run in runs}
-    differ = {"distill_mode", "teacher_targets", "single_token", "output_dir", "logging_dir", "mode", "run_name"}
-    differ |= {"ddp_find_unused_parameters"}  # follows from the mode
-    shared = []
-    for row in reproduce.ROWS:
-        _, data, _, training = parsed[row]
-        if row != "teacher":
-            settings = {key: str(value) for key, value in vars(training).items() if key not in differ}
-            shared.append((data, {key: value for key, value in settings.items() if not key.startswith("_")}))
+def test_all_runs_of_a_budget_share_data_length_and_recipe(name):
+    assert reproduce.parse_command([f"--budget={name}"]).name == f"cifar10-{name}"
+    runs = runs_of(f"--budget={name}")
+    assert list(runs) == list(reproduce.RUNS)
+    assert all(run.args.images == runs["none"].args.images for run in runs.values())
+    differ = ("distill_mode", "teacher_targets", "single_token", "output_dir", "logging_dir", "mode", "run_name")
+    differ += ("ddp_find_unused_parameters",)  # follows from the mode
+    shared = [
+        (run.args.augmentation, settings_of(run.args.training, *differ))
+        for run in runs.values()
+        if run.name != "teacher"
+    ]
     assert all(other == shared[0] for other in shared)
-    for row, mode in (
+    for run, mode in (
         ("none", resolve_mode("none")),
         ("both", resolve_mode("both")),
         ("both-soft", resolve_mode("both", teacher_targets="soft")),
         ("class", resolve_mode("class", single_token=True)),
         ("distill", resolve_mode("distill", single_token=True)),
     ):
-        assert parsed[row][3].mode == mode
+        assert runs[run].args.training.mode == mode
 
 
-def test_the_teachers_row_is_the_teacher_that_train_hf_would_fit(tmp_path):
-    _, budget = reproduce.parse_arguments(["--budget=cpu"])
-    runs = {run.row: run for run in reproduce.make_runs(budget)}
-    model, data, _, training = reproduce.train_hf.parse_arguments(runs["teacher"].flags)
-    *_, teacher_args, students = reproduce.train_hf.parse_arguments(runs["hard"].flags)
-    assert model.model_name_or_path == "regnetx_004"
-    assert teacher_args.teacher_model_name_or_path == str(runs["teacher"].folder)
-    fitted = _fitting_arguments(teacher_args, students, str(tmp_path))
-    for name in (
-        *("num_train_epochs", "learning_rate", "mixup", "cutmix", "repeated_augmentation", "weight_decay", "optim"),
-        *("per_device_train_batch_size", "label_smoothing_factor", "lr_scheduler_type", "warmup_steps"),
-    ):
-        assert getattr(training, name) == getattr(fitted, name), name
-    assert (data.auto_augment, data.random_erasing, data.crop) == ("none", 0, DataArguments().crop)
+@pytest.mark.parametrize("teacher_config", ["", "optim: sgd\nlearning_rate: 1e-2\nmixup: 0.2\nimage_size: 64\n"])
+def test_the_teachers_run_is_the_one_that_train_hf_would_fit_a_teacher_with(tmp_path, teacher_config):
+    recipe = tmp_path / "recipe.yaml"
+    (tmp_path / "teacher.yaml").write_text(teacher_config or "{}")
+    recipe.write_text(RECIPE.replace("teacher_learning_rate: 2e-2", f"teacher_config: {tmp_path / 'teacher.yaml'}"))
+    runs = runs_of(f"--budget={recipe}", "--", "--weight_decay=0.1")
+    teacher, student = runs["teacher"].args, runs["hard"].args
+    assert student.teacher.teacher_model_name_or_path == str(runs["teacher"].folder)
+    fitting = parse_arguments([f"--config={recipe}", "--distill_mode=hard"]).fitting
+    differ = ("seed", "output_dir", "logging_dir", "run_name", "disable_tqdm", "resume_from_checkpoint")
+    differ += ("has_default_output_dir",)
+    assert teacher.images == fitting.images == student.images
+    assert teacher.augmentation == fitting.augmentation and teacher.model == fitting.model
+    assert settings_of(teacher.training, *differ) == settings_of(fitting.training, *differ)
+    assert teacher.model.model_name_or_path == "test_resnet" and teacher.training.num_train_epochs == 8
+    assert teacher.training.optim == ("sgd" if teacher_config else student.training.optim)
+    assert (teacher.model.image_size, teacher.augmentation.mixup) == ((64, 0.2) if teacher_config else (32, 0))
 
 
 @pytest.mark.parametrize("name", ["native", "long"])
-def test_a_teacher_that_sees_images_enlarged_is_trained_on_its_students_crops(name):
-    _, budget = reproduce.parse_arguments([f"--budget={name}"])
-    runs = {run.row: run for run in reproduce.make_runs(budget)}
-    teacher, data, *_ = reproduce.train_hf.parse_arguments(runs["teacher"].flags)
-    student, of_students, *_ = reproduce.train_hf.parse_arguments(runs["hard"].flags)
-    assert (teacher.image_size, student.image_size) == (128, 32)
-    assert data.crop_at(128) == of_students.crop_at(32) == "padded"
+def test_a_teacher_that_sees_enlarged_images_has_the_crops_of_its_students(name):
+    runs = runs_of(f"--budget={name}")
+    teacher, student = runs["teacher"].args, runs["hard"].args
+    assert (teacher.model.image_size, student.model.image_size) == (128, 32)
+    assert teacher.augmentation.crop_at(128) == student.augmentation.crop_at(32) == "padded"
 
 
-# ---- The table and the curves, of recorded results ----
+# ---- Table and curves of recorded results ----
 
 
 @pytest.fixture(scope="module")
-def all_recorded(tmp_path_factory) -> tuple[Path, reproduce.Budget, list[reproduce.Run]]:
-    """All rows of CIFAR-10 with three seeds, as runs leave them: accuracies that rise, and end 0.01 a seed apart."""
+def all_recorded(tmp_path_factory) -> tuple[Path, reproduce.ReproduceArguments, list[accuracy.Run]]:
+    """The folders of all runs of CIFAR-10 with three seeds: accuracies rise, and end 0.01 apart per seed."""
     folder = tmp_path_factory.mktemp("recorded")
-    _, budget = reproduce.parse_arguments(["--budget=cpu", "--seeds", "0", "1", "2", "--", "--weight_decay=0.1"])
-    runs = reproduce.make_runs(budget)
+    args = reproduce.parse_command(["--budget=cpu", "--seeds", "0", "1", "2", "--", "--weight_decay=0.1"])
+    runs = reproduce.make_runs(args, args.seeds)
     labels = ["airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck"]
     for run in runs:
-        last = 0.3 + 0.03 * list(reproduce.ROWS).index(run.row) + 0.01 * run.seed
-        readouts = {"": 0, "_both": 0, "_class": -0.02, "_distillation": 0.01} if "both" in run.row else {"": 0}
+        last = 0.3 + 0.03 * list(reproduce.RUNS).index(run.name) + 0.01 * run.seed
+        readouts = {"": 0, "_both": 0, "_class": -0.02, "_distillation": 0.01} if "both" in run.name else {"": 0}
         metrics = {f"eval_accuracy{name}": last + plus for name, plus in readouts.items()}
         metrics |= {f"{name}_top5": 0.9 for name in metrics}
         metrics |= {"epoch": run.epochs, "train_runtime": 100.0, "train_samples_per_second": 300.0}
@@ -330,10 +346,10 @@ def all_recorded(tmp_path_factory) -> tuple[Path, reproduce.Budget, list[reprodu
             for step in range(1, 9)
         ]
         record = RunRecord(
-            architecture="deit_ti" if run.is_student else "resnet18",
+            architecture="resnet18" if run.name in accuracy.CNNS else "deit_ti",
             num_parameters=1,
             image_size=32,
-            mode=run.mode,
+            mode=run.args.training.mode,
             dataset=DatasetRecord("uoft-cs/cifar10", "hub", labels, 10_000, 10_000),
             metrics=metrics,
             hyperparameters={"precision": "no", "max_validation_samples": 1000},
@@ -342,24 +358,24 @@ def all_recorded(tmp_path_factory) -> tuple[Path, reproduce.Budget, list[reprodu
         place = folder / run.folder
         place.mkdir(parents=True)
         record.save(place)
-        (place / reproduce.RECORD).write_text(json.dumps({"seconds": 120.0, "commits": ["0123456789ab"]}))
+        (place / accuracy.REPRODUCE_FILE).write_text(json.dumps({"seconds": 120.0, "commits": ["0123456789ab"]}))
         (place / "README.md").write_text("---\nlicense: unknown\n---\n# card\n\n![Curves](training_curves.png)\n")
         (place / "trainer_state.json").write_text(json.dumps({"log_history": log}))
         (place / "all_results.json").write_text(json.dumps(metrics))
-    return folder, budget, runs
+    return folder, args, runs
 
 
 @pytest.fixture
-def recorded(all_recorded, tmp_path, monkeypatch) -> tuple[reproduce.Budget, list[reproduce.Run]]:
-    folder, budget, runs = all_recorded
+def recorded(all_recorded, tmp_path, monkeypatch) -> tuple[reproduce.ReproduceArguments, list[accuracy.Run]]:
+    folder, args, runs = all_recorded
     shutil.copytree(folder, tmp_path, dirs_exist_ok=True)
     monkeypatch.chdir(tmp_path)
-    return budget, runs
+    return args, runs
 
 
-def test_the_table_has_mean_and_spread_of_the_seeds_beside_seed_and_paper(recorded):
-    budget, runs = recorded
-    reproduce.write_results(budget, runs)
+def test_the_table_has_mean_and_spread_over_seeds_beside_baseline_and_paper(recorded):
+    args, runs = recorded
+    reproduce.update_results(args, runs)
     epochs = f"{runs[-1].epochs:g}"
     text = Path("results/cifar10-cpu/table.md").read_text()
     for line in (
@@ -373,7 +389,7 @@ def test_the_table_has_mean_and_spread_of_the_seeds_beside_seed_and_paper(record
         "| class token alone | class (single token) | - | class | 52.00 ± 1.00 |",
         "| CNN baseline, resnet18 | - | - | - | 34.00 ± 1.00 | 90.00 ± 0.00 | 88.46 | n/a |",
         "| 0, 1, 2 |",
-        "on 10,000 images of the split test",
+        "on 10,000 images of the test split",
         "run with the extra flags `--weight_decay=0.1`",
         "- precision: float32",
         "- commit: 0123456789ab",
@@ -383,49 +399,38 @@ def test_the_table_has_mean_and_spread_of_the_seeds_beside_seed_and_paper(record
     assert len(names) == 27 and {"cifar10-cpu-both-soft.md", "cifar10-cpu-both-soft-seed2.md"} <= names
 
 
-def test_a_table_of_one_seed_keeps_what_others_have_found(recorded):
-    budget, _ = recorded
-    _, one = reproduce.parse_arguments(["--budget=cpu", "--seeds", "1", "--", "--weight_decay=0.1"])
-    reproduce.write_results(one, reproduce.make_runs(one))
+def test_a_command_for_one_seed_keeps_the_others_in_the_table(recorded):
+    args = reproduce.parse_command(["--budget=cpu", "--seeds", "1", "--", "--weight_decay=0.1"])
+    reproduce.update_results(args, reproduce.make_runs(args, args.seeds))
     row = read(Path("results/cifar10-cpu/table.json"))["rows"][0]
     assert [run["seed"] for run in row["runs"]] == [0, 1, 2] and row["top1"] == pytest.approx(0.37)
+    assert (row["baseline_top1"], row["paper_top1"]) == (0.6769, 0.722)
 
 
-def test_all_rows_are_in_the_picture_and_nothing_lies_on_the_curves(recorded):
-    budget, runs = recorded
-    curves, table = reproduce.make_curves(runs), reproduce.make_table(budget, runs)
-    assert list(curves) == [line.name for line in reproduce.LINES]
-    figure = reproduce.plot_curves(curves, table, Path("curves.png"))
+def test_the_plot_has_all_rows_and_nothing_covers_the_curves(recorded):
+    args, runs = recorded
+    curves, table = accuracy.make_curves(runs), accuracy.make_table(args.name, args.settings(), runs)
+    assert list(curves) == [row.name for row in accuracy.ROWS]
+    figure = accuracy.plot_curves(curves, table, Path("curves.png"))
     axes = figure.axes[0]
-    assert axes.get_title(loc="left") == "cifar10-cpu: accuracy during training, 1,000 images of the split test"
+    assert axes.get_title(loc="left") == "cifar10-cpu: accuracy during training, 1,000 images of the test split"
     legend = axes.get_legend()
     shown = [text.get_text() for text in legend.get_texts()]
-    assert len(shown) == len(reproduce.LINES) and shown[0] == "55.0 %  distillation token alone"
+    assert len(shown) == len(accuracy.ROWS) and shown[0] == "55.0 %  distillation token alone"
     values = [float(name.split()[0]) for name in shown]
     assert values == sorted(values, reverse=True)
     figure.draw_without_rendering()
     box, plot = legend.get_window_extent(), axes.get_window_extent()
     assert box.x0 >= plot.x1 and box.x1 <= figure.bbox.x1 and box.y0 >= 0 and box.y1 <= figure.bbox.y1
     looks = {(line.get_color(), line.get_linestyle()) for line in axes.get_lines()}
-    assert len(looks) == len(reproduce.LINES)
+    assert len(looks) == len(accuracy.ROWS)
     assert axes.get_xlim()[0] == 0 and axes.get_xlim()[1] < runs[-1].epochs + 1  # the teacher's are other epochs
 
 
-def test_time_left_follows_from_finished_rows_alike(recorded, monkeypatch):
-    _, runs = recorded
-    runs = [run for run in runs if run.seed == 0]
-    by_row = {run.row: run for run in runs}
-    epochs = by_row["none"].epochs
-    of_cnn = epochs * 120 / by_row["teacher"].epochs
-    for row in ("soft", "hard", "both", "both-soft", "class", "distill", "cnn"):
-        (by_row[row].folder / "all_results.json").unlink()
-    assert reproduce.seconds_per_epoch(by_row["soft"], runs) == pytest.approx(120 / epochs)  # as `none`
-    assert reproduce.seconds_per_epoch(by_row["cnn"], runs) == pytest.approx(of_cnn / epochs)  # as the teacher
-    progress = reproduce.Progress("soft", by_row["soft"], runs)
-    now = progress.started
-    assert progress.seconds_left(now) == pytest.approx(6 * 120 + of_cnn)
-    progress.epoch, progress.marked = 1.0, now + 60  # slower than thought
-    assert progress.seconds_left(now + 70) == pytest.approx((epochs - 1) * 60 + 5 * 120 + of_cnn - 10)
-    (by_row["none"].folder / "all_results.json").unlink()
-    (by_row["teacher"].folder / "all_results.json").unlink()
-    assert reproduce.Progress("none", by_row["none"], runs).seconds_left(now) is None
+def test_the_committed_table_is_what_the_code_makes_of_its_numbers():
+    folder = REPOSITORY / "results" / "cifar10-cpu"
+    table = read(folder / "table.json")
+    assert accuracy.render_table(table) == (folder / "table.md").read_text()
+    assert {row["row"]: row["baseline_top1"] for row in table["rows"]} == {
+        row.name: PUBLISHED_BASELINE.get(row.baseline) for row in accuracy.ROWS
+    }

@@ -37,7 +37,7 @@ def stopped(tmp_path_factory) -> Path:
     ("flags", "difference"),
     [
         (["--per_device_train_batch_size=32"], "batch_size 16, not 32"),
-        (["--gradient_accumulation_steps=2"], "batch_size 16, not 32"),
+        (["--gradient_accumulation_steps=2"], "gradient_accumulation_steps 1, not 2"),
         (["--max_train_samples=48"], "train_images 96, not 48"),
         (["--seed=7"], "seed 42, not 7"),
         (["--mixup=0.8"], "mixup 0.0, not 0.8"),
@@ -62,8 +62,12 @@ def test_another_run_is_refused_in_one_line_that_names_what_differs(stopped, fla
 
 
 def test_what_does_not_decide_a_run_may_differ(stopped):
-    flags = ["--per_device_train_batch_size=8", "--gradient_accumulation_steps=2", "--per_device_eval_batch_size=10"]
-    flags += ["--save_total_limit=9", "--logging_strategy=steps", "--logging_steps=5"]
+    flags = [
+        "--per_device_eval_batch_size=10",
+        "--save_total_limit=9",
+        "--logging_strategy=steps",
+        "--logging_steps=5",
+    ]
     ended = run(*FLAGS, *flags, f"--output_dir={stopped}", "--resume_from_checkpoint=True")
     assert ended.returncode == 0, ended.stderr
     assert json.loads((stopped / "all_results.json").read_text())["epoch"] == 2

@@ -1,6 +1,6 @@
-"""Top-k accuracy, as a metric of `evaluate` that loads from disk: `evaluate.load("accuracy")` needs the network."""
+"""Top-k accuracy as an `evaluate` metric that loads from disk: `evaluate.load("accuracy")` needs the network."""
 
-# `evaluate` reads these lines to check what is installed; it understands one import a line.
+# `evaluate` parses these lines to check what is installed, and expects one import per line.
 import datasets
 import evaluate
 import numpy as np
@@ -8,10 +8,10 @@ import numpy as np
 
 class TopKAccuracy(evaluate.Metric):
     """
-    The share of images whose true label is among the k labels that the model ranks highest.
+    Share of images whose true label is among the k labels that the model ranks highest.
 
     Inputs of `compute`:
-        predictions (integers of shape `(N, >= k)`): label ids, the likeliest first.
+        predictions (integers of shape `(N, >= k)`): label ids, most likely first.
         references (integers of shape `(N,)`): true label ids.
         k (`int`, *optional*, defaults to 1)
 

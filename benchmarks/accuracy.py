@@ -1,0 +1,345 @@
+"""Accuracy of finished runs: its table, curves and cards, in results/ and model_cards/.
+
+A `Run` is one training by train_hf.py, with one seed. A `Row` is a line of the published table: one read-out of a run,
+averaged over its seeds. A `both` run has three read-outs, and so three rows.
+"""
+
+import json
+import re
+import shlex
+import statistics
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+
+import jinja2
+import numpy as np
+from huggingface_hub import RepoCard
+from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator, PercentFormatter
+
+from modeling_deit_ti.arguments import Arguments
+from modeling_deit_ti.card import CURVES_FILE, PUBLISHED_BASELINE, RunRecord, curve_series
+from modeling_deit_ti.card.record import shareable
+from modeling_deit_ti.checkpoints import last_complete
+
+
+TEMPLATE = Path(__file__).with_name("accuracy_table.md")
+RESULTS, CARDS = Path("results"), Path("model_cards")
+REPRODUCE_FILE = "reproduce.json"  # in a run's folder: what reproduce.py knows of the run and train_hf.py does not
+CNNS = ("teacher", "cnn")  # the runs that train no student
+
+
+@dataclass(frozen=True)
+class Row:
+    """A row of the table, what it is compared with, and its look in the plot."""
+
+    name: str
+    run: str
+    readout: str | None = None  # None: the mode's own
+    baseline: str | None = None  # the key in `PUBLISHED_BASELINE`
+    paper: float | None = None  # top-1
+    colour: str = "#777777"
+    style: str | tuple = "-"
+
+    @property
+    def metric(self) -> str:
+        return f"eval_accuracy_{self.readout}" if self.readout else "eval_accuracy"
+
+
+# Okabe and Ito's colours can be told apart with any type of colour vision. Read-outs of one network share a colour.
+ROWS = (
+    Row("no distillation", "none", None, "none", 0.722, "#000000"),
+    Row("usual (soft) distillation", "soft", None, "soft", 0.722, "#E69F00"),
+    Row("hard distillation", "hard", None, "hard", 0.743, "#D55E00"),
+    Row("token: distillation embedding only", "both", "distillation", None, 0.746, "#009E73", ":"),
+    Row("token: class embedding only", "both", "class", None, 0.739, "#009E73", "--"),
+    Row("token: class + distillation, soft teacher", "both-soft", None, "both, soft teacher", None, "#0072B2"),
+    Row("token: class + distillation, hard teacher", "both", None, "both, hard teacher", 0.745, "#009E73"),
+    Row("distillation token alone", "distill", None, "distillation", None, "#CC79A7", "-."),
+    Row("class token alone", "class", None, "class", None, "#56B4E9", (0, (5, 3))),
+    Row("CNN baseline", "cnn", None, "resnet18"),
+    Row("teacher", "teacher"),
+)
+
+
+@dataclass
+class Run:
+    """One training: its flags for train_hf.py, what they mean, and what its folder holds."""
+
+    name: str
+    seed: int
+    flags: list[str]
+    args: Arguments
+
+    @property
+    def title(self) -> str:
+        return f"{self.name}, seed {self.seed}"
+
+    @property
+    def folder(self) -> Path:
+        return Path(self.args.training.output_dir)
+
+    @property
+    def epochs(self) -> float:
+        return self.args.training.num_train_epochs
+
+    @property
+    def is_finished(self) -> bool:
+        return (self.folder / "all_results.json").is_file()
+
+    @property
+    def epochs_done(self) -> float:
+        """Epochs up to the last complete checkpoint, or all of them."""
+        if self.is_finished:
+            return self.epochs
+        checkpoint = last_complete(self.folder)
+        return json.loads(Path(checkpoint, "trainer_state.json").read_text())["epoch"] if checkpoint else 0.0
+
+    @property
+    def state(self) -> str:
+        if self.is_finished:
+            return "finished"
+        done = self.epochs_done
+        return f"interrupted after {done:g} of {self.epochs:g} epochs" if done else "not yet run"
+
+    def load_record(self) -> dict:
+        """`seconds`, over all its processes, and `commits`, of the code that they ran."""
+        file = self.folder / REPRODUCE_FILE
+        return json.loads(file.read_text()) if file.is_file() else {"seconds": 0.0, "commits": []}
+
+    def save_record(self, record: dict) -> None:
+        self.folder.mkdir(parents=True, exist_ok=True)
+        (self.folder / REPRODUCE_FILE).write_text(json.dumps(record, indent=2) + "\n")
+
+    def accuracies(self) -> str:
+        """Top-1 of each of its rows, in words."""
+        results = json.loads((self.folder / "all_results.json").read_text())
+        return "; ".join(f"{row.name} {results[row.metric]:.2%}" for row in ROWS if row.run == self.name)
+
+
+def write_results(budget: str, settings: dict, runs: list[Run]) -> None:
+    """
+    Writes table, curves and cards of the finished runs.
+
+    Args:
+        budget (`str`): names the folder in `results/`.
+        settings (`dict`): what all runs share.
+        runs (`list[Run]`): every run at least once, finished or not.
+    """
+    folder = RESULTS / budget
+    folder.mkdir(parents=True, exist_ok=True)
+    table, curves = make_table(budget, settings, runs), make_curves(runs)
+    (folder / "table.json").write_text(json.dumps(table, indent=2) + "\n")
+    (folder / "table.md").write_text(render_table(table))
+    (folder / "curves.json").write_text(json.dumps(curves, indent=2) + "\n")
+    if curves:
+        plot_curves(curves, table, folder / "curves.png")
+    CARDS.mkdir(exist_ok=True)
+    for run in runs:
+        if run.is_finished:
+            copy_card(budget, run)
+
+
+# ---- The table ----
+
+
+def make_table(budget: str, settings: dict, runs: list[Run]) -> dict:
+    """`table.json`: what all rows share, and for each row its mean accuracies, their spread and every run."""
+    is_cifar10 = settings["dataset"].lower() == "cifar10"
+    rows = []
+    for row in ROWS:
+        of_row = sorted((run for run in runs if run.name == row.run), key=lambda run: run.seed)
+        training = of_row[0].args.training
+        facts = [run_facts(run, row) for run in of_row if run.is_finished]
+        entry = {
+            "row": row.name,
+            "run": row.run,
+            "mode": training.mode.name + " (single token)" * training.single_token,
+            "teacher_targets": training.mode.teacher_targets,
+            "readout": row.readout or training.mode.readout,
+            "architecture": facts[0]["architecture"] if facts else None,
+            "state": "finished" if facts else of_row[0].state,
+        }
+        for name in ("top1", "top5"):
+            values = [fact[name] for fact in facts]
+            entry[name] = statistics.mean(values) if values else None
+            entry[f"{name}_std"] = statistics.stdev(values) if len(values) > 1 else None
+        if is_cifar10:
+            entry |= {"baseline_top1": PUBLISHED_BASELINE.get(row.baseline), "paper_top1": row.paper}
+        rows.append({**entry, "runs": facts})
+    return {"budget": budget, **shareable(settings), "rows": rows}
+
+
+def run_facts(run: Run, row: Row) -> dict:
+    """What the table says about one run."""
+    record = RunRecord.load(run.folder)
+    metrics = record.metrics
+    return {
+        "seed": run.seed,
+        "architecture": record.architecture,
+        "top1": metrics[row.metric],
+        "top5": metrics[f"{row.metric}_top5"],
+        "epochs": metrics["epoch"],
+        "train_images": record.dataset.num_train_images,
+        "test_images": record.dataset.num_eval_images,
+        "test_split": record.dataset.eval_split,
+        "validation_images": record.hyperparameters.get("max_validation_samples", record.dataset.num_eval_images),
+        "images_seen": round(metrics["train_samples_per_second"] * metrics["train_runtime"]),
+        "seconds": metrics["train_runtime"],
+        "images_per_second": metrics["train_samples_per_second"],
+        "device": record.hardware,
+        "precision": record.hyperparameters["precision"],
+        "teacher_top1": metrics.get("teacher_accuracy"),
+        "date": record.date,
+        "versions": record.versions,
+        "commit": ", ".join(run.load_record()["commits"]),
+    }
+
+
+def render_table(table: dict) -> str:
+    """`table.md`, by the template beside this file."""
+    template = jinja2.Environment(trim_blocks=True, lstrip_blocks=True).from_string(TEMPLATE.read_text())
+    facts = [fact for row in table["rows"] for fact in row["runs"]]
+    return template.render(
+        budget=table["budget"],
+        cells=[table_cells(row) for row in table["rows"]],
+        facts=facts,
+        has_baseline=any(row.get("baseline_top1") for row in table["rows"]),
+        versions=[", ".join(f"{name} {version}" for name, version in fact["versions"].items()) for fact in facts],
+        extra_flags=shlex.join(table["extra_flags"]),
+    )
+
+
+def table_cells(row: dict) -> list[str]:
+    """One row of `table.md`, cell by cell."""
+    runs, is_student = row["runs"], row["run"] not in CNNS
+
+    def mean(name: str, form: str = ",.0f") -> str:
+        return format(statistics.mean(run[name] for run in runs), form) if runs else "-"
+
+    return [
+        row["row"] if is_student or not runs else f"{row['row']}, {row['architecture']}",
+        row["mode"] if is_student else "-",
+        row["teacher_targets"] or "-",
+        row["readout"] if is_student else "-",
+        percent(row["top1"], row["top1_std"]) if runs else row["state"],
+        percent(row["top5"], row["top5_std"]) if runs else "-",
+        percent(row.get("baseline_top1")),
+        percent(row.get("paper_top1")),
+        *(mean("epochs", "g"), mean("images_seen"), mean("seconds"), mean("images_per_second")),
+        ", ".join(str(run["seed"]) for run in runs) or "-",
+    ]
+
+
+def percent(value: float | None, spread: float | None = None) -> str:
+    if value is None:
+        return "n/a"
+    return f"{100 * value:.2f}" + (f" ± {100 * spread:.2f}" if spread is not None else "")
+
+
+def distinct(values: Iterable[str]) -> list[str]:
+    return list(dict.fromkeys(values))
+
+
+# ---- Curves ----
+
+
+def make_curves(runs: list[Run]) -> dict:
+    """`curves.json`: accuracy during training, by row and seed."""
+    curves = {}
+    for row in ROWS:
+        for run in runs:
+            if run.name == row.run and run.is_finished:
+                log = json.loads((run.folder / "trainer_state.json").read_text())["log_history"]
+                epochs, accuracies = curve_series(log, row.metric)
+                if epochs:
+                    curves.setdefault(row.name, {})[str(run.seed)] = {"epochs": epochs, "accuracy": accuracies}
+    return curves
+
+
+def plot_curves(curves: dict, table: dict, file: Path) -> Figure:
+    """
+    Plots the accuracy of all rows over the epochs, 1500 x 900 pixels; of several seeds the mean and the range.
+
+    Args:
+        curves (`dict`): see `make_curves`.
+        table (`dict`): see `make_table`.
+        file (`Path`): where to save the plot.
+    """
+    figure = Figure(figsize=(10, 6), dpi=150, layout="constrained")
+    axes = figure.subplots()
+    top1 = {row["row"]: row["top1"] for row in table["rows"]}
+    # Sorted as the curves end.
+    for row in sorted((row for row in ROWS if row.name in curves), key=lambda row: -top1[row.name]):
+        label = f"{100 * top1[row.name]:.1f} %  {row.name}"
+        if row.run == "teacher":
+            # A line, not its curve: it was trained before its students, possibly for a different number of epochs.
+            axes.axhline(top1[row.name], color="#000000", linestyle=":", linewidth=1.4, label=label)
+            continue
+        of_seeds = list(curves[row.name].values())
+        points = min(len(curve["epochs"]) for curve in of_seeds)
+        epochs = of_seeds[0]["epochs"][:points]
+        accuracies = np.array([curve["accuracy"][:points] for curve in of_seeds])  # (seeds, points)
+        marker = "o" if points <= 30 else None
+        style = {"color": row.colour, "linestyle": row.style, "marker": marker, "markersize": 3.5}
+        axes.plot(epochs, accuracies.mean(0), **style, label=label)
+        if len(of_seeds) > 1:
+            axes.fill_between(epochs, accuracies.min(0), accuracies.max(0), color=row.colour, alpha=0.15, linewidth=0)
+    facts = next(fact for row in table["rows"] for fact in row["runs"])  # the images are the same for all
+    images = f"{facts['validation_images']:,} images of the {facts['test_split']} split"
+    axes.set_title(f"{table['budget']}: accuracy during training, {images}", loc="left")
+    axes.set_xlabel("epoch")
+    axes.set_xlim(left=0)
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+    axes.yaxis.set_major_formatter(PercentFormatter(xmax=1, decimals=0, symbol=" %"))
+    axes.grid(color="#E6E6E6", linewidth=0.8)
+    axes.set_axisbelow(True)
+    axes.spines[["top", "right"]].set_visible(False)
+    # Beside the axes, where it covers no curve.
+    legend = axes.legend(loc="center left", bbox_to_anchor=(1.01, 0.5), frameon=False, handlelength=3)
+    legend.set_title("top-1 after the last epoch, as in the table")
+    legend.set_alignment("left")
+    figure.savefig(file)
+    return figure
+
+
+# ---- Cards and state ----
+
+
+def copy_card(budget: str, run: Run) -> None:
+    """Copies the run's card, adapted to a place without the model and its pictures."""
+    card = RepoCard.load(run.folder / "README.md", ignore_metadata_errors=True)
+    picture = f"![Accuracy of all rows over the epochs](../{RESULTS}/{budget}/curves.png)"
+    text = re.sub(rf"^!\[[^\]]*\]\({re.escape(CURVES_FILE)}\)$", picture, card.content, flags=re.MULTILINE)
+    note = (
+        f"> Only the card of run `{run.name}` of [{budget}](../{RESULTS}/{budget}/table.md), seed {run.seed}: "
+        "`reproduce.py` makes the model and the files that the card mentions.\n\n"
+    )
+    text = re.sub(r"^# ", f"{note}# ", text, count=1, flags=re.MULTILINE)
+    seed = f"-seed{run.seed}" if run.seed else ""
+    (CARDS / f"{budget}-{run.name}{seed}.md").write_text(text)
+
+
+STATE = re.compile(r"(<!-- state: reproduce.py writes the lines below -->\n).*(<!-- end of state -->)", re.DOTALL)
+
+
+def write_state(budgets: list[str]) -> None:
+    """Writes into `results/README.md`, between its two marks, what has been run of these budgets and of any others."""
+    readme = RESULTS / "README.md"
+    if not readme.is_file():
+        return
+    lines = ["| budget | finished | runs |", "|---|---|---|"]
+    tables = {file.parent.name: json.loads(file.read_text()) for file in sorted(RESULTS.glob("*/table.json"))}
+    for name in distinct([*budgets, *tables]):
+        rows = tables[name]["rows"] if name in tables else []
+        finished = distinct(row["run"] for row in rows if row["runs"])
+        missing = distinct(row["run"] for row in rows if not row["runs"])
+        if finished:
+            runs = ", ".join(finished) + (f"; not yet run: {', '.join(missing)}" if missing else "")
+            total = len(finished) + len(missing)
+            lines.append(f"| [{name}]({name}/table.md) | {len(finished)} of {total} runs | {runs} |")
+        else:
+            lines.append(f"| {name} | not yet run | |")
+    state = "\n".join(lines) + "\n"
+    readme.write_text(STATE.sub(lambda found: found[1] + state + found[2], readme.read_text()))

@@ -1,0 +1,80 @@
+"""What the benchmarks share: flags, the description of the machine, and how a user's mistake is reported."""
+
+import datetime
+import os
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass
+from importlib.metadata import version
+from pathlib import Path
+from typing import NoReturn
+
+import torch
+from transformers import HfArgumentParser, TrainingArguments
+from transformers.hf_argparser import HfArg
+
+from modeling_deit_ti.arguments import check_at_least
+from modeling_deit_ti.card import describe_hardware, library_versions
+from modeling_deit_ti.errors import UserError
+
+
+DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
+
+
+@dataclass
+class Setting:
+    """What is measured, and where. Whatever is left out is filled in to suit the machine, and recorded."""
+
+    image_size: int = HfArg(default=32, help="Height and width of the model's input, in pixels.")
+    patch_size: int = HfArg(default=4, help="Height and width of a patch, in pixels.")
+    device: str = HfArg(default="auto", help="Where to run.", metadata={"choices": ["auto", "cpu", "cuda"]})
+    threads: int | None = HfArg(default=None, help="Number of CPU threads. Default: one per core.")
+    repeats: int = HfArg(default=3, help="How often each measurement is repeated.")
+    output_dir: str = HfArg(default="results/throughput", help="Where the results go.")
+
+    def __post_init__(self):
+        has_gpu = torch.cuda.is_available()
+        if self.device == "cuda" and not has_gpu:
+            raise UserError("--device cuda: torch finds no GPU; leave the flag out, or use --device cpu.")
+        if self.device == "auto":
+            self.device = "cuda" if has_gpu else "cpu"
+        if self.threads is None:
+            self.threads = cpu_count()
+        check_at_least(self, image_size=1, patch_size=1, threads=1, repeats=1)
+        if self.image_size % self.patch_size:
+            raise UserError(f"--patch_size {self.patch_size} does not divide --image_size {self.image_size}.")
+
+
+def cpu_count() -> int:
+    """The cores that this process may use, which in a container are not all of them; only Linux can tell."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+
+
+def parse_setting(kind: type[Setting], argv: list[str], description: str) -> Setting:
+    """
+    Raises:
+        UserError: if the machine or the libraries lack what is asked for.
+    """
+    # One GPU, even if there are more: a Trainer would use them all.
+    os.environ["CUDA_VISIBLE_DEVICES"] = os.environ.get("CUDA_VISIBLE_DEVICES", "0").split(",")[0]
+    return HfArgumentParser(kind, description=description).parse_args_into_dataclasses(argv)[0]
+
+
+def describe_machine(device: str, *more_libraries: str) -> dict:
+    """Device and versions, as every result records them."""
+    training_args = TrainingArguments(use_cpu=device == "cpu", report_to="none")
+    return {
+        "device": device,
+        "hardware": describe_hardware(training_args),
+        "versions": library_versions() | {library: version(library) for library in more_libraries},
+        "date": datetime.date.today().isoformat(),
+    }
+
+
+def run(main: Callable[[list[str]], int]) -> NoReturn:
+    """Exits with `main`'s exit code, or with 2 and a single message if the user made a mistake."""
+    try:
+        sys.exit(main(sys.argv[1:]))
+    except UserError as error:
+        print(f"{Path(sys.argv[0]).name}: error: {error}", file=sys.stderr)
+        sys.exit(2)

@@ -1,0 +1,136 @@
+"""How long the steps of a training loop take, and how much memory."""
+
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch.optim.optimizer import register_optimizer_step_post_hook
+from transformers import TrainerCallback
+
+from benchmarks.report import PARTS
+
+
+def host_bytes(field: str) -> int | None:
+    """This process's memory: `VmRSS` now, `VmHWM` at its peak. (`getrusage` includes the parent's peak.)"""
+    try:
+        status = Path("/proc/self/status").read_text()
+    except OSError:  # not Linux
+        return None
+    return int(status.partition(f"{field}:")[2].split()[0]) * 1024
+
+
+@dataclass
+class StepClock(TrainerCallback):
+    """
+    Times the steps of any training loop: first whole steps, undisturbed; then the parts of a few more, through hooks
+    on the networks, on `backward` and on the optimizer.
+
+    A loop calls `watch` once, then `batch_ready` and `step_done` in every step; in a Trainer, the clock is a callback.
+    """
+
+    device: str  # "cpu" or "cuda"
+    batch_size: int
+    started: float  # time.time() when the process was started
+    warmup_steps: int
+    measured_steps: int
+    split_steps: int  # whose parts are timed
+
+    def __post_init__(self):
+        self.steps = self.warmup_steps + self.measured_steps + self.split_steps
+        self.step = 0
+        self.in_first_network = False
+        self.startup_seconds: float | None = None
+        self.split: dict[str, float] | None = None  # seconds of each part
+        self.undo: list[Callable[[], None]] = []
+
+    def watch(self, student: torch.nn.Module, teacher: torch.nn.Module) -> None:
+        self.networks = {"student": student, "teacher": teacher}
+
+    def on_step_begin(self, args, state, control, **kwargs):  # once the Trainer has the batch
+        self.batch_ready()
+
+    def on_step_end(self, args, state, control, **kwargs):
+        self.step_done()
+
+    def now(self) -> float:
+        if self.device == "cuda":
+            torch.cuda.synchronize()
+        return time.perf_counter()
+
+    def batch_ready(self) -> None:
+        if self.startup_seconds is None:
+            self.startup_seconds = time.time() - self.started
+        self.in_first_network = True
+
+    def step_done(self) -> bool:
+        """Whether that was the last step."""
+        self.step += 1
+        if self.step == self.warmup_steps:
+            self.began = self.now()
+        elif self.step == self.warmup_steps + self.measured_steps:
+            self.seconds = self.now() - self.began
+            self.peak_host_bytes = host_bytes("VmHWM")
+            self.peak_device_bytes = torch.cuda.max_memory_reserved() if self.device == "cuda" else None
+            if self.split_steps:
+                self.start_split()
+        elif self.split is not None:
+            self.add("other")
+        if self.step < self.steps:
+            return False
+        while self.undo:
+            self.undo.pop()()
+        return True
+
+    def add(self, part: str) -> None:
+        """Counts the time since the last mark towards that part of the step."""
+        now = self.now()
+        self.split[part] += now - self.mark
+        self.mark = now
+
+    def start_split(self) -> None:
+        self.split = dict.fromkeys(PARTS, 0.0)
+
+        def network_starts(*_):
+            if self.in_first_network:
+                self.add("data")
+                self.in_first_network = False
+
+        for part, network in self.networks.items():
+            starts = network.register_forward_pre_hook(network_starts)
+            ends = network.register_forward_hook(lambda *_, part=part: self.add(part))
+            self.undo += [starts.remove, ends.remove]
+        self.undo.append(register_optimizer_step_post_hook(lambda *_: self.add("optimizer")).remove)
+        original = torch.Tensor.backward
+
+        def backward(*args, **kwargs):
+            original(*args, **kwargs)
+            self.add("student")
+
+        torch.Tensor.backward = backward
+        self.undo.append(lambda: setattr(torch.Tensor, "backward", original))
+        self.mark = self.now()
+
+    def report(self) -> dict:
+        """Images per second, milliseconds per step and per part, seconds to the first batch, peak memory in bytes."""
+        step_seconds = self.seconds / self.measured_steps
+        split = self.split and {part: 1000 * total / self.split_steps for part, total in self.split.items()}
+        return {
+            "images_per_second": self.batch_size / step_seconds,
+            "step_ms": 1000 * step_seconds,
+            "startup_seconds": self.startup_seconds,
+            "split_ms": split,
+            "peak_host_bytes": self.peak_host_bytes,
+            "peak_device_bytes": self.peak_device_bytes,
+        }
+
+
+class MemoryCallback(TrainerCallback):
+    """The host's resident memory after each epoch, in bytes."""
+
+    def __init__(self):
+        self.epochs: list[int] = []
+
+    def on_epoch_end(self, args, state, control, **kwargs):
+        self.epochs.append(host_bytes("VmRSS"))
