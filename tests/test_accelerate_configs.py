@@ -181,18 +181,17 @@ def test_fsdp2_plugin_shards_weights_and_saves_a_full_model(launched, enter, cap
 
 @pytest.mark.parametrize("student", ["deit_ti", "resnet18"])
 def test_fsdp2_takes_the_student_and_a_cnn_alike(launched, enter, student):
+    from building import image_processor
+
     from modeling_deit_ti import DeiTTiConfig, DeiTTiForImageClassification
-    from modeling_deit_ti.arguments import AugmentationArguments, ModelArguments
     from modeling_deit_ti.classifiers import new_timm_classifier
-    from modeling_deit_ti.data.inputs import make_image_processor
 
     _, args = launched("fsdp2_bf16")
     enter(prepare_multi_gpu_env(args))
     if student == "deit_ti":
         model = DeiTTiForImageClassification(DeiTTiConfig())
     else:
-        image_processor = make_image_processor(ModelArguments(image_size=32), AugmentationArguments())
-        model = new_timm_classifier(student, ["a", "b"], 32, image_processor)
+        model = new_timm_classifier(student, ["a", "b"], 32, image_processor(32))
     assert fsdp2_prepare_auto_wrap_policy(FullyShardedDataParallelPlugin(), model) is None
 
 

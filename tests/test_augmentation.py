@@ -540,7 +540,7 @@ def test_unusable_arguments_are_named(images):
     augment = augmentation()
     with pytest.raises(ValueError, match=r"images: expected .* uint8, found .*float32"):
         augment(images.float(), torch.arange(32))
-    with pytest.raises(ValueError, match=r"seeds: expected one int64 an image, \(32,\).* found \(31,\)"):
+    with pytest.raises(ValueError, match=r"seeds: expected one int64 per image, \(32,\).* found \(31,\)"):
         augment(images, torch.arange(31))
     with pytest.raises(ValueError, match=r"seeds: .* found \(32,\) torch.int32 on cpu"):
         augment(images, torch.arange(32, dtype=torch.int32))

@@ -13,16 +13,15 @@ import numpy as np
 import pytest
 import torch
 import yaml
+from building import DIGITS, image_processor
 from datasets import ClassLabel, Dataset, DatasetDict, Features, Image, Value
 from PIL import Image as PILImage
 from real_command import REPOSITORY, run
 from safetensors.torch import load_file
 from transformers import ResNetConfig, ResNetForImageClassification, ViTImageProcessor
 
-from modeling_deit_ti.arguments import AugmentationArguments, ModelArguments
 from modeling_deit_ti.checkpoints import seal
 from modeling_deit_ti.classifiers import new_timm_classifier
-from modeling_deit_ti.data.inputs import make_image_processor
 
 
 QUICK = [
@@ -40,7 +39,6 @@ QUICK = [
     "--output_dir=run",
 ]
 HARD = "--distill_mode=hard"
-DIGITS = [str(digit) for digit in range(10)]
 
 
 def fresh(*flags: str, cwd: Path, launcher: tuple[str, ...] = (), **env: str) -> subprocess.CompletedProcess:
@@ -133,8 +131,7 @@ def teacher(**changes) -> Callable:
     """`teacher/`: an untrained classifier of the digits, with its config changed."""
 
     def write(folder: Path) -> None:
-        processor = make_image_processor(ModelArguments(image_size=32), AugmentationArguments())
-        new_timm_classifier("test_resnet", DIGITS, 32, processor).save_pretrained(folder / "teacher")
+        new_timm_classifier("test_resnet", DIGITS, 32, image_processor(32)).save_pretrained(folder / "teacher")
         path = folder / "teacher" / "config.json"
         path.write_text(json.dumps({**json.loads(path.read_text()), **changes}))
 
@@ -347,11 +344,15 @@ MISTAKES = {
     "unknown flag": (nothing, ["--distil_mode=hard"], ["unknown flag --distil_mode=hard", "--distill_mode?"]),
     "unknown mode": (nothing, ["--distill_mode=medium"], ["invalid choice: 'medium'", "'none', 'soft'"]),
     "option of another mode": (nothing, ["--distillation_alpha=0.5"], ["distillation_alpha has no meaning in mode"]),
-    "alpha above 1": (nothing, [HARD, "--distillation_alpha=2"], ["distillation_alpha is between 0 and 1, not 2.0"]),
+    "alpha above 1": (
+        nothing,
+        [HARD, "--distillation_alpha=2"],
+        ["distillation_alpha must be between 0 and 1, not 2.0"],
+    ),
     "temperature 0": (
         nothing,
         ["--distill_mode=soft", "--distillation_temperature=0"],
-        ["distillation_temperature is above 0"],
+        ["distillation_temperature must be above 0"],
     ),
     "temperature inf": (
         nothing,

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 from accelerate.data_loader import prepare_data_loader
-from building import arguments
+from building import NOTHING_RANDOM, arguments
 from datasets import ClassLabel, Dataset, DatasetDict, Features, Image, Value, concatenate_datasets
 from PIL import Image as PILImage
 from timm.data.constants import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
@@ -283,11 +283,8 @@ def normalised(image: PILImage.Image) -> torch.Tensor:
     return torch.tensor(values, dtype=torch.float32).permute(2, 0, 1)
 
 
-OFF = {"crop": "none", "horizontal_flip": 0, "auto_augment": "none", "random_erasing": 0, "mixup": 0, "cutmix": 0}
-
-
 def plain(**parts) -> AugmentationArguments:
-    return AugmentationArguments(**{**OFF, **parts})
+    return AugmentationArguments(**{**NOTHING_RANDOM, **parts})
 
 
 def test_with_every_part_switched_off_training_sees_the_normalised_image():

@@ -150,7 +150,7 @@ def test_half_precision_logits_give_a_float32_loss():
         ("soft", {"teacher_targets": "hard"}, "use mode hard"),
         ("both", {"teacher_targets": "firm"}, "hard or soft"),
         ("both", {"alpha": 1.5}, "between 0 and 1"),
-        ("both", {"temperature": 2.0}, "soft teacher targets only"),
+        ("both", {"temperature": 2.0}, "only has a meaning with soft teacher targets"),
         ("soft", {"temperature": 0.0}, "above 0"),
         ("class", {"single_token": True, "alpha": 0.5}, "learns from the labels alone"),
         ("distill", {"single_token": True, "alpha": 0.5}, "learns from the teacher alone"),

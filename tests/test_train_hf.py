@@ -204,12 +204,13 @@ def test_every_recipe_parses(recipe):
 
 
 def test_nothing_given_is_the_papers_recipe_on_cifar10():
-    images, augmentation, model, _, training, fitting = arguments()
-    assert (model.model_name_or_path, model.image_size, model.patch_size) == ("deit_ti", 224, 16)
-    assert (images.dataset_name, fitting) == ("uoft-cs/cifar10", None)
-    assert (augmentation.auto_augment, augmentation.random_erasing) == ("rand-m9-mstd0.5-inc1", 0.25)
-    assert (augmentation.mixup, augmentation.cutmix, augmentation.repeated_augmentation) == (0.8, 1.0, 3)
-    assert (training.num_train_epochs, training.weight_decay, training.label_smoothing_factor) == (20, 0.05, 0.1)
+    args = arguments()
+    assert (args.images.dataset_name, args.model.model_name_or_path) == ("uoft-cs/cifar10", "deit_ti")
+    assert (args.model.image_size, args.model.patch_size) == (224, 16)
+    recipe = args.hyperparameters()
+    assert (recipe["num_train_epochs"], recipe["weight_decay"], recipe["label_smoothing_factor"]) == (20, 0.05, 0.1)
+    assert (recipe["auto_augment"], recipe["random_erasing"]) == ("rand-m9-mstd0.5-inc1", 0.25)
+    assert (recipe["mixup"], recipe["cutmix"], recipe["repeated_augmentation"]) == (0.8, 1.0, 3)
     assert arguments(distill_mode="hard").teacher.teacher_model_name_or_path == "regnetx_004"
 
 
