@@ -79,7 +79,8 @@ def main() -> None:
     if teacher is not None:
         teacher_record.accuracy = trainer.measure_teacher(EvalImages(data.evaluation, image_processor))
         if is_main:
-            print(f"Teacher: {teacher_record.name} is right on {teacher_record.accuracy:.2%} of split {data.eval_split}")
+            name, accuracy = teacher_record.name, teacher_record.accuracy
+            print(f"Teacher: {name} is right on {accuracy:.2%} of the split {data.eval_split}")
         check_better_than_chance(teacher_record.accuracy, data.evaluation["label"][:], teacher_record.name)
 
     # 6. Training, evaluation, and what is left in the output folder
