@@ -150,10 +150,10 @@ def test_half_precision_logits_give_a_float32_loss():
         ("soft", {"teacher_targets": "hard"}, "use mode hard"),
         ("both", {"teacher_targets": "firm"}, "hard or soft"),
         ("both", {"alpha": 1.5}, "between 0 and 1"),
-        ("both", {"temperature": 2.0}, "soft teacher targets only"),
+        ("both", {"temperature": 2.0}, "with soft teacher targets"),
         ("soft", {"temperature": 0.0}, "above 0"),
-        ("class", {"single_token": True, "alpha": 0.5}, "learns from the labels alone"),
-        ("distill", {"single_token": True, "alpha": 0.5}, "learns from the teacher alone"),
+        ("class", {"single_token": True, "alpha": 0.5}, "its loss has a single term"),
+        ("distill", {"single_token": True, "alpha": 0.5}, "its loss has a single term"),
         ("class", {"single_token": True, "teacher_targets": "soft"}, "it has no teacher"),
     ],
 )

@@ -210,7 +210,7 @@ def test_every_recipe_parses(recipe):
 
 
 def test_nothing_given_is_the_papers_recipe_on_cifar10():
-    images, augmentation, model, _, training, fitting = arguments()
+    images, augmentation, model, _, training, _, fitting = arguments()
     assert (model.model_name_or_path, model.image_size, model.patch_size) == ("deit_ti", 224, 16)
     assert (images.dataset_name, fitting) == ("uoft-cs/cifar10", None)
     assert (augmentation.auto_augment, augmentation.random_erasing) == ("rand-m9-mstd0.5-inc1", 0.25)
