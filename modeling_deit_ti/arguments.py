@@ -250,21 +250,18 @@ class DistillationTrainingArguments(TrainingArguments):
     # Otherwise the Trainer logs the mean of earlier losses instead of one that is not a number, and carries on.
     logging_nan_inf_filter: bool = HfArg(default=False, help="Hide losses that are not finite, rather than stop.")
     tf32: bool | None = HfArg(default=None, help="TF32 in float32 products. Default: on where the GPU has it.")
-    # Not flags here. The loader's batches have more columns than the model takes: the seeds are for the augmentation.
-    remove_unused_columns: bool = field(default=False, init=False)
-    # The Trainer's own just-in-time checkpoint saves in the middle of a step, and does not know Ctrl-C.
-    enable_jit_checkpoint: bool = field(default=False, init=False)
+    # Not flags here.
+    remove_unused_columns: bool = field(default=False, init=False)  # the images' seeds are for the augmentation
+    enable_jit_checkpoint: bool = field(default=False, init=False)  # it saves within a step, and not on Ctrl-C
     # Every evaluation image counts towards every read-out's accuracy.
     label_names: list[str] | None = field(default=None, init=False)
     batch_eval_metrics: bool = field(default=False, init=False)
     prediction_loss_only: bool = field(default=False, init=False)
     dataloader_drop_last: bool = field(default=False, init=False)
-    # The command trains and evaluates; predict.py predicts.
     do_train: bool = field(default=True, init=False)
-    do_predict: bool = field(default=False, init=False)
-    # For language models.
-    neftune_noise_alpha: float | None = field(default=None, init=False)
-    use_liger_kernel: bool = field(default=False, init=False)
+    do_predict: bool = field(default=False, init=False)  # predict.py does
+    neftune_noise_alpha: float | None = field(default=None, init=False)  # of language models
+    use_liger_kernel: bool = field(default=False, init=False)  # of language models
 
     def __post_init__(self):
         if self.output_dir == "":

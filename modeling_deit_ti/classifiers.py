@@ -63,12 +63,10 @@ def load_classifier(
     Args:
         name (`str`): a folder, a Hub id, or a timm architecture with or without a tag.
         flag (`str`): where the user gave the name, for the error message.
-        trust_remote_code (`bool`, *optional*, defaults to `False`): run the code that the model brings along.
         kwargs: passed on to `AutoModelForImageClassification.from_pretrained`, as `num_labels` or `dtype`.
 
     Returns:
-        The model in `eval()`, and the sorted names of the weights that the checkpoint lacks and that are therefore
-        random. Of a backbone they are the head's.
+        The model in `eval()`, and the sorted names of the weights that are random since the checkpoint lacks them.
 
     Raises:
         UserError: if it cannot be loaded.

@@ -128,12 +128,8 @@ class LossParts(NamedTuple):
 
 def label_loss(logits: torch.Tensor, labels: torch.Tensor, label_smoothing: float = 0.0) -> torch.Tensor:
     """
-    Cross-entropy with the true labels, averaged over the batch.
-
-    Args:
-        logits (`torch.Tensor` of shape `(B, K)`)
-        labels (`torch.Tensor` of shape `(B,)`, label ids, or `(B, K)`, distributions as mixup makes them)
-        label_smoothing (`float`): share of the probability that is spread evenly over all K labels.
+    Cross-entropy of `(B, K)` logits with the true labels, averaged over the batch. The labels are ids `(B,)` or, as
+    mixup makes them, distributions `(B, K)`; smoothing spreads a share of their probability evenly over all K.
     """
     return F.cross_entropy(logits.float(), labels, label_smoothing=label_smoothing)
 
@@ -169,15 +165,11 @@ def distillation_loss(
     class head if there is no other.
 
     Args:
-        mode (`DistillMode`)
         class_logits (`torch.Tensor` of shape `(B, K)`, *optional*): if the student has a class head.
         distillation_logits (`torch.Tensor` of shape `(B, K)`, *optional*): if it has a distillation head.
         labels (`torch.Tensor` of shape `(B,)` or `(B, K)`, *optional*): needed unless the teacher is alone.
         teacher_logits (`torch.Tensor` of shape `(B, K)`, *optional*): needed if the mode has a teacher.
         label_smoothing (`float`): smoothing of the true labels.
-
-    Returns:
-        [`LossParts`]
     """
     on_labels = label_loss(class_logits, labels, label_smoothing) if mode.needs_labels else None
     if not mode.has_teacher:

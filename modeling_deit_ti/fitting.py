@@ -51,11 +51,7 @@ SHOWN_OF_RECIPE = ("num_train_epochs", "optim", "learning_rate", "batch_size", "
 def prepare_teacher(args: Arguments, data: ImageData, image_processor) -> tuple[Teacher, TeacherRecord, str]:
     """
     Loads the teacher. If its labels are not the dataset's, fits it first, or takes the one that an earlier run fitted.
-
-    Args:
-        args ([`Arguments`]): the student's, with those of the teacher's own run in `fitting`.
-        data ([`ImageData`])
-        image_processor: the student's.
+    `args` and `image_processor` are the student's.
 
     Returns:
         The teacher; what the card says of it, with its accuracy still to be measured; and where its model is.
@@ -76,8 +72,8 @@ def prepare_teacher(args: Arguments, data: ImageData, image_processor) -> tuple[
         fitted = "scratch" if model is None else "pretrained"
         path = str(_fit(args, model, path, data, image_processor))
         model, _ = load_classifier(path, FLAG, options.trust_remote_code)
-    image_size, mean, std = input_format(model, path, options.trust_remote_code)
-    image_size = options.teacher_image_size or image_size
+    own_size, mean, std = input_format(model, path, options.trust_remote_code)
+    image_size = options.teacher_image_size or own_size
     student_mean, student_std = list(image_processor.image_mean), list(image_processor.image_std)
     try:
         teacher = Teacher(model, image_size, mean, std, student_mean, student_std, label_order)
@@ -154,7 +150,7 @@ def _fit(args: Arguments, pretrained: PreTrainedModel | None, source: str, data:
                 AcceleratorState._reset_state()
         if not _is_fitted(folder, recipe):
             raise UserError(
-                f"--teacher_output_dir {args.teacher.teacher_output_dir}: the fitted teacher is there on the first "
+                f"--teacher_output_dir {args.teacher.teacher_output_dir}: it has the fitted teacher on the first "
                 "machine, but not on this one; choose a folder on storage that all machines share."
             )
         if is_main:

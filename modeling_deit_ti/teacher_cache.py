@@ -77,14 +77,12 @@ class TeacherCache:
         self, teacher: Teacher, pixel_values: torch.Tensor, seeds: np.ndarray, sampler: TrainSampler
     ) -> torch.Tensor:
         """
+        Float32 logits `(B, K)`, on the device of the images.
+
         Args:
             teacher ([`Teacher`]): called only if a row is missing, and then with the whole batch.
             pixel_values (`torch.Tensor` of shape `(B, 3, height, width)`): as the student sees them.
-            seeds (`np.ndarray` of shape `(B,)`): of the images, which say where the batch is in the epoch.
-            sampler ([`TrainSampler`]): whose epoch the batch is of.
-
-        Returns:
-            `torch.Tensor` of shape `(B, K)`, float32, on the device of the images.
+            seeds (`np.ndarray` of shape `(B,)`): of the images; they say where the batch is in the sampler's epoch.
         """
         logits = np.zeros((len(seeds), *self._record["logits"].shape), dtype=np.float16)
         is_stored = np.zeros(len(seeds), dtype=bool)
@@ -125,7 +123,7 @@ class TeacherCache:
             recipe_file.write_text(json.dumps(self.recipe, indent=2, default=str) + "\n")
         path = self.folder / ("images.bin" if self.is_static else f"epoch-{sampler.epoch:04d}.bin")
         path.touch()
-        # Read through a memory map, but written as a file: a full disk is then an error, not the end of the process.
+        # Read through a memory map, but written as a file: a full disk is then an error, not a crash.
         self._file = open(path, "r+b", buffering=0)  # noqa: SIM115 (stays open for the epoch)
         num_bytes = num_rows * self._record.itemsize
         if os.fstat(self._file.fileno()).st_size < num_bytes:

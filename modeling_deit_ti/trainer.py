@@ -108,14 +108,14 @@ class DistillationTrainer(Trainer):
 
     Args:
         args ([`DistillationTrainingArguments`])
-        teacher (`Callable`, *optional*): maps `pixel_values` as the student sees them to logits `(B, num_labels)` in
-            the student's order of labels, as `teacher.Teacher` does. Needed if `args.mode` has a teacher.
+        train_dataset (`inputs.TrainImages` or `streaming.StreamedImages`)
+        augment (`Callable`): from a batch's `pixel_values`, labels and seeds to augmented `pixel_values` and labels,
+            as `inputs.DeviceAugmentation`.
+        teacher (`Callable`, *optional*): from `pixel_values` as the student sees them to logits `(B, num_labels)`, as
+            `teacher.Teacher`. Needed if `args.mode` has a teacher.
         teacher_cache (`teacher_cache.TeacherCache`, *optional*): answers for the teacher in training.
         settings (`dict`, *optional*): what decides the run, kept in its checkpoints.
-        augment (`Callable`): maps a training batch's `pixel_values`, labels and seeds to augmented `pixel_values` and
-            labels, as `inputs.DeviceAugmentation` does.
-
-    The others are those of `Trainer`. `train_dataset` is an `inputs.TrainImages` or a `streaming.StreamedImages`.
+        kwargs: those of `Trainer`.
     """
 
     # The loss is a mean over each batch, so the Trainer has to divide it by the number of accumulated batches.
@@ -187,7 +187,7 @@ class DistillationTrainer(Trainer):
         return self.train_order
 
     def get_train_dataloader(self) -> DataLoader:
-        """As `Trainer`'s. The batches of a stream are already those of this process."""
+        """As `Trainer`'s; a stream's batches are already those of this process."""
         return self.train_order.loader(self.args) if self.train_dataset.is_streamed else super().get_train_dataloader()
 
     def get_batch_samples(self, epoch_iterator, num_batches, device):
