@@ -15,6 +15,7 @@ import time
 
 import datasets
 
+from modeling_deit_ti import preflight
 from modeling_deit_ti.arguments import Arguments
 from modeling_deit_ti.data import ImageData, load_images
 from modeling_deit_ti.data.inputs import EvalImages, make_image_processor
@@ -31,13 +32,6 @@ from modeling_deit_ti.fitting import prepare_teacher
 from modeling_deit_ti.interruption import Interrupted, interrupt_on_signals
 from modeling_deit_ti.outcome import push, summary
 from modeling_deit_ti.parsing import parse_arguments
-from modeling_deit_ti.preflight import (
-    check_folders,
-    check_hub_access,
-    check_same_run,
-    check_training,
-    checkpoint_to_resume,
-)
 from modeling_deit_ti.runs import build_network, build_trainer, run_settings, train_and_save
 from modeling_deit_ti.teacher import check_better_than_chance
 from modeling_deit_ti.teacher_cache import make_teacher_cache
@@ -47,23 +41,23 @@ def main() -> None:
     # 1. Flags, and what must hold before anything else
     args = parse_arguments(sys.argv[1:], description=__doc__.splitlines()[0])
     training, mode = args.training, args.training.mode
-    checkpoint = checkpoint_to_resume(training)
-    check_folders(args)
+    checkpoint = preflight.checkpoint_to_resume(training)
+    preflight.check_folders(args)
     is_main = training.process_index == 0
     if training.push_to_hub and is_main:
-        check_hub_access(training)
+        preflight.check_hub_access(training)
 
     # 2. Images
     data = load_data(args)
     if data.unseen_labels and is_main:
         print(f"Images: no training image has a label of {list_some(data.unseen_labels)}")
     if checkpoint is not None:
-        check_same_run(checkpoint, run_settings(args, data))
+        preflight.check_same_run(checkpoint, run_settings(args, data))
     image_processor = make_image_processor(args.model, args.augmentation)
 
     # 3. Student
     student, notes = build_network(args, data, image_processor)
-    check_training(training, student)
+    preflight.check_training(training, student)
     if notes and is_main:
         print("Student:", *notes)
 
@@ -86,8 +80,7 @@ def main() -> None:
     # 6. Training, evaluation, and what is left in the output folder
     with storing(
         training.output_dir,
-        "What was written before is intact: make room, then run the same command with --resume_from_checkpoint True. "
-        "It resumes from the last complete checkpoint, or starts again if there is none.",
+        "What was written before is intact: make room, then run the same command with --resume_from_checkpoint True.",
     ):
         metrics = train_and_save(trainer, args, data, checkpoint, teacher_record, teacher_path)
 
@@ -123,9 +116,8 @@ def run() -> int:
     except (FloatingPointError, StorageError) as error:
         return _end(f"error: {error}", 1)
     except Interrupted as interruption:
-        return _end(
-            f"{interruption} Resume with the same command and --resume_from_checkpoint True.", EXIT_INTERRUPTED
-        )
+        advice = "Resume with the same command and --resume_from_checkpoint True."
+        return _end(f"{interruption} {advice}", EXIT_INTERRUPTED)
     except Exception as error:  # a fault, ours or the machine's: the reason first, then where it happened
         _end(f"process {os.environ.get('RANK', 0)} failed: {first_line(error)}", 1)
         raise

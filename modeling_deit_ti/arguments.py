@@ -1,12 +1,9 @@
-"""Every flag of the command: one dataclass per group, with its checks.
-
-A run is described by [`Arguments`]: which images, how they are augmented, which network, which teacher, and how it is
-trained. parsing.py makes them from flags and recipes.
-"""
+"""Every flag of the command: one dataclass per group, with its checks. parsing.py fills them in."""
 
 import os
+from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 from transformers import TrainingArguments
 from transformers.hf_argparser import HfArg
@@ -41,19 +38,17 @@ HYPERPARAMETERS = (
 )
 
 
+def check(group, name: str, is_valid: Callable[[float], bool], requirement: str) -> None:
+    """Raises a `UserError` if a field of the group is set to what is not valid."""
+    value = getattr(group, name)
+    if value is not None and not is_valid(value):
+        raise UserError(f"--{name} {value}: must be {requirement}.")
+
+
 def check_at_least(group, **limits: float) -> None:
-    """Raises a `UserError` where a field of the group is set and below its limit."""
+    """Raises a `UserError` if a field of the group is set and below its limit."""
     for name, least in limits.items():
-        value = getattr(group, name)
-        if value is not None and value < least:
-            raise UserError(f"--{name} {value}: must be at least {least}.")
-
-
-def check_probability(group, *names: str) -> None:
-    """Raises a `UserError` where a field of the group is no probability."""
-    for name in names:
-        if not 0 <= getattr(group, name) <= 1:
-            raise UserError(f"--{name} {getattr(group, name)}: must be between 0 and 1.")
+        check(group, name, lambda value, least=least: value >= least, f"at least {least}")
 
 
 @dataclass
@@ -62,15 +57,13 @@ class ImageArguments:
 
     dataset_name: str = HfArg(
         default="uoft-cs/cifar10",
-        help="A dataset on the Hub, a local folder (Parquet files, one folder of images per class, or what "
-        "`save_to_disk` wrote), or `digits`: the handwritten digits that ship with scikit-learn.",
+        help="A Hub id; a local folder of Parquet files, of one folder of images per class, or that `save_to_disk` "
+        "wrote; or `digits`, the handwritten digits that ship with scikit-learn.",
     )
     dataset_config_name: str | None = HfArg(default=None, help="The dataset's configuration.")
-    image_column_name: str | None = HfArg(
-        default=None, help="The column of images. Default: the first that holds images."
-    )
+    image_column_name: str | None = HfArg(default=None, help="Column of images. Default: the first that holds any.")
     label_column_name: str | None = HfArg(
-        default=None, help="The column of labels. Default: the first of class labels, or `label`."
+        default=None, help="Column of labels. Default: the first of class labels, or `label`."
     )
     train_val_split: float = HfArg(
         default=0.1, help="Share of the training images to evaluate on if the dataset has no split for it."
@@ -97,8 +90,7 @@ class ImageArguments:
 
     def __post_init__(self):
         check_at_least(self, max_train_samples=1, max_eval_samples=1, max_validation_samples=1, shuffle_buffer_size=1)
-        if not 0 < self.train_val_split < 1:
-            raise UserError(f"--train_val_split {self.train_val_split}: must be above 0 and below 1.")
+        check(self, "train_val_split", lambda share: 0 < share < 1, "above 0 and below 1")
         if self.streaming and self.max_train_samples is not None:
             raise UserError("--max_train_samples takes a random subset, which --streaming cannot: leave one out.")
 
@@ -107,12 +99,11 @@ class ImageArguments:
 class AugmentationArguments:
     """How training images are augmented: all of it, and nothing else."""
 
-    crop: str = HfArg(
+    crop: Literal["auto", "resized", "padded", "none"] = HfArg(
         default="auto",
         help="Training crops. `resized`: a random part of the image, 8 to 100 %% of its area, resized. "
         "`padded`: the image with zeros around it, shifted. `none`: the image, resized. `auto`: as DeiT's code, "
         "`padded` up to 32 pixels and `resized` above.",
-        metadata={"choices": ["auto", "resized", "padded", "none"]},
     )
     horizontal_flip: float = HfArg(default=0.5, help="Probability of a horizontal flip.")
     auto_augment: str = HfArg(
@@ -124,23 +115,22 @@ class AugmentationArguments:
     repeated_augmentation: int = HfArg(
         default=3, help="How often each image comes in a batch, differently augmented; 1 turns it off."
     )
-    augment_on: str = HfArg(
+    augment_on: Literal["auto", "loader", "device"] = HfArg(
         default="auto",
         help="`loader`: timm's transforms, image by image, in the loader's workers. `device`: the same recipe "
         "on whole batches where the model is; for images that all have one size. `auto`: `device` where that "
         "is possible and, without a GPU, the images and the model's input have at most 64 pixels per side.",
-        metadata={"choices": ["auto", "loader", "device"]},
     )
 
     def __post_init__(self):
-        check_probability(self, "horizontal_flip", "random_erasing")
+        for name in ("horizontal_flip", "random_erasing"):
+            check(self, name, lambda probability: 0 <= probability <= 1, "between 0 and 1")
         check_at_least(self, mixup=0, cutmix=0, repeated_augmentation=1)
 
     def crop_at(self, image_size: int) -> str:
         """The training crop at that size: `crop`, with `auto` resolved."""
-        if self.crop != "auto":
-            return self.crop
-        return "resized" if image_size > 32 else "padded"
+        by_size = "resized" if image_size > 32 else "padded"
+        return by_size if self.crop == "auto" else self.crop
 
     @property
     def is_random(self) -> bool:
@@ -155,8 +145,7 @@ class ModelArguments:
 
     model_name_or_path: str = HfArg(
         default="deit_ti",
-        help="`deit_ti`; any timm architecture, such as resnet18 (the CNN baseline, mode none); or a local "
-        "folder or Hub id to start from.",
+        help="`deit_ti`; a timm architecture, such as resnet18 (in mode none); or a folder or Hub id to start from.",
     )
     image_size: int = HfArg(default=224, help="Height and width of the network's input, in pixels.")
     patch_size: int = HfArg(default=16, help="Height and width of a patch, in pixels.")
@@ -168,18 +157,15 @@ class ModelArguments:
     )
     export: list[str] = HfArg(
         default_factory=list,
-        help="What else to save, and push, beside the model and its `transformers/`: `timm` (a checkpoint for "
-        "timm.create_model), `onnx` (model.onnx).",
+        help="What else to save and push: `timm` (a checkpoint for timm.create_model), `onnx` (model.onnx).",
         metadata={"choices": ["timm", "onnx"]},
     )
     license: str = HfArg(default="unknown", help="License of the trained weights, for the card, such as apache-2.0.")
 
     def __post_init__(self):
         check_at_least(self, image_size=2, patch_size=1)  # torch cannot resize to a single pixel
-        if not 0 <= self.drop_path_rate < 1:
-            raise UserError(f"--drop_path_rate {self.drop_path_rate}: must be at least 0 and below 1.")
-        if self.eval_crop_ratio is not None and not 0 < self.eval_crop_ratio <= 1:
-            raise UserError(f"--eval_crop_ratio {self.eval_crop_ratio}: must be above 0 and at most 1.")
+        check(self, "drop_path_rate", lambda rate: 0 <= rate < 1, "at least 0 and below 1")
+        check(self, "eval_crop_ratio", lambda ratio: 0 < ratio <= 1, "above 0 and at most 1")
 
     @property
     def is_timm_architecture(self) -> bool:
@@ -193,13 +179,12 @@ class TeacherArguments:
 
     teacher_model_name_or_path: str | None = HfArg(
         default=None,
-        help="A timm architecture, or a folder or Hub id of any image classifier that "
-        f"AutoModelForImageClassification loads. Default: --teacher_config's, or {DEFAULT_TEACHER}.",
+        help="A timm architecture, or a folder or Hub id that AutoModelForImageClassification loads. Default: "
+        f"--teacher_config's, or {DEFAULT_TEACHER}.",
     )
     teacher_config: str | None = HfArg(
         default=None,
-        help="A YAML file with flags of the teacher's own run: optim, learning_rate, auto_augment, image_size, "
-        "per_device_train_batch_size, ... The --teacher_* flags win.",
+        help="A YAML file with flags of the teacher's own run, as for --config. The --teacher_* flags win.",
     )
     teacher_output_dir: str = HfArg(default="outputs/teachers", help="Where fitted teachers are kept for later runs.")
     teacher_pretrained: bool = HfArg(
@@ -217,15 +202,12 @@ class TeacherArguments:
         default=None,
         help=f"Peak learning rate of fitting. Default: --teacher_config's, or {TEACHER_RECIPE['learning_rate']}.",
     )
-    teacher_cache: str = HfArg(
+    teacher_cache: Literal["auto", "on", "off"] = HfArg(
         default="auto",
         help="Store the teacher's logits under --teacher_output_dir, in half precision, for later epochs and "
         "runs that show it the same images. `auto`: if they take no more than 1 GiB.",
-        metadata={"choices": ["auto", "on", "off"]},
     )
-    trust_remote_code: bool = HfArg(
-        default=False, help="Run the code that a teacher from another project brings along."
-    )
+    trust_remote_code: bool = HfArg(default=False, help="Run the code that comes with another project's teacher.")
 
     def __post_init__(self):
         if not self.teacher_output_dir:
@@ -241,18 +223,14 @@ class DistillationTrainingArguments(TrainingArguments):
     distill_mode: str = HfArg(
         default="none", help="What teaches which head; see the README's table.", metadata={"choices": list(MODES)}
     )
-    teacher_targets: str | None = HfArg(
-        default=None,
-        help="What the token modes learn from the teacher: its decision or its distribution.",
-        metadata={"choices": ["hard", "soft"]},
+    teacher_targets: Literal["hard", "soft"] | None = HfArg(
+        default=None, help="What the token modes learn from the teacher: its decision or its distribution."
     )
     single_token: bool = HfArg(
         default=False,
         help="Modes class and distill: a network with that token alone, taught by the labels or the teacher.",
     )
-    distillation_alpha: float | None = HfArg(
-        default=None, help="Weight of the teacher's term, 0 to 1. Default: the mode's."
-    )
+    distillation_alpha: float | None = HfArg(default=None, help="Teacher's weight, 0 to 1. Default: the mode's.")
     distillation_temperature: float | None = HfArg(default=None, help="Temperature of soft targets. Default: 3.")
 
     per_device_train_batch_size: int = HfArg(default=128, help="Training batch size of each device.")
@@ -270,35 +248,26 @@ class DistillationTrainingArguments(TrainingArguments):
     save_strategy: str = HfArg(default="epoch", help="When to save a checkpoint: no, steps or epoch.")
     save_total_limit: int | None = HfArg(default=2, help="How many checkpoints are kept.")
     # Otherwise the Trainer logs the mean of earlier losses instead of one that is not a number, and carries on.
-    logging_nan_inf_filter: bool = HfArg(
-        default=False, help="Hide losses that are not finite. By default they end the run."
-    )
-    tf32: bool | None = HfArg(
-        default=None,
-        help="TF32 in float32 products and convolutions. Default: on where the GPU has it (Ampere and newer).",
-    )
-    # Not flags here. The loader's batches have more columns than the model takes: the seeds are for the augmentation.
-    remove_unused_columns: bool = field(default=False, init=False)
-    # The Trainer's own just-in-time checkpoint saves in the middle of a step, and does not know Ctrl-C.
-    enable_jit_checkpoint: bool = field(default=False, init=False)
+    logging_nan_inf_filter: bool = HfArg(default=False, help="Hide losses that are not finite, rather than stop.")
+    tf32: bool | None = HfArg(default=None, help="TF32 in float32 products. Default: on where the GPU has it.")
+    # Not flags here.
+    remove_unused_columns: bool = field(default=False, init=False)  # the images' seeds are for the augmentation
+    enable_jit_checkpoint: bool = field(default=False, init=False)  # it saves within a step, and not on Ctrl-C
     # Every evaluation image counts towards every read-out's accuracy.
     label_names: list[str] | None = field(default=None, init=False)
     batch_eval_metrics: bool = field(default=False, init=False)
     prediction_loss_only: bool = field(default=False, init=False)
     dataloader_drop_last: bool = field(default=False, init=False)
-    # The command trains and evaluates; predict.py predicts.
     do_train: bool = field(default=True, init=False)
-    do_predict: bool = field(default=False, init=False)
-    # For language models.
-    neftune_noise_alpha: float | None = field(default=None, init=False)
-    use_liger_kernel: bool = field(default=False, init=False)
+    do_predict: bool = field(default=False, init=False)  # predict.py does
+    neftune_noise_alpha: float | None = field(default=None, init=False)  # of language models
+    use_liger_kernel: bool = field(default=False, init=False)  # of language models
 
     def __post_init__(self):
-        self.has_default_output_dir = self.output_dir is None
-        if self.output_dir is None:
-            self.output_dir = "outputs"
         if self.output_dir == "":
             raise UserError("--output_dir: the name of a folder is missing.")
+        self.has_default_output_dir = self.output_dir is None
+        self.output_dir = self.output_dir or "outputs"
         self.mode = resolve_mode(
             self.distill_mode,
             single_token=self.single_token,
@@ -306,26 +275,15 @@ class DistillationTrainingArguments(TrainingArguments):
             alpha=self.distillation_alpha,
             temperature=self.distillation_temperature,
         )
-        check_at_least(
-            self,
-            per_device_train_batch_size=1,
-            per_device_eval_batch_size=1,
-            gradient_accumulation_steps=1,
-            eval_accumulation_steps=1,
-            dataloader_num_workers=0,
-            learning_rate=0,
-            max_grad_norm=0,
-            seed=0,
-            data_seed=0,
-        )
-        if self.seed >= 2**32:
-            raise UserError(f"--seed {self.seed}: must be below 2**32, as NumPy requires.")
+        check_at_least(self, per_device_train_batch_size=1, per_device_eval_batch_size=1, eval_accumulation_steps=1)
+        check_at_least(self, gradient_accumulation_steps=1, dataloader_num_workers=0, learning_rate=0, max_grad_norm=0)
+        check_at_least(self, seed=0, data_seed=0)
+        check(self, "seed", lambda seed: seed < 2**32, "below 2**32, as NumPy requires")
+        check(self, "label_smoothing_factor", lambda share: 0 <= share < 1, "at least 0 and below 1")
         if self.num_train_epochs <= 0 and self.max_steps <= 0:
             raise UserError(f"--num_train_epochs {self.num_train_epochs}: must be above 0, unless --max_steps is.")
         if self.dataloader_persistent_workers and self.dataloader_num_workers == 0:
             raise UserError("--dataloader_persistent_workers: there are no workers without --dataloader_num_workers.")
-        if not 0 <= self.label_smoothing_factor < 1:
-            raise UserError(f"--label_smoothing_factor {self.label_smoothing_factor}: must be at least 0 and below 1.")
         if not (self.fp16 or self.bf16):  # from the accelerate config; DeepSpeed wants both to say the same
             precision = os.environ.get("ACCELERATE_MIXED_PRECISION", "no")
             self.fp16, self.bf16 = precision == "fp16", precision == "bf16"
@@ -339,27 +297,22 @@ class DistillationTrainingArguments(TrainingArguments):
         if has_default_accelerator_config and self.device.type == "cuda":
             # Batches are then copied while the device computes; for this the loader has to pin them.
             self.accelerator_config.non_blocking = self.dataloader_pin_memory
-        self._check_metric_for_best_model()
         if self.device.type == "cpu":
             self.dataloader_pin_memory = False  # there is no device to copy to; torch would warn
-        if self.device.type == "cpu" and self.fp16:
-            raise UserError(
-                "fp16 is asked for, by --fp16 or the accelerate config, but there is no GPU: leave it out, or use "
-                "--bf16 --use_cpu."
-            )
+            if self.fp16:
+                raise UserError(
+                    "fp16 is asked for, by --fp16 or the accelerate config, but there is no GPU: leave it out, or use "
+                    "--bf16 --use_cpu."
+                )
         if int(os.environ.get("WORLD_SIZE", 1)) > 1 and self.world_size == 1:
             raise UserError(
                 f"{os.environ['WORLD_SIZE']} processes were launched, but each would train alone: without a GPU for "
                 "each of them, add --use_cpu."
             )
-
-    def _check_metric_for_best_model(self) -> None:
-        """Raises a `UserError` if no evaluation has that metric: the Trainer would only notice after an epoch."""
-        if not self.load_best_model_at_end and self.save_strategy != "best":
-            return
-        readouts = ["", *(f"_{name}" for name in READOUTS)] if len(self.mode.tokens) == 2 else [""]
-        metrics = ["loss", *(f"accuracy{readout}{ending}" for readout in readouts for ending in ("", "_top5"))]
-        if str(self.metric_for_best_model).removeprefix("eval_") not in metrics:
+        # The Trainer would only notice after an epoch.
+        metrics = ["loss", *(f"accuracy{readout}{ending}" for readout in self.readouts for ending in ("", "_top5"))]
+        chooses = self.load_best_model_at_end or self.save_strategy == "best"
+        if chooses and str(self.metric_for_best_model).removeprefix("eval_") not in metrics:
             raise UserError(
                 f"--metric_for_best_model {self.metric_for_best_model}: there is no such metric; there are "
                 f"{', '.join(metrics)}."
@@ -368,6 +321,11 @@ class DistillationTrainingArguments(TrainingArguments):
     def __getstate__(self) -> dict:
         """Without the token: these arguments are pickled into every checkpoint and pushed with the model."""
         return {**self.__dict__, "hub_token": None}
+
+    @property
+    def readouts(self) -> list[str]:
+        """Endings of the accuracies' names: none for what the model predicts with, then every read-out it has."""
+        return ["", *(f"_{name}" for name in READOUTS)] if len(self.mode.tokens) == 2 else [""]
 
     @property
     def total_train_batch_size(self) -> int:
@@ -381,10 +339,7 @@ class DistillationTrainingArguments(TrainingArguments):
 
 
 class Arguments(NamedTuple):
-    """
-    A whole run, one group per question; the command line `flags` that make it; and in `fitting` the arguments of the
-    run that fits its teacher, if it has one.
-    """
+    """A whole run: its groups, the command line `flags`, and in `fitting` the run that fits its teacher, if any."""
 
     images: ImageArguments
     augmentation: AugmentationArguments

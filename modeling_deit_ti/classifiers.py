@@ -24,10 +24,7 @@ from .errors import UserError, first_line
 
 def label_maps(label_names: list[str]) -> dict:
     """`id2label` and `label2id` of a transformers config."""
-    return {
-        "id2label": dict(enumerate(label_names)),
-        "label2id": {name: index for index, name in enumerate(label_names)},
-    }
+    return {"id2label": dict(enumerate(label_names)), "label2id": {name: i for i, name in enumerate(label_names)}}
 
 
 def label_names(config: PreTrainedConfig) -> list[str]:
@@ -42,10 +39,7 @@ def is_timm_architecture(name: str) -> bool:
 
 def timm_hub_id(name: str) -> str:
     """
-    The Hub id of a timm architecture's pretrained weights. timm itself would fall back to pickled ones.
-
-    Args:
-        name (`str`): the architecture, with or without a tag.
+    The Hub id of an architecture's pretrained weights, with or without a tag. timm would fall back to pickled ones.
 
     Raises:
         UserError: if timm has no such weights.
@@ -69,12 +63,10 @@ def load_classifier(
     Args:
         name (`str`): a folder, a Hub id, or a timm architecture with or without a tag.
         flag (`str`): where the user gave the name, for the error message.
-        trust_remote_code (`bool`, *optional*, defaults to `False`): run the code that the model brings along.
         kwargs: passed on to `AutoModelForImageClassification.from_pretrained`, as `num_labels` or `dtype`.
 
     Returns:
-        The model in `eval()`, and the sorted names of the weights that the checkpoint lacks and that are therefore
-        random. Of a backbone they are the head's.
+        The model in `eval()`, and the sorted names of the weights that are random since the checkpoint lacks them.
 
     Raises:
         UserError: if it cannot be loaded.
@@ -86,13 +78,8 @@ def load_classifier(
             # timm's save_for_hf writes `num_classes` here too, and the wrapper would pass it to create_model twice.
             model_args = {key: value for key, value in config.model_args.items() if key != "num_classes"}
             kwargs = {"model_args": model_args, **kwargs}
-        model, info = AutoModelForImageClassification.from_pretrained(
-            source,
-            trust_remote_code=trust_remote_code,
-            use_safetensors=True,
-            output_loading_info=True,
-            **kwargs,
-        )
+        kwargs |= {"trust_remote_code": trust_remote_code, "use_safetensors": True, "output_loading_info": True}
+        model, info = AutoModelForImageClassification.from_pretrained(source, **kwargs)
     return model.eval(), sorted(info["missing_keys"])
 
 
@@ -122,10 +109,7 @@ def _explain(name: str, flag: str, what: str) -> Iterator[None]:
         if isinstance(error, UserError):
             message = str(error)
         elif "trust_remote_code" in str(error):
-            message = (
-                "it runs code of its own. If you trust its author, add --trust_remote_code to predict with it or to "
-                "take it as the teacher."
-            )
+            message = "it runs code of its own. If you trust its author, add --trust_remote_code (not for students)."
         elif os.path.isdir(name):
             message = f"the folder holds no {what} ({reason}). Name one that save_pretrained wrote."
         else:
@@ -141,10 +125,8 @@ def input_format(
     model: PreTrainedModel, path: str, trust_remote_code: bool = False
 ) -> tuple[int, list[float], list[float]]:
     """
-    What images a teacher takes, from its timm config or from the image processor at `path`.
-
-    Returns:
-        Height and width in pixels, and the mean and standard deviation of each channel, for values from 0 to 1.
+    What a teacher takes, by its timm config or the image processor at `path`: height and width in pixels, mean and
+    standard deviation of each channel for values from 0 to 1.
 
     Raises:
         UserError: if there is no image processor, or it swaps or mixes the channels.
@@ -154,8 +136,7 @@ def input_format(
         data_config = timm.data.resolve_data_config(pretrained_cfg=pretrained_cfg, verbose=False)
         return data_config["input_size"][-1], list(data_config["mean"]), list(data_config["std"])
     processor = load_image_processor(path, "--teacher_model_name_or_path", trust_remote_code)
-    # Measured on images of one colour, not read: processors differ in what their fields mean, and some normalise
-    # twice, or not at all.
+    # Measured, not read: processors differ in what their fields mean, and some normalise twice, or not at all.
     size = getattr(model.config, "image_size", None)
     size = size if isinstance(size, int) else 224
     colours = [PILImage.new("RGB", (size, size), colour) for colour in ("black", "white", "red")]
@@ -175,13 +156,8 @@ def new_timm_classifier(
     architecture: str, label_names: list[str], image_size: int, image_processor: BaseImageProcessor
 ) -> TimmWrapperForImageClassification:
     """
-    A timm network with timm's own random initialisation, as a transformers model.
-
-    Args:
-        architecture (`str`): a name that `timm.create_model` knows.
-        label_names (`list[str]`): the names of its labels, by label id.
-        image_size (`int`): height and width of its images, in pixels.
-        image_processor (`BaseImageProcessor`): whose normalisation and crop its config records.
+    A timm network with timm's own random initialisation, as a transformers model for images of `image_size` pixels.
+    Its config records the image processor's normalisation and crop.
     """
     pretrained_cfg = timm.get_pretrained_cfg(architecture)
     model_args = {"img_size": image_size} if pretrained_cfg is not None and pretrained_cfg.fixed_input_size else None
@@ -206,16 +182,11 @@ def new_timm_classifier(
 
 def check_takes_images(model: PreTrainedModel, name: str, image_size: int, batch_size: int) -> None:
     """
-    Makes one forward pass of a copy, in training mode, on zeros: timm does not say which sizes a network takes.
-
-    Args:
-        model (`PreTrainedModel`): an image classifier, which stays unchanged.
-        name (`str`): what the user calls it.
-        image_size (`int`): height and width, in pixels.
-        batch_size (`int`): images per step and device. Batch norm may refuse a batch of one.
+    Tries a copy, in training mode, on zeros: timm does not say which sizes a network takes, and batch norm may refuse
+    a batch of one.
 
     Raises:
-        UserError: if it cannot be trained on such batches.
+        UserError: if the classifier, called `name` by the user, cannot be trained on such batches.
     """
     trial = copy.deepcopy(model).train()
     try:

@@ -20,8 +20,8 @@ class DistillMode:
         name (`str`): what `--distill_mode` calls it.
         tokens (`tuple[str, ...]`): the student's learned tokens, each with a head.
         readout (`str`): the head the student predicts with, or `"both"` for the mean of their logits.
-        teacher_targets (`str`, *optional*): `"hard"` for the teacher's argmax (equation 3), `"soft"` for its
-            distribution (equation 2), `None` if the mode has no teacher.
+        teacher_targets (`str`, *optional*): `"hard"` for its argmax (equation 3), `"soft"` for its distribution
+            (equation 2), `None` if the mode has no teacher.
         alpha (`float`): weight of the teacher's term; the labels' has `1 - alpha`.
         temperature (`float`): temperature T of the soft term.
     """
@@ -72,10 +72,9 @@ def resolve_mode(
     temperature: float | None = None,
 ) -> DistillMode:
     """
-    The mode of that name, with the caller's options applied.
+    The mode of that name, a key of `MODES`, with the caller's options applied.
 
     Args:
-        name (`str`): a key of `MODES`.
         single_token (`bool`, *optional*, defaults to `False`): for `class` and `distill`: a network with that token
             alone. `class` then learns from the labels only, `distill` from the teacher only.
         teacher_targets (`str`, *optional*): `"hard"` or `"soft"`, for the token modes.
@@ -88,21 +87,16 @@ def resolve_mode(
     if name not in MODES:
         raise ValueError(f"distill_mode must be one of {', '.join(MODES)}, not {name!r}.")
     mode, setting = MODES[name], f"mode {name}" + " with single_token" * single_token
+    given = {"teacher_targets": teacher_targets, "distillation_alpha": alpha, "distillation_temperature": temperature}
     if single_token:
         if name not in ("class", "distill"):
             raise ValueError(f"single_token is for the modes class and distill, not for {name}.")
-        teacher, weight = ("labels", 0.0) if name == "class" else ("teacher", 1.0)
         if alpha is not None:
-            raise ValueError(
-                f"distillation_alpha has no meaning in {setting}: its head learns from the {teacher} alone."
-            )
-        mode = replace(mode, tokens=(mode.readout,), alpha=weight)
-        if name == "class":
-            mode = replace(mode, teacher_targets=None)
+            raise ValueError(f"distillation_alpha has no meaning in {setting}: its loss has a single term.")
+        targets, alpha_alone = (None, 0.0) if name == "class" else (mode.teacher_targets, 1.0)
+        mode = replace(mode, tokens=(mode.readout,), teacher_targets=targets, alpha=alpha_alone)
     if mode.teacher_targets is None:
-        options = {"teacher_targets": teacher_targets, "distillation_alpha": alpha}
-        options["distillation_temperature"] = temperature
-        for option, value in options.items():
+        for option, value in given.items():
             if value is not None:
                 raise ValueError(f"{option} has no meaning in {setting}: it has no teacher.")
     if teacher_targets not in (None, "hard", "soft"):
@@ -134,36 +128,21 @@ class LossParts(NamedTuple):
 
 def label_loss(logits: torch.Tensor, labels: torch.Tensor, label_smoothing: float = 0.0) -> torch.Tensor:
     """
-    Cross-entropy with the true labels, averaged over the batch.
-
-    Args:
-        logits (`torch.Tensor` of shape `(B, K)`)
-        labels (`torch.Tensor` of shape `(B,)`, label ids, or `(B, K)`, distributions as mixup makes them)
-        label_smoothing (`float`): share of the probability that is spread evenly over all K labels.
+    Cross-entropy of `(B, K)` logits with the true labels, averaged over the batch. The labels are ids `(B,)` or, as
+    mixup makes them, distributions `(B, K)`; smoothing spreads a share of their probability evenly over all K.
     """
     return F.cross_entropy(logits.float(), labels, label_smoothing=label_smoothing)
 
 
 def hard_distillation_loss(logits: torch.Tensor, teacher_logits: torch.Tensor) -> torch.Tensor:
-    """
-    Cross-entropy with the teacher's decision, averaged over the batch; never smoothed (equation 3).
-
-    Args:
-        logits (`torch.Tensor` of shape `(B, K)`): the student's.
-        teacher_logits (`torch.Tensor` of shape `(B, K)`)
-    """
+    """Cross-entropy of `(B, K)` logits with the teacher's decisions, averaged over the batch (equation 3)."""
     return F.cross_entropy(logits.float(), teacher_logits.argmax(dim=-1))
 
 
 def soft_distillation_loss(logits: torch.Tensor, teacher_logits: torch.Tensor, temperature: float) -> torch.Tensor:
     """
-    T^2 KL(teacher || student), both softened by the temperature T; summed over the labels, averaged over the batch
-    (equation 2; the authors' code divides by the number of labels as well).
-
-    Args:
-        logits (`torch.Tensor` of shape `(B, K)`): the student's.
-        teacher_logits (`torch.Tensor` of shape `(B, K)`)
-        temperature (`float`): T.
+    T^2 KL(teacher || student) of `(B, K)` logits, both softened by the temperature T; summed over the labels, averaged
+    over the batch (equation 2; the authors' code divides by the number of labels as well).
     """
     return temperature**2 * F.kl_div(
         F.log_softmax(logits.float() / temperature, dim=-1),
@@ -186,27 +165,20 @@ def distillation_loss(
     class head if there is no other.
 
     Args:
-        mode (`DistillMode`)
         class_logits (`torch.Tensor` of shape `(B, K)`, *optional*): if the student has a class head.
         distillation_logits (`torch.Tensor` of shape `(B, K)`, *optional*): if it has a distillation head.
         labels (`torch.Tensor` of shape `(B,)` or `(B, K)`, *optional*): needed unless the teacher is alone.
         teacher_logits (`torch.Tensor` of shape `(B, K)`, *optional*): needed if the mode has a teacher.
         label_smoothing (`float`): smoothing of the true labels.
-
-    Returns:
-        [`LossParts`]
     """
-    on_labels = on_teacher = None
-    if mode.needs_labels:
-        on_labels = label_loss(class_logits, labels, label_smoothing)
-    if mode.has_teacher:
-        student_logits = class_logits if distillation_logits is None else distillation_logits
-        if mode.teacher_targets == "hard":
-            on_teacher = hard_distillation_loss(student_logits, teacher_logits)
-        else:
-            on_teacher = soft_distillation_loss(student_logits, teacher_logits, mode.temperature)
-    if on_teacher is None:
+    on_labels = label_loss(class_logits, labels, label_smoothing) if mode.needs_labels else None
+    if not mode.has_teacher:
         return LossParts(on_labels, on_labels, None)
+    student_logits = class_logits if distillation_logits is None else distillation_logits
+    if mode.teacher_targets == "hard":
+        on_teacher = hard_distillation_loss(student_logits, teacher_logits)
+    else:
+        on_teacher = soft_distillation_loss(student_logits, teacher_logits, mode.temperature)
     if on_labels is None:
         return LossParts(on_teacher, None, on_teacher)
     return LossParts((1 - mode.alpha) * on_labels + mode.alpha * on_teacher, on_labels, on_teacher)

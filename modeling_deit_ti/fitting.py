@@ -1,7 +1,6 @@
 """The teacher of a run: loaded by its name, and fitted first if its labels are not the dataset's.
 
-It is fitted by a run of its own, which leaves what any run does: card, curves, results, in a folder named after its
-recipe. Later runs with the same images and recipe take it from there.
+It is fitted by a run of its own, in a folder named after its recipe, where later runs find it.
 """
 
 import contextlib
@@ -52,11 +51,7 @@ SHOWN_OF_RECIPE = ("num_train_epochs", "optim", "learning_rate", "batch_size", "
 def prepare_teacher(args: Arguments, data: ImageData, image_processor) -> tuple[Teacher, TeacherRecord, str]:
     """
     Loads the teacher. If its labels are not the dataset's, fits it first, or takes the one that an earlier run fitted.
-
-    Args:
-        args ([`Arguments`]): the student's, with those of the teacher's own run in `fitting`.
-        data ([`ImageData`])
-        image_processor: the student's.
+    `args` and `image_processor` are the student's.
 
     Returns:
         The teacher; what the card says of it, with its accuracy still to be measured; and where its model is.
@@ -65,8 +60,8 @@ def prepare_teacher(args: Arguments, data: ImageData, image_processor) -> tuple[
         UserError: if there is no such model, its labels cannot be matched, it has to be fitted and cannot be, or it
             does not take images of `--teacher_image_size`.
     """
-    options = args.teacher
-    name, is_timm = options.teacher_model_name_or_path, is_timm_architecture(options.teacher_model_name_or_path)
+    options, name = args.teacher, args.teacher.teacher_model_name_or_path
+    is_timm = is_timm_architecture(name)
     path = timm_hub_id(name) if is_timm and options.teacher_pretrained else name
     model = label_order = fitted = None
     if not is_timm or options.teacher_pretrained:
@@ -77,8 +72,8 @@ def prepare_teacher(args: Arguments, data: ImageData, image_processor) -> tuple[
         fitted = "scratch" if model is None else "pretrained"
         path = str(_fit(args, model, path, data, image_processor))
         model, _ = load_classifier(path, FLAG, options.trust_remote_code)
-    image_size, mean, std = input_format(model, path, options.trust_remote_code)
-    image_size = options.teacher_image_size or image_size
+    own_size, mean, std = input_format(model, path, options.trust_remote_code)
+    image_size = options.teacher_image_size or own_size
     student_mean, student_std = list(image_processor.image_mean), list(image_processor.image_std)
     try:
         teacher = Teacher(model, image_size, mean, std, student_mean, student_std, label_order)
@@ -104,15 +99,14 @@ def _fit(args: Arguments, pretrained: PreTrainedModel | None, source: str, data:
     name = args.teacher.teacher_model_name_or_path
     if args.teacher.teacher_num_train_epochs == 0:
         raise UserError(
-            f"The labels of the teacher {name} are not the dataset's, and --teacher_num_train_epochs 0 forbids "
-            "fitting it."
+            f"The teacher {name} does not know the dataset's labels, and --teacher_num_train_epochs 0 forbids fitting."
         )
     if not data.has_train_labels:
         raise UserError(
-            f"The teacher {name} has to be fitted, but the training images have no labels: name a teacher that knows "
-            "the dataset's labels."
+            f"The teacher {name} has to be fitted, but the training images have no labels: name one that is fitted."
         )
     run, mean, std = args.fitting, student_processor.image_mean, student_processor.image_std
+    is_main = run.training.process_index == 0
     if pretrained is None:
         model = replace(run.model, model_name_or_path=name.partition(".")[0])  # a tag stands for weights
     else:
@@ -121,11 +115,13 @@ def _fit(args: Arguments, pretrained: PreTrainedModel | None, source: str, data:
         model = replace(run.model, model_name_or_path=source, image_size=image_size)
     run = run._replace(model=model)
     image_processor = make_image_processor(run.model, run.augmentation, mean, std)
-    recipe = _recipe(run, name, data, pretrained is not None)
+    # All that decides what a fitted teacher is.
+    recipe = run_settings(run, data) | {"teacher": name, "pretrained": pretrained is not None}
+    recipe["version"] = FITTING_VERSION
     folder = Path(args.teacher.teacher_output_dir) / teacher_folder_name(name, data.name, recipe)
     run.training.output_dir = str(folder)
     folder.mkdir(parents=True, exist_ok=True)
-    with _alone(folder) if run.training.process_index == 0 else contextlib.nullcontext():
+    with _alone(folder) if is_main else contextlib.nullcontext():
         # One process decides for all: another machine may see another folder.
         (is_fitted,) = broadcast_object_list([_is_fitted(folder, recipe)])
         if is_fitted:
@@ -139,13 +135,13 @@ def _fit(args: Arguments, pretrained: PreTrainedModel | None, source: str, data:
                 network = _with_labels(pretrained, source, data.label_names, args.teacher.trust_remote_code)
                 batch_size = min(run.training.train_batch_size, len(data.train))
                 check_takes_images(network, name, run.model.image_size, batch_size)
-            if run.training.process_index == 0:
+            if is_main:
                 (folder / "all_results.json").unlink(missing_ok=True)  # of another recipe, or of none
             (checkpoint,) = broadcast_object_list([last_complete(folder)])
             if checkpoint is not None:
                 logger.info(f"Teacher: an earlier run was interrupted while fitting it; resuming from {checkpoint}")
             trainer = build_trainer(run, data, network, image_processor)
-            if trainer.is_world_process_zero():
+            if is_main:
                 (folder / RECIPE_FILE).write_text(json.dumps(recipe, indent=2, default=str) + "\n")
             train_and_save(trainer, run, data, checkpoint)
             trainer.accelerator.wait_for_everyone()
@@ -154,39 +150,30 @@ def _fit(args: Arguments, pretrained: PreTrainedModel | None, source: str, data:
                 AcceleratorState._reset_state()
         if not _is_fitted(folder, recipe):
             raise UserError(
-                f"--teacher_output_dir {args.teacher.teacher_output_dir}: the fitted teacher is there on the first "
+                f"--teacher_output_dir {args.teacher.teacher_output_dir}: it has the fitted teacher on the first "
                 "machine, but not on this one; choose a folder on storage that all machines share."
             )
-        if run.training.process_index == 0:
+        if is_main:
             for checkpoint in checkpoints_of(folder):
                 shutil.rmtree(checkpoint)
     return folder
 
 
-def _recipe(run: Arguments, name: str, data: ImageData, is_pretrained: bool) -> dict:
-    """All that decides what a fitted teacher is."""
-    return {**run_settings(run, data), "teacher": name, "pretrained": is_pretrained, "version": FITTING_VERSION}
-
-
 @contextlib.contextmanager
 def _alone(folder: Path) -> Iterator[None]:
-    """
-    One process at a time, until it ends or is killed. Those who waited find the teacher fitted, so the lock may be
-    deleted.
-    """
+    """One process at a time, until it ends or is killed."""
     with FileLock(f"{folder}.lock"):
         yield
-    Path(f"{folder}.lock").unlink(missing_ok=True)
+    Path(f"{folder}.lock").unlink(missing_ok=True)  # those who waited find the teacher fitted
 
 
 def _is_fitted(folder: Path, recipe: dict) -> bool:
     """Whether a finished run with this recipe is there."""
-    if not (folder / "all_results.json").is_file():
-        return False
     try:
-        return json.loads((folder / RECIPE_FILE).read_text()) == json.loads(json.dumps(recipe, default=str))
+        fitted = json.loads((folder / RECIPE_FILE).read_text())
     except (OSError, ValueError):
         return False
+    return (folder / "all_results.json").is_file() and fitted == json.loads(json.dumps(recipe, default=str))
 
 
 def _with_labels(

@@ -17,7 +17,7 @@ from .card import (
     plot_training_curves,
     write_model_card,
 )
-from .configuration_deit_ti import DeiTTiConfig
+from .card.markdown import duration
 from .data import ImageData
 from .data.decoding import read_image
 from .errors import StorageError, first_line
@@ -50,12 +50,11 @@ def write_reports(
     """Curves, card and results. `all_results.json` comes last: where it exists, the run is finished."""
     folder = Path(trainer.args.output_dir)
     plot_training_curves(trainer.state.log_history, folder / CURVES_FILE, teacher.accuracy if teacher else None)
-    example_label = None
+    record = describe_run(trainer, args, data, teacher, results["all"])
     if data.source != "local":  # a user's own images stay private
         example = data.evaluation[0]
         read_image(example).save(folder / EXAMPLE_FILE)
-        example_label = data.label_names[example["label"]]
-    record = describe_run(trainer, args, data, teacher, results["all"], example_label)
+        record.example_label = data.label_names[example["label"]]
     record.save(folder)
     write_model_card(record, folder)
     for name, metrics in results.items():
@@ -63,18 +62,12 @@ def write_reports(
 
 
 def describe_run(
-    trainer: DistillationTrainer,
-    args: Arguments,
-    data: ImageData,
-    teacher: TeacherRecord | None,
-    metrics: dict,
-    example_label: str | None,
+    trainer: DistillationTrainer, args: Arguments, data: ImageData, teacher: TeacherRecord | None, metrics: dict
 ) -> RunRecord:
     """What the card says."""
     model, images, training = args.model, args.images, args.training
-    started_from = None
-    if not model.is_timm_architecture and model.model_name_or_path != "deit_ti":
-        started_from = model.model_name_or_path
+    is_new = model.is_timm_architecture or model.model_name_or_path == "deit_ti"
+    started_from = None if is_new else model.model_name_or_path
     hyperparameters = args.hyperparameters() | {
         "augment_on": "loader" if trainer.augment.augment is None else "device",
         "eval_crop_ratio": model.eval_crop_ratio,
@@ -112,7 +105,6 @@ def describe_run(
         hub_model_id=training.hub_model_id if training.push_to_hub else None,
         license=model.license,
         command=[*launcher, "train_hf.py", *args.flags],
-        example_label=example_label,
     )
 
 
@@ -126,13 +118,12 @@ def summary(trainer: DistillationTrainer, teacher: TeacherRecord | None, metrics
         name = {"": "student", "_both": "  mean of both heads"}.get(readout, f"  {readout[1:]} head")
         top1, top5 = metrics[f"eval_accuracy{readout}"], metrics[f"eval_accuracy{readout}_top5"]
         lines.append(f"{name:34}{top1:8.2%}{top5:9.2%}")
-    minutes, seconds = divmod(round(metrics["train_runtime"]), 60)
-    cached = metrics.get("teacher_cached", 0)
-    cached = f", {cached:.0%} of the teacher's logits read from its cache" if cached else ""
-    remote_code = ", trust_remote_code=True" if isinstance(trainer.model.config, DeiTTiConfig) else ""
+    share, time = metrics.get("teacher_cached", 0), duration(metrics["train_runtime"])
+    cached = f", {share:.0%} of the teacher's logits read from its cache" if share else ""
+    remote_code = ", trust_remote_code=True" if trainer.is_deit_ti else ""
     lines += [
         "",
-        f"Trained in {minutes} min {seconds} s, {metrics['train_samples_per_second']:.0f} images/s{cached}.",
+        f"Trained in {time}, {metrics['train_samples_per_second']:.0f} images/s{cached}.",
         f"The model, its card (README.md) and its curves are in {folder}",
         *([f"The teacher is in {metrics['teacher_path']}"] if teacher is not None else []),
         "",

@@ -47,7 +47,7 @@ class _Parser(HfArgumentParser):
         super().__init__(GROUPS, description=description, allow_abbrev=False)
         for action in self._actions:
             if action.type is float:
-                action.type = _finite_float
+                action.type = number
         self.add_argument("--config", help="A YAML file that sets any of the flags; the command line wins.")
 
     def error(self, message: str):
@@ -60,7 +60,7 @@ class _Parser(HfArgumentParser):
             )
         except ValueError as error:  # a UserError, or a combination of options
             raise UserError(str(error)) from error
-        except Exception as error:  # whatever TrainingArguments and what it configures make of the flags
+        except Exception as error:  # from whatever TrainingArguments configures
             raise UserError(f"the flags cannot be used: {first_line(error)}.") from error
         if unknown:
             raise UserError(f"unknown flag {unknown[0]}{self.closest(unknown[0].split('=')[0])}")
@@ -75,7 +75,7 @@ class _Parser(HfArgumentParser):
         try:
             recipe = yaml.safe_load(Path(file).read_text(encoding="utf-8"))
         except (OSError, ValueError, yaml.YAMLError) as error:
-            raise UserError(f"{option} {file}: the file cannot be read as YAML ({error}).") from error
+            raise UserError(f"{option} {file}: it cannot be read as YAML ({error}).") from error
         if not isinstance(recipe, dict):
             raise UserError(f"{option} {file}: it must consist of `flag: value` lines.")
         for key in recipe:
@@ -96,12 +96,9 @@ class _Parser(HfArgumentParser):
         return flags
 
 
-def _finite_float(text: str) -> float:
+def number(text: str) -> float:
     """A flag's value. Most code takes nan and inf without a word, and the trained model is worthless."""
-    try:
-        value = float(text)
-    except ValueError as error:
-        raise argparse.ArgumentTypeError(f"invalid float value: {text!r}") from error
+    value = float(text)  # argparse says "invalid number value" if it is none
     if not math.isfinite(value):
         raise argparse.ArgumentTypeError(f"{text} is not a finite number")
     return value
@@ -109,20 +106,15 @@ def _finite_float(text: str) -> float:
 
 def parse_arguments(argv: list[str], description: str | None = None) -> Arguments:
     """
-    The groups of arguments, from `--config FILE.yaml` and the flags on top of it.
-
-    Args:
-        argv (`list[str]`): the command line without the command.
-        description (`str`, *optional*): for `--help`.
+    The groups of arguments, from `--config FILE.yaml` and the flags on top of it; `description` is for `--help`.
 
     Raises:
         UserError: if a flag is unknown, has a value out of range, or contradicts another.
     """
-    parser, given = _Parser(description), argv
-    if "--config" in argv or any(argument.startswith("--config=") for argument in argv):
-        recipe = parser.read_recipe("--config", parser.parse_known_args(argv)[0].config)
-        argv = [*parser.flags(recipe), *argv]
-    args = parser.parse(argv)._replace(flags=given)
+    parser = _Parser(description)
+    config = parser.parse_known_args(argv)[0].config
+    recipe = {} if config is None else parser.read_recipe("--config", config)
+    args = parser.parse([*parser.flags(recipe), *argv])._replace(flags=argv)
     _check_combinations(args)
     model, training = args.model, args.training
     if training.has_default_output_dir:
@@ -148,8 +140,7 @@ def _check_combinations(args: Arguments) -> None:
         )
     if args.images.streaming and args.augmentation.augment_on == "device":
         raise UserError(
-            "--augment_on device needs images of one size, which --streaming only knows once it has read them all: "
-            "use --augment_on loader."
+            "--augment_on device needs images of one size, which --streaming does not know: use --augment_on loader."
         )
     if args.images.max_validation_samples is not None and training.dataloader_persistent_workers:
         raise UserError("--max_validation_samples and --dataloader_persistent_workers exclude each other.")
@@ -162,9 +153,8 @@ def _check_combinations(args: Arguments) -> None:
 
 def fitting_flags(args: Arguments) -> list[str]:
     """
-    The flags of the run that fits the teacher: a run in mode `none` on its student's images and machine.
-
-    Its recipe is a plain one; `--teacher_config` sets any of it, and the `--teacher_*` flags win.
+    The flags of the run that fits the teacher, in mode `none` on its student's images and machine. `--teacher_config`
+    sets any of its recipe, and the `--teacher_*` flags win.
 
     Raises:
         UserError: if `--teacher_config` cannot be read, or sets what is not the teacher's to set.
@@ -188,15 +178,14 @@ def fitting_flags(args: Arguments) -> list[str]:
 
 def _own_recipe(teacher: TeacherArguments, parser: _Parser) -> dict:
     """What the user says about the teacher's run."""
-    recipe = {}
-    if teacher.teacher_config is not None:
-        recipe = parser.read_recipe("--teacher_config", teacher.teacher_config)
-        for key in recipe:
-            if key in NOT_THE_TEACHERS:
-                raise UserError(
-                    f"--teacher_config {teacher.teacher_config}: {key} is not the teacher's to set: a teacher is "
-                    "fitted to its student's images, by their labels, into --teacher_output_dir."
-                )
+    file = teacher.teacher_config
+    recipe = {} if file is None else parser.read_recipe("--teacher_config", file)
+    for key in recipe:
+        if key in NOT_THE_TEACHERS:
+            raise UserError(
+                f"--teacher_config {file}: {key} is not the teacher's to set: a teacher is fitted to its student's "
+                "images, by their labels, into --teacher_output_dir."
+            )
     flags = {
         "model_name_or_path": teacher.teacher_model_name_or_path,
         "image_size": teacher.teacher_image_size,
@@ -208,9 +197,7 @@ def _own_recipe(teacher: TeacherArguments, parser: _Parser) -> dict:
 
 def _fitting_arguments(args: Arguments) -> Arguments:
     """The arguments of the teacher's own run; also fills in what `--teacher_config` says of `args.teacher`."""
-    teacher = args.teacher
-    parser = _Parser()
-    flags = fitting_flags(args)
+    teacher, parser, flags = args.teacher, _Parser(), fitting_flags(args)
     try:
         fitting = parser.parse(flags)
     except UserError as error:

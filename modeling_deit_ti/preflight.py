@@ -6,7 +6,7 @@ from pathlib import Path
 import datasets
 import torch
 from accelerate.utils import broadcast_object_list
-from huggingface_hub import HfApi, snapshot_download
+from huggingface_hub import HfApi
 from transformers import PreTrainedModel, Trainer, get_scheduler
 from transformers.integrations import get_reporting_integration_callbacks
 
@@ -20,16 +20,13 @@ def checkpoint_to_resume(args: DistillationTrainingArguments) -> str | None:
     The checkpoint to resume from, if any. `True` means the last complete one, or the beginning if there is none yet.
 
     Raises:
-        UserError: if the output folder holds a finished run, or anything else that would be overwritten; or if the
-            checkpoint does not exist, or is incomplete or damaged.
+        UserError: if something would be overwritten; or if the checkpoint does not exist, or is incomplete or damaged.
     """
     folder, resume = Path(args.output_dir), args.resume_from_checkpoint
     if folder.exists() and not folder.is_dir():
         raise UserError(f"--output_dir {folder}: this is a file, not a folder.")
     if (folder / "all_results.json").is_file():
-        raise UserError(
-            f"--output_dir {folder} already holds a finished run: choose another folder, or delete this one."
-        )
+        raise UserError(f"--output_dir {folder} already holds a finished run: choose another, or delete this one.")
     if resume is None or resume.lower() == "false":
         if checkpoints_of(folder):
             raise UserError(
@@ -68,13 +65,11 @@ def _pushed_checkpoint(args: DistillationTrainingArguments) -> str:
     local = os.path.join(args.output_dir, "last-checkpoint")
     if os.path.isdir(local) or not (args.hub_model_id or args.push_to_hub):
         return local
-    name = hub_repository(args)
+    api, name = HfApi(token=args.hub_token), hub_repository(args)
     try:
         if "/" not in name:  # a push adds the user, a download does not
-            name = f"{HfApi(token=args.hub_token).whoami()['name']}/{name}"
-        pushed = snapshot_download(
-            name, revision=args.hub_revision, allow_patterns="last-checkpoint/*", token=args.hub_token
-        )
+            name = f"{api.whoami()['name']}/{name}"
+        pushed = api.snapshot_download(name, revision=args.hub_revision, allow_patterns="last-checkpoint/*")
     except Exception as error:  # of the network or the Hub
         raise UserError(
             f"--resume_from_checkpoint last-checkpoint: cannot be downloaded from {name} ({first_line(error)})."
@@ -97,11 +92,9 @@ def check_hub_access(args: DistillationTrainingArguments) -> None:
     Raises:
         UserError: if the Hub is not reachable, or the token is missing, invalid or may not write there.
     """
-    api = HfApi(token=args.hub_token)
-    name = hub_repository(args)
+    api, name = HfApi(token=args.hub_token), hub_repository(args)
     try:
-        role = api.whoami().get("auth", {}).get("accessToken", {}).get("role")
-        if role == "read":
+        if api.whoami().get("auth", {}).get("accessToken", {}).get("role") == "read":
             raise UserError("--push_to_hub: the token may only read; create one that may write.")
         args.hub_model_id = api.create_repo(name, private=args.hub_private_repo, exist_ok=True).repo_id
         api.auth_check(args.hub_model_id, write=True)
@@ -111,9 +104,8 @@ def check_hub_access(args: DistillationTrainingArguments) -> None:
         raise
     except Exception as error:  # from the network, the Hub or the token's file: a push would fail
         raise UserError(
-            f"--push_to_hub: cannot write to the repository {name} ({first_line(error)}). "
-            "Log in with `hf auth login`, or set HF_TOKEN to a token that may write; or train without --push_to_hub "
-            "and use `hf upload` later."
+            f"--push_to_hub: cannot write to the repository {name} ({first_line(error)}). Log in by `hf auth login`, "
+            "or set HF_TOKEN to a token that may write; or train without --push_to_hub and use `hf upload` later."
         ) from error
 
 
@@ -128,12 +120,7 @@ def check_folders(args: Arguments) -> None:
 
 
 def check_training(args: DistillationTrainingArguments, student: PreTrainedModel) -> None:
-    """
-    Tries out what the Trainer only makes when training starts, which is after a teacher is fitted.
-
-    Raises:
-        UserError: if the optimizer, the schedule, `torch.compile` or a reporting integration refuses its flags.
-    """
+    """Raises a `UserError` if what the Trainer only makes after a teacher is fitted refuses its flags."""
     number = [torch.nn.Parameter(torch.zeros(1))]
     flags = f"--optim {args.optim.value}, with --learning_rate, --weight_decay, --adam_* and --optim_args"
     try:

@@ -1,8 +1,4 @@
-"""The teacher: an image classifier, frozen, behind its student's images and labels; refused if it knows nothing.
-
-It speaks the student's language: it takes the images as the student sees them, and answers in the student's order of
-labels.
-"""
+"""The teacher: an image classifier, frozen, behind its student's images and labels; refused if it knows nothing."""
 
 import hashlib
 import json
@@ -18,15 +14,14 @@ from .errors import UserError, list_some
 
 class Teacher(nn.Module):
     """
-    A frozen classifier behind the student's inputs and labels.
+    A frozen classifier that takes the images as the student sees them and answers in the dataset's order of labels.
 
     Args:
         model (`PreTrainedModel`): an image classifier.
         image_size (`int`): its input size, in pixels.
         image_mean, image_std (`list[float]`): its normalisation.
         student_mean, student_std (`list[float]`): the normalisation of the images it is given.
-        label_order (`list[int]`, *optional*): for each of the dataset's labels, its id in the model. Default: the
-            same ids.
+        label_order (`list[int]`, *optional*): for each of the dataset's labels its id in the model, if it differs.
     """
 
     def __init__(self, model, image_size, image_mean, image_std, student_mean, student_std, label_order=None):
@@ -50,20 +45,13 @@ class Teacher(nn.Module):
 
     @torch.no_grad()
     def forward(self, pixel_values: torch.Tensor) -> torch.Tensor:
-        """
-        Args:
-            pixel_values (`torch.Tensor` of shape `(B, 3, height, width)`): as the student sees them.
-
-        Returns:
-            `torch.Tensor` of shape `(B, num_labels)`, float32: logits in the dataset's order of labels.
-        """
+        """From `pixel_values` `(B, 3, height, width)` as the student sees them to float32 logits `(B, num_labels)`."""
         if not self.same_normalisation:
             pixel_values = torch.addcmul(self.shift.float(), pixel_values, self.scale.float())
         if pixel_values.shape[-2:] != (self.image_size, self.image_size):
+            size = (self.image_size, self.image_size)
             # In float32: bicubic interpolation has no half precision on the CPU.
-            pixel_values = F.interpolate(
-                pixel_values.float(), (self.image_size, self.image_size), mode="bicubic", antialias=True
-            )
+            pixel_values = F.interpolate(pixel_values.float(), size, mode="bicubic", antialias=True)
         pixel_values = pixel_values.to(self.scale.dtype, memory_format=torch.channels_last)
         logits = self.model(pixel_values=pixel_values).logits.float()
         return logits if self.label_order is None else logits[:, self.label_order]
@@ -72,8 +60,7 @@ class Teacher(nn.Module):
 def match_labels(teacher_names: list[str], names: list[str]) -> list[int] | None:
     """
     For each of the dataset's labels its id in the teacher, matched by name (ignoring case, `_` and `-`). A teacher
-    with unnamed labels (`LABEL_0`, ...) matches by order if it has as many. A teacher with more labels than the
-    dataset, all of the dataset's among them, matches too.
+    with unnamed labels (`LABEL_0`, ...) matches by order if it has as many. It may have more labels than the dataset.
 
     Returns:
         `list[int]` of length `len(names)`, or `None` if the teacher knows other labels.
@@ -83,10 +70,8 @@ def match_labels(teacher_names: list[str], names: list[str]) -> list[int] | None
     """
     plain = [re.sub(r"[\s_-]+", " ", str(name)).strip().casefold() for name in names]
     teacher_plain = [re.sub(r"[\s_-]+", " ", str(name)).strip().casefold() for name in teacher_names]
-    if teacher_plain == plain:
-        return list(range(len(names)))
     unnamed = all(re.fullmatch(r"label \d+", name) for name in teacher_plain)
-    if len(teacher_names) == len(names) and unnamed:
+    if teacher_plain == plain or (len(teacher_names) == len(names) and unnamed):
         return list(range(len(names)))
     known = set(teacher_plain)
     missing = [name for name, key in zip(names, plain, strict=True) if key not in known]
@@ -100,7 +85,7 @@ def match_labels(teacher_names: list[str], names: list[str]) -> list[int] | None
             )
         return [found[0] for found in positions]
     if len(missing) < len(names) and len(teacher_names) == len(names):
-        unmatched = [name for name, key in zip(teacher_names, teacher_plain, strict=True) if key not in set(plain)]
+        unmatched = [name for name, key in zip(teacher_names, teacher_plain, strict=True) if key not in plain]
         raise UserError(
             f"The teacher's labels cannot be matched to the dataset's: {len(names) - len(missing)} of {len(names)} "
             f"have the same name; the dataset has {list_some(missing)} where the teacher has "
@@ -111,14 +96,11 @@ def match_labels(teacher_names: list[str], names: list[str]) -> list[int] | None
 
 def check_better_than_chance(accuracy: float, labels: list[int], name: str) -> None:
     """
-    Refuses a teacher that knows nothing of the dataset.
+    Raises a `UserError` for a teacher that knows nothing of the dataset.
 
     Chance is the share of the commonest label. A teacher must be above it by five standard errors and by half of it,
     at most 5 percentage points, since untrained networks are sometimes better than chance. Half of the way from chance
     to perfect is always enough.
-
-    Raises:
-        UserError: with the teacher's accuracy.
     """
     chance = torch.bincount(torch.tensor(labels)).max().item() / len(labels)
     margin = max(5 * (chance * (1 - chance) / len(labels)) ** 0.5, min(0.5 * chance, 0.05))

@@ -1,15 +1,14 @@
 """The teacher's logits on disk, computed once and read by later epochs and runs.
 
-Everything random in a training image follows from the run's seed, the epoch and the image's position in it, so what
-the teacher answers can be known before it is asked:
+Everything random in a training image follows from the run's seed, the epoch and the image's position in it:
 
-- If nothing is random, its logits depend on the image alone. One file of N rows serves from the second epoch on, and
-  all other runs on the same images, whatever their seed, batch size or number of epochs.
-- Otherwise there is a file per epoch. It serves the next run with the same seed, augmentation and batches, whatever
-  else differs: the mode, its alpha, the learning rate, the student. That is how modes are compared.
+- If nothing is random, logits depend on the image alone. One file of N rows serves from the second epoch on, and all
+  other runs on the same images.
+- Otherwise a file per epoch serves the next run with the same seed, augmentation and batches, whatever its mode,
+  learning rate or student. That is how modes are compared.
 
-A row is trusted only if it names the very images at hand and its checksum is right. So a file may be cut off, half
-written, damaged or shared by several processes and runs at any time: what is wrong is computed again.
+A row is trusted only if it names the very images at hand and its checksum is right. So a file may be cut off, damaged
+or shared by several processes and runs at any time: what is wrong is computed again.
 """
 
 import hashlib
@@ -47,14 +46,13 @@ class TeacherCache:
     """
     Answers for a teacher: reads the logits that are stored, asks the teacher for the others and stores them.
 
-    The logits are float16 on disk, and are rounded to it when they have just been computed, too, so that a run gives
-    the same weights whether they are there or not. (One exception: if nothing is random, runs with other batches share
-    their logits, which a network computes slightly differently in another batch.) A batch with logits outside
-    float16's range, beyond 65504, is neither rounded nor stored. If the disk is full or cannot be written to, training
-    continues without the cache.
+    The logits are float16 on disk, and are rounded to it when they have just been computed, too: a run gives the same
+    weights whether they are there or not. (Except that, if nothing is random, runs with other batches share their
+    logits, which a network computes slightly differently in another batch.) A batch with logits beyond float16's range
+    is neither rounded nor stored. If the disk cannot be written to, training continues without the cache.
 
     Args:
-        folder (`Path`): where the files are. Several processes and runs may use it at once.
+        folder (`Path`): where the files are.
         recipe (`dict`): all that decides the logits; a row that was stored under another recipe is not read.
         num_labels (`int`): K.
         is_static (`bool`): whether the logits depend on the image alone.
@@ -62,10 +60,8 @@ class TeacherCache:
     """
 
     def __init__(self, folder: Path, recipe: dict, num_labels: int, is_static: bool, mixes: bool):
-        self.folder = folder
-        self.recipe = recipe
-        self.is_static = is_static
-        self.mixes = mixes
+        self.folder, self.recipe = folder, recipe
+        self.is_static, self.mixes = is_static, mixes
         self.num_read = self.num_computed = 0  # images, by this process
         self._record = np.dtype([("checksum", "<u4"), ("tag", "<i8"), ("logits", "<f2", (num_labels,))])
         self._salt = zlib.crc32(digest_of(recipe).encode())
@@ -81,14 +77,12 @@ class TeacherCache:
         self, teacher: Teacher, pixel_values: torch.Tensor, seeds: np.ndarray, sampler: TrainSampler
     ) -> torch.Tensor:
         """
+        Float32 logits `(B, K)`, on the device of the images.
+
         Args:
             teacher ([`Teacher`]): called only if a row is missing, and then with the whole batch.
             pixel_values (`torch.Tensor` of shape `(B, 3, height, width)`): as the student sees them.
-            seeds (`np.ndarray` of shape `(B,)`): of the images, which say where the batch is in the epoch.
-            sampler ([`TrainSampler`]): whose epoch the batch is of.
-
-        Returns:
-            `torch.Tensor` of shape `(B, K)`, float32, on the device of the images.
+            seeds (`np.ndarray` of shape `(B,)`): of the images; they say where the batch is in the sampler's epoch.
         """
         logits = np.zeros((len(seeds), *self._record["logits"].shape), dtype=np.float16)
         is_stored = np.zeros(len(seeds), dtype=bool)
@@ -112,10 +106,7 @@ class TeacherCache:
             # What is stored stays: all runs use the same numbers for it, whichever batch computes it again.
             logits[missing] = computed[missing]
             if not self._is_off:
-                try:
-                    self._store(rows[missing], tags[missing], logits[missing])
-                except OSError as error:
-                    self._turn_off(error)
+                self._store(rows[missing], tags[missing], logits[missing])
         return torch.from_numpy(logits).to(pixel_values.device).float()
 
     def _open_epoch(self, sampler: TrainSampler) -> None:
@@ -132,7 +123,7 @@ class TeacherCache:
             recipe_file.write_text(json.dumps(self.recipe, indent=2, default=str) + "\n")
         path = self.folder / ("images.bin" if self.is_static else f"epoch-{sampler.epoch:04d}.bin")
         path.touch()
-        # Read through a memory map, but written as a file: a full disk is then an error, not the end of the process.
+        # Read through a memory map, but written as a file: a full disk is then an error, not a crash.
         self._file = open(path, "r+b", buffering=0)  # noqa: SIM115 (stays open for the epoch)
         num_bytes = num_rows * self._record.itemsize
         if os.fstat(self._file.fileno()).st_size < num_bytes:
@@ -162,9 +153,12 @@ class TeacherCache:
         records = np.zeros(len(rows), self._record)
         records["tag"], records["logits"] = tags, logits
         records["checksum"] = self._checksums(records)
-        for row, record in zip(rows.tolist(), records, strict=True):
-            self._file.seek(row * self._record.itemsize)
-            self._file.write(record.tobytes())
+        try:
+            for row, record in zip(rows.tolist(), records, strict=True):
+                self._file.seek(row * self._record.itemsize)
+                self._file.write(record.tobytes())
+        except OSError as error:
+            self._turn_off(error)
 
     def _turn_off(self, error: Exception) -> None:
         self._is_off = True  # but for the rounding: the rest of the run must not depend on the disk
@@ -175,10 +169,7 @@ class TeacherCache:
 
 def make_teacher_cache(args: Arguments, teacher: Teacher, data: ImageData, image_processor) -> TeacherCache | None:
     """
-    The cache of this run's teacher, if `--teacher_cache` asks for one and it would be right.
-
-    Args:
-        image_processor: the student's.
+    The cache of this run's teacher, if `--teacher_cache` asks for one; `image_processor` is the student's.
 
     Raises:
         UserError: if `--teacher_cache on` asks for the impossible.
@@ -189,8 +180,7 @@ def make_teacher_cache(args: Arguments, teacher: Teacher, data: ImageData, image
     if setting == "off" or data.is_streamed:
         return None
     recipe = _recipe(args, teacher, data, image_processor)
-    num_labels = len(data.label_names)
-    num_rows = len(data.train)
+    num_labels, num_rows = len(data.label_names), len(data.train)
     if "order" in recipe:
         num_rows *= math.ceil(args.training.num_train_epochs)
         if args.training.max_steps > 0:
@@ -206,8 +196,7 @@ def make_teacher_cache(args: Arguments, teacher: Teacher, data: ImageData, image
     folder = Path(args.teacher.teacher_output_dir) / "logits" / name
     mixes = args.augmentation.mixup > 0 or args.augmentation.cutmix > 0
     cache = TeacherCache(folder, recipe, num_labels, is_static="order" not in recipe, mixes=mixes)
-    num_files = len(list(folder.glob("*.bin")))
-    if num_files:
+    if num_files := len(list(folder.glob("*.bin"))):
         logger.info(f"Teacher: reading its logits from {folder}" + f" (epochs: {num_files})" * (not cache.is_static))
     else:
         logger.info(f"Teacher: storing its logits for later {'epochs and ' * cache.is_static}runs in {folder}")
@@ -216,8 +205,7 @@ def make_teacher_cache(args: Arguments, teacher: Teacher, data: ImageData, image
 
 def _recipe(args: Arguments, teacher: Teacher, data: ImageData, image_processor) -> dict:
     """All that decides the logits. Has an `order` if they depend on the seed and the batches."""
-    training = args.training
-    image_size = image_processor.crop_size["height"]
+    training, image_size = args.training, image_processor.crop_size["height"]
     package = Path(__file__).parent
     recipe = {
         "teacher": _digest_of_teacher(teacher),
@@ -233,15 +221,10 @@ def _recipe(args: Arguments, teacher: Teacher, data: ImageData, image_processor)
         "libraries": {name: importlib.metadata.version(name) for name in LIBRARIES},
         "code": hashlib.sha256(b"".join((package / file).read_bytes() for file in CODE)).hexdigest(),
     }
-    if not args.augmentation.is_random:
-        return recipe
-    return recipe | {
-        "order": {
-            "seed": training.order_seed,
-            "batch_size": training.train_batch_size,
-            "num_processes": training.world_size,
-        }
-    }
+    if args.augmentation.is_random:
+        batches = {"batch_size": training.train_batch_size, "num_processes": training.world_size}
+        recipe["order"] = {"seed": training.order_seed, **batches}
+    return recipe
 
 
 def _digest_of_teacher(teacher: Teacher) -> str:

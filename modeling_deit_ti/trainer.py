@@ -5,7 +5,6 @@ import time
 from pathlib import Path
 
 import evaluate
-import numpy as np
 import torch
 from accelerate.utils import DynamoBackend, broadcast_object_list
 from torch import distributed
@@ -14,7 +13,6 @@ from transformers import Trainer, TrainerCallback
 from transformers.trainer_utils import EvalPrediction, rotate_checkpoints
 
 from .checkpoints import save_settings, seal
-from .configuration_deit_ti import READOUTS
 from .data.sampling import TrainSampler, collate_images
 from .data.streaming import UnreadableRow
 from .distillation import DistillMode, LossParts, distillation_loss, label_loss
@@ -26,17 +24,13 @@ METRIC = Path(__file__).parent / "metrics" / "top_k_accuracy.py"
 
 
 class _RunCallback(TrainerCallback):
-    """
-    What a run needs beyond the Trainer's own flow: to stop when told to, to resume as if it had never stopped, and to
-    end when its loss is not finite.
-    """
+    """Stops a run when told to or when its loss is not finite, and resumes it as if it had never stopped."""
 
     def __init__(self, trainer: "DistillationTrainer"):
         self.trainer = trainer
         self.seconds_before, self.started = 0.0, time.monotonic()
         self.save_at_epoch_end = self.stopped_within_epoch = False
-        self.stopped_by = 0
-        self.signal_group = None
+        self.stopped_by, self.signal_group = 0, None
 
     @property
     def seconds(self) -> float:
@@ -59,8 +53,7 @@ class _RunCallback(TrainerCallback):
             self.signal_group = distributed.new_group(backend="gloo")
 
     def on_epoch_begin(self, args, state, control, **kwargs):
-        # accelerate's loaders do not pass the epoch on if they skip the first batches of a resumed one in several
-        # processes.
+        # accelerate's loaders do not pass it on when several processes skip the first batches of a resumed epoch.
         self.trainer.train_order.set_epoch(int(state.epoch or 0))
         if state.global_step >= state.max_steps:
             # Resumed at its last step, in the middle of an epoch: the Trainer would take one more.
@@ -110,19 +103,19 @@ class DistillationTrainer(Trainer):
     """
     A `Trainer` whose loss is that of a [`DistillMode`].
 
-    The teacher is an attribute, not a part of the model: it has no gradient, is in no optimizer and no checkpoint, and
-    no wrapper (DDP, FSDP, DeepSpeed) sees it.
+    The teacher is no part of the model: it is in no optimizer and no checkpoint, and no wrapper (DDP, FSDP,
+    DeepSpeed) sees it.
 
     Args:
         args ([`DistillationTrainingArguments`])
-        teacher (`Callable`, *optional*): maps `pixel_values` as the student sees them to logits `(B, num_labels)` in
-            the student's order of labels, as `teacher.Teacher` does. Needed if `args.mode` has a teacher.
+        train_dataset (`inputs.TrainImages` or `streaming.StreamedImages`)
+        augment (`Callable`): from a batch's `pixel_values`, labels and seeds to augmented `pixel_values` and labels,
+            as `inputs.DeviceAugmentation`.
+        teacher (`Callable`, *optional*): from `pixel_values` as the student sees them to logits `(B, num_labels)`, as
+            `teacher.Teacher`. Needed if `args.mode` has a teacher.
         teacher_cache (`teacher_cache.TeacherCache`, *optional*): answers for the teacher in training.
         settings (`dict`, *optional*): what decides the run, kept in its checkpoints.
-        augment (`Callable`): maps a training batch's `pixel_values`, labels and seeds to augmented `pixel_values` and
-            labels, as `inputs.DeviceAugmentation` does.
-
-    The others are those of `Trainer`. `train_dataset` is an `inputs.TrainImages` or a `streaming.StreamedImages`.
+        kwargs: those of `Trainer`.
     """
 
     # The loss is a mean over each batch, so the Trainer has to divide it by the number of accumulated batches.
@@ -147,16 +140,13 @@ class DistillationTrainer(Trainer):
         if teacher is not None:
             dtype = {"fp16": torch.float16, "bf16": torch.bfloat16}.get(self.args.mixed_precision, torch.float32)
             teacher.to(self.args.device, dtype, memory_format=torch.channels_last)
-            # Compiled as accelerate compiles the student: for training, whose batches all have one shape. Evaluation,
-            # whose last batch is smaller, is not compiled for either.
+            # As accelerate compiles the student: for training alone, since the last batch of an evaluation is smaller.
             compile_options = self.accelerator.state.dynamo_plugin
             if compile_options.backend != DynamoBackend.NO:
                 self.training_teacher = torch.compile(teacher, **compile_options.to_kwargs())
         # Any other model has one head to train, whatever else it returns.
         self.is_deit_ti = isinstance(self.model, DeiTTiForImageClassification)
-        two_heads = self.is_deit_ti and len(self.model.config.tokens) == 2
-        # Endings of the metrics' names: none for what the model predicts with, then every read-out it has.
-        self.readouts = ["", *(f"_{name}" for name in READOUTS)] if two_heads else [""]
+        self.readouts = self.args.readouts
         self.teacher_accuracy: float | None = None
         self.metric = evaluate.load(str(METRIC), keep_in_memory=True)
         self.stop_request = StopRequest(announce=self.is_local_process_zero())
@@ -175,22 +165,21 @@ class DistillationTrainer(Trainer):
         As `Trainer.train`.
 
         Raises:
-            FloatingPointError: if a loss is not finite: before the step's checkpoint, and with its step, parts and
-                learning rate.
+            FloatingPointError: if a loss is not finite, before the step's checkpoint.
             Interrupted: after a SIGTERM or Ctrl-C, once the step is finished and a checkpoint written.
         """
         with self.stop_request:
             output = super().train(*args, **kwargs)
         if self.run_callback.stopped_by:
-            step, steps = self.state.global_step, self.state.max_steps
+            step = self.state.global_step
             checkpoint = os.path.join(self.args.output_dir, f"checkpoint-{step}")
             (is_saved,) = broadcast_object_list([os.path.isdir(checkpoint)])
             if not is_saved:  # the signal came in the last evaluation of a run that saves no checkpoints
                 self.state.log_history.pop()  # the closing log, which the resumed run writes
                 self._save_checkpoint(self.model, trial=None)
             raise Interrupted(
-                f"stopped by {name_of(self.run_callback.stopped_by)} after step {step} of {steps}; {checkpoint} is "
-                "written."
+                f"stopped by {name_of(self.run_callback.stopped_by)} after step {step} of {self.state.max_steps}; "
+                f"{checkpoint} is written."
             )
         return output
 
@@ -198,7 +187,7 @@ class DistillationTrainer(Trainer):
         return self.train_order
 
     def get_train_dataloader(self) -> DataLoader:
-        """As `Trainer`'s. The batches of a stream are already those of this process."""
+        """As `Trainer`'s; a stream's batches are already those of this process."""
         return self.train_order.loader(self.args) if self.train_dataset.is_streamed else super().get_train_dataloader()
 
     def get_batch_samples(self, epoch_iterator, num_batches, device):
@@ -223,7 +212,11 @@ class DistillationTrainer(Trainer):
 
         pixel_values, labels = self.augment(inputs["pixel_values"], inputs.get("labels"), inputs["seeds"])
         pixel_values = self._prepare_input(pixel_values)  # in DeepSpeed's own precision
-        teacher_logits = self._teacher_logits(pixel_values, inputs["seeds"])
+        teacher_logits = None
+        if self.mode.has_teacher and self.teacher_cache is None:
+            teacher_logits = self.training_teacher(pixel_values)
+        elif self.mode.has_teacher:
+            teacher_logits = self.teacher_cache(self.training_teacher, pixel_values, inputs["seeds"], self.train_order)
         outputs = model(pixel_values=pixel_values)
         parts = distillation_loss(
             self.mode,
@@ -235,13 +228,6 @@ class DistillationTrainer(Trainer):
         )
         self._record_step(parts, outputs["logits"], teacher_logits)
         return (parts.loss, outputs) if return_outputs else parts.loss
-
-    def _teacher_logits(self, pixel_values: torch.Tensor, seeds: np.ndarray) -> torch.Tensor | None:
-        if not self.mode.has_teacher:
-            return None
-        if self.teacher_cache is None:
-            return self.training_teacher(pixel_values)
-        return self.teacher_cache(self.training_teacher, pixel_values, seeds, self.train_order)
 
     def _record_step(self, parts: LossParts, logits: torch.Tensor, teacher_logits: torch.Tensor | None) -> None:
         """Keeps what the next log and the next check for losses that are not finite need."""
@@ -262,10 +248,7 @@ class DistillationTrainer(Trainer):
         return [name for name in names if not name.endswith(("_token", "position_embeddings", "pos_embed"))]
 
     def check_losses(self, last_step: int) -> None:
-        """
-        Raises:
-            FloatingPointError: if a loss of the steps up to this one, counted from 1, is not finite.
-        """
+        """Raises a `FloatingPointError` if a loss of the steps up to this one, counted from 1, is not finite."""
         due = [entry for entry in self._unchecked_losses if entry[0] <= last_step]
         self._unchecked_losses = [entry for entry in self._unchecked_losses if entry[0] > last_step]
         if not due or torch.stack([parts["loss"] for _, _, parts in due]).isfinite().all():
@@ -279,12 +262,8 @@ class DistillationTrainer(Trainer):
         )
 
     def count_overflow(self) -> None:
-        """
-        Counts the steps that fp16's scaler skips because a gradient overflowed: it then lowers its scale.
-
-        (`accelerator.optimizer_step_was_skipped` misses them if the optimizer is fused, as AdamW is here: the step is
-        called, and skips itself on the device.)
-        """
+        """Counts the steps that fp16's scaler skips because a gradient overflowed: it then lowers its scale."""
+        # accelerator.optimizer_step_was_skipped misses them with a fused optimizer, which skips them on the device.
         scaler = self.accelerator.scaler
         if scaler is not None:
             scale = scaler._get_scale_async()  # get_scale would wait for the device
@@ -292,7 +271,7 @@ class DistillationTrainer(Trainer):
             self.loss_scale = scale.clone()
 
     def _save_checkpoint(self, model, trial) -> None:
-        """As `Trainer`'s, sealed; older checkpoints are deleted, and this one is pushed, only after that."""
+        """As `Trainer`'s, sealed; only then are older checkpoints deleted, and this one pushed."""
         args = self.args
         limit, push_to_hub = args.save_total_limit, args.push_to_hub
         args.save_total_limit, args.push_to_hub = None, False
@@ -314,18 +293,15 @@ class DistillationTrainer(Trainer):
             rotate_checkpoints(folder, limit, self.state.best_model_checkpoint, use_mtime=True)
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
-        """
-        Adds the means since the last log of the loss's parts and of how often teacher and student agree, the steps
-        that fp16 skipped, and makes the closing numbers those of the whole run, even if it was resumed.
-        """
+        """Adds what was recorded since the last log; the closing numbers are of the whole run, even if resumed."""
+        has_scaler = self.accelerator.scaler is not None
         if "loss" in logs and self._steps_summed:
             for name, total in self._step_sums.items():
-                mean = self.accelerator.reduce(total / self._steps_summed, reduction="mean")
-                logs[name] = mean.item()
+                logs[name] = self.accelerator.reduce(total / self._steps_summed, reduction="mean").item()
             self._step_sums, self._steps_summed = {}, 0
             if self.teacher_accuracy is not None:
                 logs["teacher_accuracy"] = self.teacher_accuracy
-            if self.accelerator.scaler is not None:
+            if has_scaler:
                 logs["fp16_overflows"], self._overflows = int(self._overflows), 0
             logs["train_seconds"] = round(self.run_callback.seconds, 3)
         if "train_runtime" in logs:
@@ -333,19 +309,15 @@ class DistillationTrainer(Trainer):
             logs["train_runtime"] = round(seconds, 3)
             logs["train_steps_per_second"] = round(steps / seconds, 3)
             logs["train_samples_per_second"] = round(steps * self.args.total_train_batch_size / seconds, 3)
-            logs["train_loss"] = self._mean_logged_loss()
-            if self.accelerator.scaler is not None:
+            total, last_step = 0.0, 0
+            for entry in self.state.log_history:
+                if "loss" in entry:  # the mean of the steps since the log before
+                    total += entry["loss"] * (entry["step"] - last_step)
+                    last_step = entry["step"]
+            logs["train_loss"] = total / max(1, last_step)
+            if has_scaler:
                 logs["fp16_overflows"] = sum(entry.get("fp16_overflows", 0) for entry in self.state.log_history)
         super().log(logs, start_time)
-
-    def _mean_logged_loss(self) -> float:
-        """The mean loss of all steps: each log has that of the steps since the one before."""
-        total, last_step = 0.0, 0
-        for entry in self.state.log_history:
-            if "loss" in entry:
-                total += entry["loss"] * (entry["step"] - last_step)
-                last_step = entry["step"]
-        return total / max(1, last_step)
 
     def create_model_card(self, *args, **kwargs) -> None:
         """Does nothing: the run writes its own card, which Trainer's pushes would overwrite."""
@@ -365,8 +337,8 @@ class DistillationTrainer(Trainer):
         for index, name in enumerate(self.readouts):
             ranked = prediction.predictions[:, index]
             for k, ending in ((1, ""), (5, "_top5")):
-                result = self.metric.compute(predictions=ranked, references=prediction.label_ids, k=k)
-                metrics[f"accuracy{name}{ending}"] = result["accuracy"]
+                scores = self.metric.compute(predictions=ranked, references=prediction.label_ids, k=k)
+                metrics[f"accuracy{name}{ending}"] = scores["accuracy"]
         return metrics
 
     @torch.no_grad()

@@ -359,7 +359,7 @@ MISTAKES = {
         ["--distill_mode=soft", "--distillation_temperature=inf"],
         ["--distillation_temperature", "inf is not a finite number"],
     ),
-    "word for a number": (nothing, ["--learning_rate=fast"], ["--learning-rate", "invalid float value: 'fast'"]),
+    "word for a number": (nothing, ["--learning_rate=fast"], ["--learning-rate", "invalid number value: 'fast'"]),
     "learning rate nan": (nothing, ["--learning_rate=nan"], ["--learning_rate", "nan is not a finite number"]),
     "learning rate below 0": (nothing, ["--learning_rate=-1"], ["--learning_rate -1.0"]),
     "mixup nan": (nothing, ["--mixup=nan"], ["--mixup", "nan is not a finite number"]),

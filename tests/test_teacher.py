@@ -362,7 +362,7 @@ def test_the_teachers_own_flags_win_over_its_config(tmp_path):
         ("output_dir", "teacher", "output_dir is not the teacher's to set"),
         ("teacher_learning_rate", 0.1, "teacher_learning_rate is not the teacher's to set"),
         ("learning_rat", 0.1, "unknown key 'learning_rat'; did you mean --learning_rate"),
-        ("learning_rate", "fast", "argument --learning_rate.*: invalid float value: 'fast'"),
+        ("learning_rate", "fast", "argument --learning_rate.*: invalid number value: 'fast'"),
         ("learning_rate", -1, "--learning_rate -1.0: must be at least 0"),
         ("num_train_epochs", 0, "--num_train_epochs 0.0: must be above 0"),
         ("crop", "round", "argument --crop: invalid choice: 'round'"),

@@ -45,10 +45,7 @@ class ResultRow:
 
 
 def write_model_card(record: RunRecord, folder: str | os.PathLike) -> None:
-    """
-    Writes the card of a run to `README.md` in its folder. Call it after everything else is saved: the card covers
-    `training_curves.png`, `example.png`, `timm/` and `model.onnx` only if they are in the folder.
-    """
+    """Writes the card to `README.md` in the run's folder, after all else: it covers what it finds there."""
     folder = Path(folder)
     name = record.hub_model_id.rpartition("/")[2] if record.hub_model_id else folder_name(folder)
     rows = results(record)
@@ -113,8 +110,7 @@ def card_metadata(record: RunRecord, name: str, rows: list[ResultRow]) -> ModelC
         eval_results=evaluations or None,
     )
     if record.base_model_on_hub:
-        metadata["base_model"] = record.base_model
-        metadata["base_model_relation"] = "finetune"
+        metadata["base_model"], metadata["base_model_relation"] = record.base_model, "finetune"
     # Not a base model: the Hub knows adapter, finetune, merge and quantized, and a student is none of them.
     if mode.has_teacher and teacher.source == "hub":
         metadata["teacher"] = teacher.name
@@ -154,9 +150,7 @@ def baseline_row(record: RunRecord, readout: str) -> float | None:
         return PUBLISHED_BASELINE.get(record.architecture) if mode.name == "none" else None
     if mode.name in ("none", "soft", "hard"):
         return PUBLISHED_BASELINE[mode.name]
-    if readout == "both":
-        return PUBLISHED_BASELINE.get(f"both, {mode.teacher_targets} teacher")
-    return PUBLISHED_BASELINE[readout]
+    return PUBLISHED_BASELINE.get(f"both, {mode.teacher_targets} teacher" if readout == "both" else readout)
 
 
 def confidence_interval(accuracy: float, num_images: int) -> tuple[float, float]:
@@ -169,9 +163,8 @@ def confidence_interval(accuracy: float, num_images: int) -> tuple[float, float]
 
 def loss_equation(mode: DistillMode) -> str:
     """The training loss of a mode, with its numbers; `class`, `distillation` and `teacher` are logits, `y` labels."""
-    on_labels = "CE(class, y)"
     if not mode.has_teacher:
-        return f"loss = {on_labels}"
+        return "loss = CE(class, y)"
     head = "distillation" if "distillation" in mode.tokens else "class"
     if mode.teacher_targets == "hard":
         on_teacher = f"CE({head}, argmax teacher)"
@@ -182,7 +175,7 @@ def loss_equation(mode: DistillMode) -> str:
         on_teacher = f"{t}^2 KL(softmax(teacher / {t}) || softmax({head} / {t}))"
     if not mode.needs_labels:
         return f"loss = {on_teacher}"
-    return f"loss = {1 - mode.alpha:g} {on_labels} + {mode.alpha:g} {on_teacher}"
+    return f"loss = {1 - mode.alpha:g} CE(class, y) + {mode.alpha:g} {on_teacher}"
 
 
 def labels_in_training(hyperparameters: dict) -> str:

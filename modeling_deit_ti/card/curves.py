@@ -31,15 +31,10 @@ LOSS_CURVES = {
 
 def curve_series(log_history: list[dict], key: str) -> tuple[list[float], list[float]]:
     """
-    One logged quantity over the epochs.
+    One logged quantity of a Trainer's `state.log_history`, as epochs and values, without those that are not finite.
 
-    Args:
-        log_history (`list[dict]`): a Trainer's `state.log_history`.
-        key (`str`): name of the quantity.
-
-    Returns:
-        `(epochs, values)`, in the order of the epochs, without values that are not finite. If an epoch has two values,
-        the first counts: the second comes from the evaluation after training, possibly of another checkpoint.
+    If an epoch has two values, the first counts: the second comes from the evaluation after training, possibly of
+    another checkpoint.
     """
     values = {}
     for entry in log_history:
@@ -52,14 +47,7 @@ def curve_series(log_history: list[dict], key: str) -> tuple[list[float], list[f
 def plot_training_curves(
     log_history: list[dict], file: str | os.PathLike, teacher_accuracy: float | None = None
 ) -> Figure:
-    """
-    Plots accuracies and losses over the epochs, and saves the picture with 1650 x 660 pixels.
-
-    Args:
-        log_history (`list[dict]`): a Trainer's `state.log_history`.
-        file (`str` or `os.PathLike`): where to save it; the extension sets the format.
-        teacher_accuracy (`float`, *optional*): top-1 of the teacher on the evaluation split, from 0 to 1.
-    """
+    """Saves a picture of accuracies and losses over the epochs, 1650 x 660 pixels. Accuracies are from 0 to 1."""
     accuracies = {key: curve_series(log_history, key) for key in ACCURACY_CURVES}
     losses = {key: curve_series(log_history, key) for key in LOSS_CURVES}
     if accuracies["eval_accuracy_both"][0]:
@@ -81,8 +69,8 @@ def plot_training_curves(
     for key, (epochs, values) in accuracies.items():
         _draw(left, epochs, values, *ACCURACY_CURVES[key], lambda value: f"{100 * value:.1f} %")
     if teacher_accuracy is not None:
-        name = f"teacher {100 * teacher_accuracy:.1f} %"
-        left.axhline(teacher_accuracy, color=_BLACK, linestyle="--", linewidth=1.2, label=name)
+        label = f"teacher {100 * teacher_accuracy:.1f} %"
+        left.axhline(teacher_accuracy, color=_BLACK, linestyle="--", linewidth=1.2, label=label)
     for key, (epochs, values) in losses.items():
         _draw(right, epochs, values, *LOSS_CURVES[key], lambda value: f"{value:.3g}")
 
@@ -106,7 +94,7 @@ def _draw(axes: Axes, epochs: list, values: list, name: str, colour: str, style:
         return
     logs_per_epoch = len(epochs) / max(epochs[-1], 1)
     if len(epochs) > 60 and logs_per_epoch > 3:
-        # Logged by step: each log is drawn faintly, and over it their running mean over an epoch or a 25th of the run.
+        # Logged by step: each log faintly, and over it their running mean over an epoch or a 25th of the run.
         axes.plot(epochs, values, color=colour, linewidth=0.6, alpha=0.25)
         axes.set_xlabel("epoch (faint: each log, bold: running mean)")
         window = np.ones(max(3, round(min(logs_per_epoch, len(epochs) / 25))))

@@ -83,11 +83,7 @@ def describe_hardware(args: TrainingArguments) -> str:
 
 @dataclass
 class RunRecord:
-    """
-    Everything that a model card says about a run, as plain data. `save` and `load` keep it as JSON next to the model.
-
-    Since it is pushed with the model, credentials are removed and absolute paths are cut down to their last part.
-    """
+    """Everything that a card says about a run. It is pushed: without credentials, and of paths only the last part."""
 
     architecture: str  # "deit_ti", or the name of a timm architecture
     num_parameters: int  # of the student
@@ -154,16 +150,13 @@ def folder_name(path: str | os.PathLike) -> str:
 def shareable(value):
     """The value as plain JSON data: enums become their values; `None`, credentials and absolute paths are removed."""
     if isinstance(value, dict):
-        return {
-            name: shareable(inner)
-            for name, inner in value.items()
-            if inner is not None and not _SECRET_FLAG.search(name)
-        }
+        shown = {name: inner for name, inner in value.items() if inner is not None and not _SECRET_FLAG.search(name)}
+        return {name: shareable(inner) for name, inner in shown.items()}
     if isinstance(value, list | tuple):
         return [shareable(inner) for inner in value]
     if isinstance(value, Enum):
         return shareable(value.value)
-    if isinstance(value, bool | int | float) or value is None:
+    if isinstance(value, bool | int | float | None):
         return value
     text = str(value)
     if _ABSOLUTE_PATH.match(text):  # the whole text is one path, which may contain spaces

@@ -3,8 +3,7 @@
 Every export predicts what the model predicts, to float32 rounding. One-token models are plain ViTs. Two-token models
 that read out both heads are transformers' `DeiTForImageClassificationWithTeacher` and timm's
 `VisionTransformerDistilled`, which average them. Those that read out one head put its token first, where both
-libraries' single head sits, with its position; the other token stays in the sequence without a head (timm calls such
-a token a register).
+libraries' single head sits; the other token stays in the sequence without a head (timm calls that a register).
 
     python -m modeling_deit_ti.interop RUN --to transformers
 """

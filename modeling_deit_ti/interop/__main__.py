@@ -14,7 +14,7 @@ from . import export_onnx, save_timm, save_transformers
 
 
 def convert(folder: str, to: str, output: Path | None = None) -> str:
-    """Converts a finished run as the command's options say; returns how to load it. Raises a `UserError`."""
+    """Converts a finished run; returns how to load it. Raises a `UserError`."""
     if output is None:
         if not os.path.isdir(folder):
             raise UserError(f"{folder} is not a folder on this machine: name an --output.")
@@ -32,8 +32,7 @@ def convert(folder: str, to: str, output: Path | None = None) -> str:
         save_transformers(model, image_processor, output)
         return f'AutoModelForImageClassification.from_pretrained("{output}")'
     if to == "timm":
-        arguments = save_timm(model, image_processor, output)
-        arguments["checkpoint_path"] = f"{output / 'model.safetensors'}"
+        arguments = save_timm(model, image_processor, output) | {"checkpoint_path": f"{output / 'model.safetensors'}"}
         return f"timm.create_model({', '.join(f'{key}={value!r}' for key, value in arguments.items())})"
     try:
         export_onnx(model, output)

@@ -13,11 +13,9 @@ from timm.models.vision_transformer import VisionTransformer
 from torch import nn
 from transformers import (
     BaseImageProcessor,
-    DeiTConfig,
     DeiTForImageClassification,
     DeiTForImageClassificationWithTeacher,
     PreTrainedModel,
-    ViTConfig,
     ViTForImageClassification,
 )
 
@@ -37,19 +35,16 @@ def to_transformers(model: DeiTTiForImageClassification) -> PreTrainedModel:
 
     Returns:
         `ViTForImageClassification` for a one-token model, `DeiTForImageClassificationWithTeacher` for one that reads
-        out both heads, `DeiTForImageClassification` for a two-token model that reads out one. The last has that one
-        head; where it is the distillation head, the distillation token and its position come first and transformers
-        calls it class token. The copy is on the model's device, in its dtype, in `eval()`.
+        out both heads, `DeiTForImageClassification` for a two-token model that reads out one; the token of that head
+        comes first, as what transformers calls the class token. On the model's device, in its dtype, in `eval()`.
     """
     config = model.config
-    config_class, architecture = DeiTConfig, DeiTForImageClassification
+    architecture = DeiTForImageClassificationWithTeacher if config.readout == "both" else DeiTForImageClassification
     if len(config.tokens) == 1:
-        config_class, architecture = ViTConfig, ViTForImageClassification
-    elif config.readout == "both":
-        architecture = DeiTForImageClassificationWithTeacher
+        architecture = ViTForImageClassification
     fields = {field: getattr(config, field) for field in (*SHARED_FIELDS, *RECORD_FIELDS, "id2label", "label2id")}
     with torch.random.fork_rng(devices=[]):  # a training run's random numbers must not change
-        exported = architecture(config_class(**fields))
+        exported = architecture(architecture.config_class(**fields))
     exported.load_state_dict(split_qkv(export_state(model, transformers_names(config))))
     return exported.to(model.device, model.dtype).eval()
 
@@ -72,8 +67,7 @@ def timm_arguments(config: DeiTTiConfig) -> dict:
     Raises:
         UserError: if timm has no such network.
     """
-    # timm fixes both where its architectures are defined.
-    for field, value in (("hidden_act", "gelu"), ("layer_norm_eps", 1e-6)):
+    for field, value in (("hidden_act", "gelu"), ("layer_norm_eps", 1e-6)):  # fixed in timm's own definition
         if getattr(config, field) != value:
             raise UserError(f"timm's DeiT has {field} {value}, the model has {getattr(config, field)}.")
     mlp_ratio = config.intermediate_size / config.hidden_size
@@ -86,7 +80,7 @@ def timm_arguments(config: DeiTTiConfig) -> dict:
         "img_size": config.image_size,
         "patch_size": config.patch_size,
     }
-    for argument, value, default in (
+    others = (
         ("reg_tokens", 0 if both else len(config.tokens) - 1, 0),
         ("embed_dim", config.hidden_size, 192),
         ("depth", config.num_hidden_layers, 12),
@@ -94,17 +88,14 @@ def timm_arguments(config: DeiTTiConfig) -> dict:
         ("mlp_ratio", mlp_ratio, 4.0),
         ("qkv_bias", config.qkv_bias, True),
         ("in_chans", config.num_channels, 3),
-    ):
-        if value != default:
-            arguments[argument] = value
-    return arguments
+    )
+    return arguments | {argument: value for argument, value, default in others if value != default}
 
 
 def to_timm(model: DeiTTiForImageClassification) -> VisionTransformer:
     """
-    The same network as timm's: `deit_tiny_distilled_patch16_224` where both heads are read out, otherwise
-    `deit_tiny_patch16_224`, with the token that is not read out as a register. On the model's device, in its dtype,
-    in `eval()`; `model(pixel_values)` gives the logits.
+    The same network as timm's, on the model's device, in its dtype, in `eval()`: `deit_tiny_distilled_patch16_224`
+    where both heads are read out, otherwise `deit_tiny_patch16_224`, with a token that is not read out as a register.
 
     Raises:
         UserError: if timm has no such network.
@@ -119,9 +110,8 @@ def save_timm(
     model: DeiTTiForImageClassification, image_processor: BaseImageProcessor, folder: str | os.PathLike
 ) -> dict:
     """
-    Saves the model in timm's own format: `model.safetensors` and `config.json`, which records the architecture, its
-    arguments, the labels and the preprocessing. `timm.create_model("local-dir:FOLDER", pretrained=True)` loads it,
-    and so do transformers' `AutoModelForImageClassification` and `AutoImageProcessor`.
+    Saves `model.safetensors` and `config.json` as timm does. `timm.create_model("local-dir:FOLDER", pretrained=True)`
+    loads them, and so do transformers' `AutoModelForImageClassification` and `AutoImageProcessor`.
 
     Returns:
         `dict`: the arguments of `timm.create_model` that, with `checkpoint_path=FOLDER/model.safetensors`, load it.
@@ -176,8 +166,7 @@ class _NamedLogits(nn.Module):
 
     def __init__(self, model: DeiTTiForImageClassification, names: list[str]):
         super().__init__()
-        self.model = model
-        self.names = names
+        self.model, self.names = model, names
 
     def forward(self, pixel_values: torch.Tensor) -> tuple[torch.Tensor, ...]:
         output = self.model(pixel_values, interpolate_pos_encoding=True)
@@ -189,15 +178,13 @@ def export_onnx(
 ) -> list[str]:
     """
     Writes the model as one ONNX file. Its input `pixel_values` is (B, C, image_size, image_size), normalised float32
-    images, any number of them; its outputs are (B, num_labels). Its metadata has the labels (`id2label`, JSON).
+    images; its outputs are (B, num_labels). Its metadata has the labels (`id2label`, JSON).
 
     Args:
-        image_size (`int`, *optional*, defaults to the model's): height and width of the images, in pixels; another
-            size interpolates the position embeddings.
+        image_size (`int`, *optional*, defaults to the model's): height and width of the images, in pixels.
 
     Returns:
-        `list[str]`: the names of the outputs: `logits`, and where there are two heads `class_logits` and
-        `distillation_logits`.
+        `list[str]`: the outputs: `logits`, and where there are two heads `class_logits` and `distillation_logits`.
 
     Raises:
         UserError: if the model's patches do not divide `image_size`.

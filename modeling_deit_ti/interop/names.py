@@ -27,15 +27,8 @@ QKV = ("q_proj", "k_proj", "v_proj")
 # The fields that DeiTTiConfig shares with ViTConfig and DeiTConfig.
 SIZE_FIELDS = ("hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size", "num_channels")
 SHARED_FIELDS = (
-    *SIZE_FIELDS,
-    "hidden_act",
-    "hidden_dropout_prob",
-    "attention_probs_dropout_prob",
-    "initializer_range",
-    "layer_norm_eps",
-    "image_size",
-    "patch_size",
-    "qkv_bias",
+    *(*SIZE_FIELDS, "image_size", "patch_size", "qkv_bias", "hidden_act", "layer_norm_eps", "initializer_range"),
+    *("hidden_dropout_prob", "attention_probs_dropout_prob"),
 )
 # What an export's config.json says about the model it came from, beside its own fields.
 RECORD_FIELDS = ("distill_mode", "tokens", "readout")
@@ -58,9 +51,8 @@ def transformers_names(config: DeiTTiConfig) -> dict[str, str]:
 def timm_names(config: DeiTTiConfig) -> dict[str, str]:
     """Our modules and parameters, and what they are called in timm."""
     modules = {ours: theirs for ours, _, theirs in MODULES}
-    if config.readout == "both":
-        return _all_names(config, modules, ("cls_token", "dist_token"), ("head", "head_dist"))
-    return _all_names(config, modules, ("cls_token", "reg_token"), ("head",))
+    second, heads = ("dist_token", ("head", "head_dist")) if config.readout == "both" else ("reg_token", ("head",))
+    return _all_names(config, modules, ("cls_token", second), heads)
 
 
 def _all_names(config: DeiTTiConfig, modules: dict[str, str], tokens: tuple, heads: tuple) -> dict[str, str]:
@@ -73,7 +65,7 @@ def _all_names(config: DeiTTiConfig, modules: dict[str, str], tokens: tuple, hea
 
 
 def _rename(state: StateDict, names: dict[str, str]) -> StateDict:
-    """The tensors under other names, given by module or parameter. Raises a `UserError` if one has none."""
+    """The tensors under other names, given by module or parameter."""
     renamed = {}
     for key, tensor in state.items():
         known = next((name for name in names if f"{key}.".startswith(f"{name}.")), None)

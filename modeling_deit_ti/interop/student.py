@@ -55,12 +55,10 @@ def load_student(
 
     Args:
         name_or_path (`str` or `os.PathLike`): folder, Hub id or timm architecture, with or without its tag.
-        config (`DeiTTiConfig`): the student's. It is not changed; the student's own config has the source's
-            `layer_norm_eps` and `hidden_act`, since the weights were made for them.
+        config (`DeiTTiConfig`): the student's, except for `layer_norm_eps` and `hidden_act`, which are the source's.
 
     Returns:
-        `tuple[DeiTTiForImageClassification, list[str]]`: the student, in float32, and one sentence for each part that
-        is new, was changed on the way, or was left behind.
+        The student, in float32, and one sentence for each part that is new, was changed, or was left behind.
 
     Raises:
         UserError: if the source cannot be read, is incomplete, is no DeiT or ViT, or has another width, depth or
@@ -68,7 +66,7 @@ def load_student(
     """
     name = str(name_or_path)
     model, missing = load_classifier(name, FLAG, dtype=torch.float32)
-    # Of all weights, only the heads may be missing: a backbone has none.
+    # A backbone has no head.
     check_complete([key for key in missing if "head" not in key and "classifier" not in key], name, FLAG)
     state = {key: value for key, value in model.state_dict().items() if key not in missing}
     try:
@@ -82,9 +80,7 @@ def load_student(
     config = copy.deepcopy(config)
     config.layer_norm_eps, config.hidden_act = source.layer_norm_eps, source.hidden_act
     student = DeiTTiForImageClassification(config)
-    fresh = student.state_dict()
-    report = []
-
+    fresh, report = student.state_dict(), []
     # The token of a one-token model is the token of another, whatever it learned from.
     if len(source.tokens) == len(config.tokens) == 1 and source.tokens != config.tokens:
         report.append(f"The {config.tokens[0]} token and its head start from the source's {source.tokens[0]} token.")
@@ -139,9 +135,9 @@ def _config_of_timm(model: TimmWrapperForImageClassification) -> DeiTTiConfig:
         "num_channels": network.patch_embed.proj.in_channels,
         "qkv_bias": block.attn.qkv.bias is not None,
     }
-    if network.num_prefix_tokens == 2 and network.num_reg_tokens == 0:
-        return _make_config(model.config, TOKENS, "both", fields)
-    return _make_config(model.config, (CLASS_TOKEN,), CLASS_TOKEN, fields)
+    is_distilled = network.num_prefix_tokens == 2 and network.num_reg_tokens == 0
+    tokens, readout = (TOKENS, "both") if is_distilled else ((CLASS_TOKEN,), CLASS_TOKEN)
+    return _make_config(model.config, tokens, readout, fields)
 
 
 def _make_config(config: PreTrainedConfig, tokens: tuple[str, ...], readout: str, fields: dict) -> DeiTTiConfig:
@@ -152,9 +148,10 @@ def _make_config(config: PreTrainedConfig, tokens: tuple[str, ...], readout: str
         if len(sides) != 1:
             raise UserError(f"its {field} is {size}, a DeiT-Ti takes squares only.")
         fields[field] = sides.pop()
-    record = {field: getattr(config, field) for field in RECORD_FIELDS if hasattr(config, field)}
-    fields |= {"tokens": tokens, "readout": readout} | record
-    return DeiTTiConfig(**fields, id2label=dict(enumerate(label_names(config))))
+    fields |= {"tokens": tokens, "readout": readout, "id2label": dict(enumerate(label_names(config)))}
+    return DeiTTiConfig(
+        **fields | {field: getattr(config, field) for field in RECORD_FIELDS if hasattr(config, field)}
+    )
 
 
 def _fit_positions(
@@ -184,5 +181,4 @@ def _fit_head(state: StateDict, head: str, source: DeiTTiConfig, config: DeiTTiC
             del state[key]
     elif theirs != ours:
         report.append(f"The {title} is put into the dataset's order of labels: the source has them in another.")
-        for key in keys:
-            state[key] = state[key][[theirs.index(label) for label in ours]]
+        state |= {key: state[key][[theirs.index(label) for label in ours]] for key in keys}
