@@ -8,23 +8,21 @@ import json
 import re
 import shlex
 import statistics
-from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
-import jinja2
 import numpy as np
 from huggingface_hub import RepoCard
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator, PercentFormatter
 
+from benchmarks.report import render
 from modeling_deit_ti.arguments import Arguments
 from modeling_deit_ti.card import CURVES_FILE, PUBLISHED_BASELINE, RunRecord, curve_series
 from modeling_deit_ti.card.record import shareable
 from modeling_deit_ti.checkpoints import last_complete
 
 
-TEMPLATE = Path(__file__).with_name("accuracy_table.md")
 RESULTS, CARDS = Path("results"), Path("model_cards")
 REPRODUCE_FILE = "reproduce.json"  # in a run's folder: what reproduce.py knows of the run and train_hf.py does not
 CNNS = ("teacher", "cnn")  # the runs that train no student
@@ -120,7 +118,7 @@ class Run:
 
 def write_results(budget: str, settings: dict, runs: list[Run]) -> None:
     """
-    Writes table, curves and cards of the finished runs.
+    Writes table, curves and cards of the finished runs, into the folder of the budget.
 
     Args:
         budget (`str`): names the folder in `results/`.
@@ -198,15 +196,14 @@ def run_facts(run: Run, row: Row) -> dict:
 
 
 def render_table(table: dict) -> str:
-    """`table.md`, by the template beside this file."""
-    template = jinja2.Environment(trim_blocks=True, lstrip_blocks=True).from_string(TEMPLATE.read_text())
-    facts = [fact for row in table["rows"] for fact in row["runs"]]
-    return template.render(
+    """`table.md`."""
+    rows = table["rows"]
+    return render(
+        "accuracy.md",
         budget=table["budget"],
-        cells=[table_cells(row) for row in table["rows"]],
-        facts=facts,
-        has_baseline=any(row.get("baseline_top1") for row in table["rows"]),
-        versions=[", ".join(f"{name} {version}" for name, version in fact["versions"].items()) for fact in facts],
+        cells=[table_cells(row) for row in rows],
+        facts=[fact for row in rows for fact in row["runs"]],
+        has_baseline=any(row.get("baseline_top1") for row in rows),
         extra_flags=shlex.join(table["extra_flags"]),
     )
 
@@ -236,10 +233,6 @@ def percent(value: float | None, spread: float | None = None) -> str:
     if value is None:
         return "n/a"
     return f"{100 * value:.2f}" + (f" ± {100 * spread:.2f}" if spread is not None else "")
-
-
-def distinct(values: Iterable[str]) -> list[str]:
-    return list(dict.fromkeys(values))
 
 
 # ---- Curves ----
@@ -321,25 +314,18 @@ def copy_card(budget: str, run: Run) -> None:
     (CARDS / f"{budget}-{run.name}{seed}.md").write_text(text)
 
 
-STATE = re.compile(r"(<!-- state: reproduce.py writes the lines below -->\n).*(<!-- end of state -->)", re.DOTALL)
-
-
 def write_state(budgets: list[str]) -> None:
     """Writes into `results/README.md`, between its two marks, what has been run of these budgets and of any others."""
     readme = RESULTS / "README.md"
     if not readme.is_file():
         return
-    lines = ["| budget | finished | runs |", "|---|---|---|"]
     tables = {file.parent.name: json.loads(file.read_text()) for file in sorted(RESULTS.glob("*/table.json"))}
-    for name in distinct([*budgets, *tables]):
-        rows = tables[name]["rows"] if name in tables else []
-        finished = distinct(row["run"] for row in rows if row["runs"])
-        missing = distinct(row["run"] for row in rows if not row["runs"])
-        if finished:
-            runs = ", ".join(finished) + (f"; not yet run: {', '.join(missing)}" if missing else "")
-            total = len(finished) + len(missing)
-            lines.append(f"| [{name}]({name}/table.md) | {len(finished)} of {total} runs | {runs} |")
-        else:
-            lines.append(f"| {name} | not yet run | |")
-    state = "\n".join(lines) + "\n"
-    readme.write_text(STATE.sub(lambda found: found[1] + state + found[2], readme.read_text()))
+    states = []
+    for name in dict.fromkeys([*budgets, *tables]):
+        is_finished = {row["run"]: bool(row["runs"]) for row in tables[name]["rows"]} if name in tables else {}
+        finished = [run for run, done in is_finished.items() if done]
+        states.append((name, finished, [run for run in is_finished if run not in finished]))
+    head, mark, rest = readme.read_text().partition("<!-- state: reproduce.py writes the lines below -->\n")
+    _, end, tail = rest.partition("<!-- end of state -->")
+    if end:
+        readme.write_text(head + mark + render("state.md", budgets=states) + end + tail)

@@ -3,7 +3,7 @@
 All take the images, the recipe, the precision and the teacher from the same arguments, parsed as train_hf.py does.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 
 import timm
 import torch
@@ -15,18 +15,19 @@ from timm.optim import create_optimizer_v2
 from timm.task import TokenDistillationTask
 from timm.utils import NativeScaler, dispatch_clip_grad
 from torch.nn import functional as F
+from torch.utils.data import default_collate
 from torchvision import transforms
 from torchvision.transforms import v2
 from transformers import (
     AutoModelForImageClassification,
     DeiTConfig,
     DeiTForImageClassificationWithTeacher,
+    PrinterCallback,
     Trainer,
     TrainingArguments,
 )
 
-from benchmarks.report import BARE, OURS, PUBLISHED_BASELINE, TIMM, TRANSFORMERS
-from benchmarks.setting import DTYPES
+from benchmarks.setting import BARE, BASELINE_SIZES, DTYPES, OURS, PUBLISHED_BASELINE, TIMM, TRANSFORMERS
 from benchmarks.step_clock import MemoryCallback, StepClock
 from modeling_deit_ti.arguments import Arguments
 from modeling_deit_ti.classifiers import label_maps
@@ -39,19 +40,12 @@ from modeling_deit_ti.runs import build_network, build_trainer
 from modeling_deit_ti.trainer import DistillationTrainer
 
 
-BASELINE_SIZES = {"image_size": 224, "patch_size": 16}
 # What a plain Trainer takes over from our arguments.
 OF_ANY_TRAINER = (
     *("output_dir", "per_device_train_batch_size", "max_steps", "learning_rate", "weight_decay", "max_grad_norm"),
-    *("label_smoothing_factor", "fp16", "bf16", "use_cpu", "torch_compile"),
-    *("dataloader_num_workers", "dataloader_pin_memory"),
-    *("logging_strategy", "save_strategy", "report_to", "disable_tqdm"),
+    *("label_smoothing_factor", "fp16", "bf16", "use_cpu", "torch_compile", "dataloader_num_workers"),
+    *("dataloader_pin_memory", "logging_strategy", "save_strategy", "report_to", "disable_tqdm"),
 )
-
-
-def forever(loader) -> Iterator:
-    while True:
-        yield from loader
 
 
 def autocast(args: Arguments) -> torch.autocast:
@@ -85,6 +79,7 @@ def watch_memory(args: Arguments, data: ImageData) -> list[int]:
     callback = MemoryCallback()
     trainer = make_our_trainer(args, data)
     trainer.add_callback(callback)
+    trainer.remove_callback(PrinterCallback)
     trainer.train()
     return callback.epochs
 
@@ -100,17 +95,15 @@ def train_bare(args: Arguments, data: ImageData, clock: StepClock) -> None:
     teacher.to(device, DTYPES.get(training.mixed_precision, torch.float32))
     clock.watch(student, teacher)
     network = torch.compile(student) if training.torch_compile else student
-    optimizer = torch.optim.AdamW(
-        student.parameters(), training.learning_rate, weight_decay=training.weight_decay, fused=True
-    )
+    rates = {"lr": training.learning_rate, "weight_decay": training.weight_decay}
+    optimizer = torch.optim.AdamW(student.parameters(), **rates, fused=True)
     scaler = torch.amp.GradScaler(device.type, enabled=training.fp16)
     images = torch.randn(training.train_batch_size, 3, size, size, device=device)
-    labels = torch.randint(len(data.label_names), (training.train_batch_size,), device=device)
-    while True:
-        clock.batch_ready()
+    image_labels = torch.randint(len(data.label_names), (training.train_batch_size,), device=device)
+    for pixel_values, labels in clock.batches([(images, image_labels)]):
         with autocast(args):
-            teacher_logits = teacher(images)
-            outputs = network(pixel_values=images)
+            teacher_logits = teacher(pixel_values)
+            outputs = network(pixel_values=pixel_values)
             logits = (outputs["class_logits"], outputs["distillation_logits"])
             loss = distillation_loss(training.mode, *logits, labels, teacher_logits, smoothing).loss
         scaler.scale(loss).backward()
@@ -119,8 +112,6 @@ def train_bare(args: Arguments, data: ImageData, clock: StepClock) -> None:
         scaler.step(optimizer)
         scaler.update()
         optimizer.zero_grad()
-        if clock.step_done():
-            return
 
 
 # ---- timm ----
@@ -130,8 +121,7 @@ class PilImages(torch.utils.data.Dataset):
     """Rows of `datasets` in the form of timm's and torchvision's: (image, label), with the attribute `transform`."""
 
     def __init__(self, dataset: Dataset, transform: Callable | None = None):
-        self.dataset = dataset
-        self.transform = transform
+        self.dataset, self.transform = dataset, transform
 
     def __len__(self) -> int:
         return len(self.dataset)
@@ -183,15 +173,13 @@ def train_timm(args: Arguments, data: ImageData, clock: StepClock) -> None:
         device=training.device,
     )
     clock.watch(student, task.teacher)
-    optimizer = create_optimizer_v2(
-        student, opt="adamw", lr=training.learning_rate, weight_decay=training.weight_decay
-    )
+    rates = {"lr": training.learning_rate, "weight_decay": training.weight_decay}
+    optimizer = create_optimizer_v2(student, opt="adamw", **rates)
     scaler = NativeScaler(device=training.device.type) if training.fp16 else None
     task.train()
     if training.torch_compile:
         task.compile()
-    for pixel_values, labels in forever(loader):
-        clock.batch_ready()
+    for pixel_values, labels in clock.batches(loader):
         with autocast(args):
             loss = task(pixel_values, labels)["loss"]
         if scaler is not None:
@@ -201,8 +189,6 @@ def train_timm(args: Arguments, data: ImageData, clock: StepClock) -> None:
             dispatch_clip_grad(student.parameters(), training.max_grad_norm)
             optimizer.step()
         optimizer.zero_grad()
-        if clock.step_done():
-            return
 
 
 # ---- transformers ----
@@ -233,37 +219,26 @@ def train_transformers(args: Arguments, data: ImageData, clock: StepClock) -> No
     transform = make_train_transform(augmentation, make_image_processor(args.model, augmentation))
     alphas = ((v2.MixUp, augmentation.mixup), (v2.CutMix, augmentation.cutmix))
     mixes = [kind(alpha=alpha, num_classes=num_labels) for kind, alpha in alphas if alpha > 0]
-    mix = v2.RandomChoice(mixes) if mixes else None
+    mix = v2.RandomChoice(mixes) if mixes else v2.Identity()
 
     def preprocess(columns: dict) -> dict:
         rows = (dict(zip(columns, values, strict=True)) for values in zip(*columns.values(), strict=True))
         return {"pixel_values": [transform(read_image(row)) for row in rows], "label": columns["label"]}
 
     def collate(samples: list[dict]) -> dict:
-        pixel_values = torch.stack([sample["pixel_values"] for sample in samples])
-        labels = torch.tensor([sample["label"] for sample in samples])
-        if mix is not None:
-            pixel_values, labels = mix(pixel_values, labels)
+        batch = default_collate(samples)
+        pixel_values, labels = mix(batch["pixel_values"], batch["label"])
         return {"pixel_values": pixel_values, "labels": labels}
 
-    config = DeiTConfig(
-        hidden_size=192,
-        num_hidden_layers=12,
-        num_attention_heads=3,
-        intermediate_size=768,
-        image_size=args.model.image_size,
-        patch_size=args.model.patch_size,
-        **label_maps(data.label_names),
-    )
+    tiny = {"hidden_size": 192, "num_hidden_layers": 12, "num_attention_heads": 3, "intermediate_size": 768}
+    sizes = {"image_size": args.model.image_size, "patch_size": args.model.patch_size}
+    config = DeiTConfig(**tiny, **sizes, **label_maps(data.label_names))
+    flags = {name: getattr(args.training, name) for name in OF_ANY_TRAINER}
     trainer = GuideTrainer(
         load_teacher(args),
         args.training.mode.alpha,
         model=DeiTForImageClassificationWithTeacher(config),
-        args=TrainingArguments(
-            dataloader_drop_last=True,
-            remove_unused_columns=False,
-            **{name: getattr(args.training, name) for name in OF_ANY_TRAINER},
-        ),
+        args=TrainingArguments(dataloader_drop_last=True, remove_unused_columns=False, **flags),
         train_dataset=data.train.with_transform(preprocess),
         data_collator=collate,
     )
@@ -289,8 +264,7 @@ def train_as_the_published_baseline(args: Arguments, data: ImageData, clock: Ste
     clock.watch(student, teacher)
     optimizer = torch.optim.Adam(student.parameters(), lr=training.learning_rate)
     running_loss = 0.0
-    for pixel_values, labels in forever(loader):
-        clock.batch_ready()
+    for pixel_values, labels in clock.batches(loader):
         pixel_values, labels = pixel_values.to(device), labels.to(device)
         optimizer.zero_grad()
         outputs = student(pixel_values=pixel_values)
@@ -301,8 +275,6 @@ def train_as_the_published_baseline(args: Arguments, data: ImageData, clock: Ste
         loss.backward()
         optimizer.step()
         running_loss += loss.item()
-        if clock.step_done():
-            return
 
 
 # How each trains, and what its flags add to those of all.

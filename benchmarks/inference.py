@@ -12,7 +12,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 
 
@@ -24,8 +24,8 @@ from torch import nn
 from transformers import set_seed
 from transformers.hf_argparser import HfArg
 
-from benchmarks.report import spread, write_result
-from benchmarks.setting import DTYPES, Setting, describe_machine, parse_setting, run
+from benchmarks.report import finish, spread
+from benchmarks.setting import DTYPES, Setting, parse_setting, run
 from modeling_deit_ti import DeiTTiConfig, DeiTTiForImageClassification
 from modeling_deit_ti.distillation import MODES
 from modeling_deit_ti.errors import UserError, first_line
@@ -45,16 +45,16 @@ class InferenceSetting(Setting):
         help="Of the weights and images; always fp32 for ONNX Runtime.",
         metadata={"choices": list(DTYPES)},
     )
-    models: list[str] | None = HfArg(
-        default=None,
-        help="Which to run, besides `native`. Default: all.",
+    models: list[str] = HfArg(
+        default_factory=lambda: list(MAKERS),
+        help="Which to run; `native` always runs.",
         metadata={"choices": ["native", "compiled", "transformers", "timm", "ONNX Runtime"]},
     )
     seconds: float = HfArg(default=3.0, help="Shortest duration of a turn; it has at least two calls.")
 
     def __post_init__(self):
         super().__post_init__()
-        self.models = [name for name in MAKERS if name == "native" or self.models is None or name in self.models]
+        self.models = [name for name in MAKERS if name == "native" or name in self.models]
 
 
 def main(argv: list[str]) -> int:
@@ -63,30 +63,7 @@ def main(argv: list[str]) -> int:
     torch.set_num_threads(setting.threads)
     began = time.monotonic()
     set_seed(0)
-    rows = measure(setting, make_models(setting))
-    result = {
-        "benchmark": "inference",
-        **describe_machine(setting.device, "onnxruntime", "onnx"),
-        "setting": asdict(setting),
-        "seconds": round(time.monotonic() - began),
-        "rows": rows,
-    }
-    file = write_result(result, Path(setting.output_dir), remarks(result))
-    print(f"\n{file.read_text()}\nWritten to {file}, and the index beside it.")
-    return 1 if any(row["failed"] for row in rows) else 0
-
-
-def remarks(result: dict) -> list[str]:
-    """How it was measured, for the reader of the table."""
-    setting = result["setting"]
-    return [
-        f"Turns per model and batch size: {setting['repeats']}, each of at least {setting['seconds']:g} s and two "
-        "calls, after a first call that does not count. Images/s: median and range of the turns; latency: of all "
-        f"calls. Threads: {setting['threads']}. Total: {result['seconds']} s.",
-        "All models have the same random weights, in mode `both`. The difference is the largest from the native "
-        f"model's logits, which go up to {result['rows'][0]['largest_logit']:.2g}, on the first images.",
-        "Images are on the device before the call; ONNX Runtime takes them from the host and returns logits there.",
-    ]
+    return finish(setting, began, measure(setting, make_models(setting)), "inference", "onnxruntime", "onnx")
 
 
 # ---- Models ----
@@ -148,18 +125,19 @@ def measure(setting: InferenceSetting, models: dict[str, Predict | str]) -> list
         shape = (batch_size, 3, setting.image_size, setting.image_size)
         images = torch.randn(shape, device=setting.device, dtype=DTYPES[setting.precision])
         expected = models["native"](images).float().cpu()
-        found = [compare(name, model, images, expected, setting) for name, model in models.items()]
-        turns = {row["name"]: [] for row in found if not row["failed"]}
-        for _ in range(setting.repeats):
-            for name, seconds in turns.items():
-                seconds.append(time_calls(models[name], images, setting))
-        rows += [row | summarise(batch_size, turns[row["name"]]) if not row["failed"] else row for row in found]
+        found = [compare(name, model, images, expected, setting.precision) for name, model in models.items()]
+        timed = [row for row in found if not row["failed"]]
+        turns = [[time_calls(models[row["name"]], images, setting) for row in timed] for _ in range(setting.repeats)]
+        for row, of_model in zip(timed, zip(*turns, strict=True), strict=True):
+            row["images_per_second"] = spread([batch_size * len(turn) / sum(turn) for turn in of_model])
+            calls = [1000 * seconds for turn in of_model for seconds in turn]
+            p95 = statistics.quantiles(calls, n=20, method="inclusive")[-1]
+            row["latency_ms"] = {"median": statistics.median(calls), "p95": p95, "calls": len(calls)}
+        rows += found
     return rows
 
 
-def compare(
-    name: str, model: Predict | str, images: torch.Tensor, expected: torch.Tensor, setting: InferenceSetting
-) -> dict:
+def compare(name: str, model: Predict | str, images: torch.Tensor, expected: torch.Tensor, precision: str) -> dict:
     """A model's row before it is timed; the first call also compiles and allocates."""
     largest = expected.abs().max().item()
     row = {"name": name, "batch_size": len(images), "failed": None, "largest_logit": largest}
@@ -169,7 +147,7 @@ def compare(
         difference = (model(images).float().cpu() - expected).abs().max().item()
     except Exception as error:  # from any library
         return row | {"failed": first_line(error)}
-    if difference > TOLERANCES[setting.precision] * largest:
+    if difference > TOLERANCES[precision] * largest:
         row["failed"] = f"its logits are {difference:.1e} from the native model's"
     return row | {"max_abs_difference": difference}
 
@@ -184,18 +162,6 @@ def time_calls(model: Predict, images: torch.Tensor, setting: InferenceSetting) 
             torch.cuda.synchronize()
         seconds.append(time.perf_counter() - began)
     return seconds
-
-
-def summarise(batch_size: int, turns: list[list[float]]) -> dict:
-    calls = [1000 * seconds for turn in turns for seconds in turn]
-    return {
-        "images_per_second": spread([batch_size * len(turn) / sum(turn) for turn in turns]),
-        "latency_ms": {
-            "median": statistics.median(calls),
-            "p95": statistics.quantiles(calls, n=20, method="inclusive")[-1],
-            "calls": len(calls),
-        },
-    }
 
 
 if __name__ == "__main__":

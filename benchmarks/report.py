@@ -7,17 +7,29 @@ rewritten from all JSON files after every run; it also lists the settings that h
 import json
 import re
 import statistics
-from collections.abc import Callable
+import time
+from dataclasses import asdict
 from pathlib import Path
 from typing import NamedTuple
 
+import jinja2
+
+from benchmarks.setting import (
+    BARE,
+    BASELINE_SIZES,
+    MEMORY_FLAGS,
+    OURS,
+    PUBLISHED_BASELINE,
+    TIMM,
+    TRANSFORMERS,
+    Setting,
+    describe_machine,
+)
+from benchmarks.step_clock import PARTS
+
 
 NOT_MEASURED = "not measured"
-BARE, TIMM, TRANSFORMERS, PUBLISHED_BASELINE = "bare step", "timm", "transformers", "published baseline's loop"
-OURS = ("ours, augment on loader", "ours, augment on device")
-# Of a step, in this order.
-PARTS = ("data", "teacher", "student", "optimizer", "other")
-GPU_INFERENCE = "python benchmarks/inference.py --image_size 224 --patch_size 16"
+TEMPLATES = Path(__file__).with_name("templates")
 
 
 def spread(runs: list[float]) -> dict:
@@ -26,44 +38,6 @@ def spread(runs: list[float]) -> dict:
 
 
 # ---- Targets ----
-
-
-def row_of(result: dict, name: str) -> dict | None:
-    """That contender's row; `None` if it was not run or failed."""
-    return next((row for row in result["rows"] if row["name"] == name and not row["failed"]), None)
-
-
-def our_rows(result: dict) -> list[dict]:
-    return [row for name in OURS if (row := row_of(result, name)) is not None]
-
-
-def images_per_second(result: dict) -> float | None:
-    """Our trainer's, with augmentation wherever it is faster."""
-    return max((row["images_per_second"]["median"] for row in our_rows(result)), default=None)
-
-
-def speed_over(name: str) -> Callable[[dict], float | None]:
-    def ratio(result: dict) -> float | None:
-        own, other = images_per_second(result), row_of(result, name)
-        return own / other["images_per_second"]["median"] if own and other else None
-
-    return ratio
-
-
-def peak_device_gigabytes(result: dict) -> float | None:
-    """The higher peak of the two ways to augment: both have to fit."""
-    peaks = (row["peak_device_bytes"] for row in our_rows(result))
-    return max((peak["max"] / 1e9 for peak in peaks if peak), default=None)
-
-
-def host_memory_growth(result: dict) -> float | None:
-    """
-    The highest resident memory after an epoch of the second half, relative to that of the first. Allocators go up and
-    down; only memory that keeps going up is growth.
-    """
-    epochs = result["host_bytes_by_epoch"] or []
-    half = len(epochs) // 2
-    return max(epochs[half:]) / max(epochs[:half]) - 1 if half else None
 
 
 class Case(NamedTuple):
@@ -76,6 +50,9 @@ class Case(NamedTuple):
     def command(self) -> str:
         flags = (f" --{name} {self.where[name]}" for name in ("image_size", "patch_size", "batch_size"))
         return "python benchmarks/throughput.py" + "".join(flags)
+
+    def covers(self, result: dict) -> bool:
+        return self.where.items() <= result["setting"].items()
 
 
 def sizes(image_size: int, patch_size: int, batch_size: int) -> dict:
@@ -93,7 +70,7 @@ GPU_32 = Case("one GPU, 32/4, batch 1024", {"device": "cuda", **sizes(32, 4, 102
 class Target(NamedTuple):
     case: Case | None  # None: any setting
     text: str
-    value: Callable[[dict], float | None]  # of a result
+    figure: str  # see `figures`
     limit: float
     shown: str  # format of the value
     at_most: bool = False
@@ -103,26 +80,55 @@ class Target(NamedTuple):
 
 
 TARGETS = (
-    Target(CPU_32, "at least 95% of the bare step", speed_over(BARE), 0.95, ".1%"),
-    Target(CPU_32, "at least as fast as timm", speed_over(TIMM), 1.0, ".2f"),
-    Target(CPU_32, "at least 1.1x plain transformers", speed_over(TRANSFORMERS), 1.1, ".2f"),
-    Target(GPU_224, "at least 2x timm", speed_over(TIMM), 2.0, ".2f"),
-    Target(GPU_224, f"at least 10x the {PUBLISHED_BASELINE}", speed_over(PUBLISHED_BASELINE), 10.0, ".1f"),
-    Target(GPU_224, "at least 15,000 images/s with the teacher", images_per_second, 15_000, ",.0f"),
-    Target(GPU_224, "at least 85% of the bare step", speed_over(BARE), 0.85, ".1%"),
-    Target(GPU_224, "at most 40 GB on the device", peak_device_gigabytes, 40.0, ".1f", at_most=True),
-    Target(GPU_32, "at least 40,000 images/s", images_per_second, 40_000, ",.0f"),
-    Target(None, "host memory grows by at most 1% over the epochs", host_memory_growth, 0.01, "+.2%", at_most=True),
+    Target(CPU_32, "at least 95% of the bare step", BARE, 0.95, ".1%"),
+    Target(CPU_32, "at least as fast as timm", TIMM, 1.0, ".2f"),
+    Target(CPU_32, "at least 1.1x plain transformers", TRANSFORMERS, 1.1, ".2f"),
+    Target(GPU_224, "at least 2x timm", TIMM, 2.0, ".2f"),
+    Target(GPU_224, f"at least 10x the {PUBLISHED_BASELINE}", PUBLISHED_BASELINE, 10.0, ".1f"),
+    Target(GPU_224, "at least 15,000 images/s with the teacher", "images/s", 15_000, ",.0f"),
+    Target(GPU_224, "at least 85% of the bare step", BARE, 0.85, ".1%"),
+    Target(GPU_224, "at most 40 GB on the device", "device GB", 40.0, ".1f", at_most=True),
+    Target(GPU_32, "at least 40,000 images/s", "images/s", 40_000, ",.0f"),
+    Target(None, "host memory grows by at most 1% over the epochs", "growth", 0.01, "+.2%", at_most=True),
 )
 
 
-# ---- Tables ----
+def figures(result: dict) -> dict[str, float]:
+    """
+    What the targets are about, as far as it was measured: our trainer's `images/s`, with augmentation wherever it is
+    faster, and under each contender's name how many times its speed that is; the peak of `device GB`; and `growth`,
+    the highest host memory after an epoch of the second half, relative to that of the first.
+    """
+    rows = {row["name"]: row for row in result["rows"] if not row["failed"]}
+    speeds = {name: row["images_per_second"]["median"] for name, row in rows.items()}
+    found = {}
+    if ours := [name for name in OURS if name in rows]:
+        found["images/s"] = max(speeds[name] for name in ours)
+        found |= {name: found["images/s"] / speed for name, speed in speeds.items()}
+        if result["device"] == "cuda":  # the higher of the two: both have to fit
+            found["device GB"] = max(rows[name]["peak_device_bytes"]["max"] for name in ours) / 1e9
+    epochs = result["host_bytes_by_epoch"] or []
+    if half := len(epochs) // 2:
+        # Allocators go up and down; only memory that keeps going up is growth.
+        found["growth"] = max(epochs[half:]) / max(epochs[:half]) - 1
+    return found
 
 
-def table(header: list[str], rows: list[list[str]]) -> str:
-    """A Markdown table; the first column is text, the others are aligned right."""
-    lines = [header, ["---", *["---:"] * (len(header) - 1)], *rows]
-    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
+def target_rows(results: dict[str, dict]) -> list[list[str]]:
+    """Each target on each training result that it applies to; results by file name."""
+    rows = []
+    for target in TARGETS:
+        text = f"{target.case.name}: {target.text}" if target.case else target.text
+        measured = []
+        for file, result in results.items():
+            value = figures(result).get(target.figure)
+            if value is not None and (target.case is None or target.case.covers(result)):
+                measured.append([text, format(value, target.shown), target.verdict(value), f"[{file}]({file}.md)"])
+        rows += measured or [[text, NOT_MEASURED, NOT_MEASURED, f"`{(target.case or CPU_32).command}`"]]
+    return rows
+
+
+# ---- Files ----
 
 
 def number(values: dict | None, shown: str = ",.1f", scale: float = 1.0) -> str:
@@ -133,72 +139,8 @@ def number(values: dict | None, shown: str = ",.1f", scale: float = 1.0) -> str:
     return f"{median} ({low} to {high})" if len(values["runs"]) > 1 else median
 
 
-def throughput_table(result: dict) -> str:
-    header = ["contender", "images/s", "step, ms", *(f"{part}, ms" for part in PARTS)]
-    header += ["start-up, s", "peak host, MB", "peak device, MB"]
-    on_cpu = result["setting"]["device"] == "cpu"
-    rows = []
-    for row in result["rows"]:
-        if row["failed"]:
-            rows.append([row["name"], f"failed: {row['failed']}", *[NOT_MEASURED] * (len(header) - 2)])
-            continue
-        split = row["split_ms"]
-        rows.append(
-            [
-                row["name"],
-                number(row["images_per_second"]),
-                number(row["step_ms"], ",.0f"),
-                *(f"{split[part]:,.1f}" if split else NOT_MEASURED for part in PARTS),
-                number(row["startup_seconds"]),
-                number(row["peak_host_bytes"], ",.0f", 1e-6),
-                "no device" if on_cpu else number(row["peak_device_bytes"], ",.0f", 1e-6),
-            ]
-        )
-    return table(header, rows)
-
-
-def inference_table(result: dict) -> str:
-    header = ["model", "batch", "images/s", "median, ms", "p95, ms", "largest difference of a logit"]
-    rows = []
-    for row in result["rows"]:
-        if row["failed"]:
-            cells = [f"failed: {row['failed']}", *[NOT_MEASURED] * 3]
-        else:
-            latency = row["latency_ms"]
-            cells = [number(row["images_per_second"]), f"{latency['median']:,.1f}", f"{latency['p95']:,.1f}"]
-            cells.append(f"{row['max_abs_difference']:.1e}")
-        rows.append([row["name"], str(row["batch_size"]), *cells])
-    return table(header, rows)
-
-
-def targets_table(results: dict[str, dict]) -> str:
-    """Each target on each training result that it applies to; results by file name."""
-    rows = []
-    for target in TARGETS:
-        case = target.case or CPU_32
-        text = f"{case.name}: {target.text}" if target.case else target.text
-        measured = [
-            [text, format(value, target.shown), target.verdict(value), f"[{file}]({file}.md)"]
-            for file, result in results.items()
-            if (target.case is None or case.where.items() <= result["setting"].items())
-            and (value := target.value(result)) is not None
-        ]
-        rows += measured or [[text, NOT_MEASURED, NOT_MEASURED, f"`{case.command}`"]]
-    return table(["target", "value", "verdict", "where, or the command that measures it"], rows)
-
-
-def results_table(results: dict[str, dict]) -> str:
-    """A line for each training result, and for each setting with targets that has none."""
-    names = (BARE, *OURS, TIMM, TRANSFORMERS, PUBLISHED_BASELINE)
-    rows = []
-    for file, result in results.items():
-        found = [row_of(result, name) for name in names]
-        cells = [number(row["images_per_second"]) if row else NOT_MEASURED for row in found]
-        rows.append([f"[{describe_setting(result)}]({file}.md)", *cells])
-    for case in (CPU_32, GPU_224, GPU_32):
-        if not any(case.where.items() <= result["setting"].items() for result in results.values()):
-            rows.append([case.name, *[NOT_MEASURED] * len(names)])
-    return table(["training, images/s: median (min to max)", *names], rows)
+def describe_versions(versions: dict[str, str]) -> str:
+    return ", ".join(f"{library} {version}" for library, version in versions.items())
 
 
 def describe_setting(result: dict) -> str:
@@ -212,58 +154,58 @@ def describe_setting(result: dict) -> str:
     return ", ".join(parts)
 
 
-# ---- Files ----
+def render(template: str, **values) -> str:
+    """A Markdown file, by its template in templates/."""
+    options = {"trim_blocks": True, "lstrip_blocks": True, "keep_trailing_newline": True}
+    environment = jinja2.Environment(loader=jinja2.FileSystemLoader(TEMPLATES), **options)
+    environment.filters |= {"number": number, "shown": format}
+    environment.filters |= {"setting": describe_setting, "versions": describe_versions}
+    return environment.get_template(template).render(values)
 
 
-def write_result(result: dict, folder: Path, remarks: list[str]) -> Path:
+def finish(setting: Setting, began: float, rows: list[dict], benchmark: str, *libraries: str, **more) -> int:
+    """Writes and prints what was measured since `began`; the exit code: 1 if a row has failed."""
+    result = {
+        "benchmark": benchmark,
+        **describe_machine(setting.device, *libraries),
+        "setting": asdict(setting),
+        "seconds": round(time.monotonic() - began),
+        "rows": rows,
+        **more,
+    }
+    file = write_result(result, Path(setting.output_dir))
+    print(f"\n{file.read_text()}\nWritten to {file}, and the index beside it.")
+    return int(any(row["failed"] for row in rows))
+
+
+def write_result(result: dict, folder: Path) -> Path:
     """
-    Writes a result as JSON and Markdown, then the index. An earlier run of the same setting is replaced, even if it
-    had other contenders: a table never mixes two runs.
-
-    Args:
-        result (`dict`): of throughput.py or inference.py.
-        folder (`Path`): of all results.
-        remarks (`list[str]`): how it was measured, for the reader of the table.
-
-    Returns:
-        `Path`: the Markdown file.
+    Writes a result of throughput.py or inference.py as JSON and Markdown, then the index; returns the Markdown file.
+    An earlier run of the same setting is replaced, even if it had other contenders: a table never mixes two runs.
     """
-    is_training, setting = result["benchmark"] == "throughput", describe_setting(result)
-    name = re.sub(r"[^a-z0-9_]+", "-", (setting if is_training else f"inference, {setting}").lower()).strip("-")
-    sections = [
-        f"# {'Training' if is_training else 'Inference'}: {setting}",
-        f"{result['date']}; {describe_versions(result)}.",
-        throughput_table(result) if is_training else inference_table(result),
-        "\n".join(f"- {remark}" for remark in remarks),
-    ]
+    title = "" if result["benchmark"] == "throughput" else "inference, "
+    name = re.sub(r"[^a-z0-9_]+", "-", (title + describe_setting(result)).lower()).strip("-")
     folder.mkdir(parents=True, exist_ok=True)
     (folder / f"{name}.json").write_text(json.dumps(result, indent=2) + "\n")
-    (folder / f"{name}.md").write_text("\n\n".join(sections) + "\n")
+    constants = {"parts": PARTS, "baseline_sizes": BASELINE_SIZES, "memory": MEMORY_FLAGS}
+    (folder / f"{name}.md").write_text(render(f"{result['benchmark']}.md", result=result, **constants))
     write_index(folder)
     return folder / f"{name}.md"
-
-
-def describe_versions(result: dict) -> str:
-    return ", ".join(f"{library} {number}" for library, number in result["versions"].items())
 
 
 def write_index(folder: Path) -> None:
     """`README.md`: all results in the folder, and what they say about the targets."""
     results = {path.stem: json.loads(path.read_text()) for path in sorted(folder.glob("*.json"))}
     training = {file: result for file, result in results.items() if result["benchmark"] == "throughput"}
+    contenders = (BARE, *OURS, TIMM, TRANSFORMERS, PUBLISHED_BASELINE)
+    speeds = []
+    for file, result in training.items():
+        found = {row["name"]: number(row["images_per_second"]) for row in result["rows"] if not row["failed"]}
+        cells = [found.get(name, NOT_MEASURED) for name in contenders]
+        speeds.append([f"[{describe_setting(result)}]({file}.md)", *cells])
+    for case in (CPU_32, GPU_224, GPU_32):
+        if not any(map(case.covers, training.values())):
+            speeds.append([case.name, *[NOT_MEASURED] * len(contenders)])
     inference = {file: result for file, result in results.items() if result["benchmark"] == "inference"}
-    links = [f"- [{describe_setting(result)}]({file}.md)" for file, result in inference.items()]
-    if not any(result["device"] == "cuda" for result in inference.values()):
-        links.append(f"- one GPU: {NOT_MEASURED} (`{GPU_INFERENCE}`)")
-    sections = [
-        "# Speed",
-        "Written by `benchmarks/throughput.py` and `benchmarks/inference.py` from the JSON files in this folder. "
-        "Our trainer is rated with augmentation on the loader or on the device, whichever is faster.",
-        "## Targets",
-        targets_table(training),
-        "## Training",
-        results_table(training),
-        "## Inference",
-        "\n".join(links),
-    ]
-    (folder / "README.md").write_text("\n\n".join(sections) + "\n")
+    values = {"targets": target_rows(training), "contenders": contenders, "speeds": speeds, "inference": inference}
+    (folder / "README.md").write_text(render("speed.md", **values))

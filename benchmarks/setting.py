@@ -1,13 +1,16 @@
-"""What the benchmarks share: flags, the description of the machine, and how a user's mistake is reported."""
+"""What the benchmarks share: flags, names, the description of the machine, and how each measures and ends."""
 
 import datetime
+import multiprocessing
 import os
 import sys
 from collections.abc import Callable
+from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
-from typing import NoReturn
+from typing import Any, NoReturn
+from unittest.mock import patch
 
 import torch
 from transformers import HfArgumentParser, TrainingArguments
@@ -19,6 +22,19 @@ from modeling_deit_ti.errors import UserError
 
 
 DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
+BARE, TIMM, TRANSFORMERS, PUBLISHED_BASELINE = "bare step", "timm", "transformers", "published baseline's loop"
+OURS = ("ours, augment on loader", "ours, augment on device")
+BASELINE_SIZES = {"image_size": 224, "patch_size": 16}
+# Memory over the epochs: few images in few patches, so that an epoch takes seconds.
+MEMORY_FLAGS = {
+    "augment_on": "loader",
+    "image_size": 32,
+    "patch_size": 16,
+    "per_device_train_batch_size": 64,
+    "num_train_epochs": 8,
+    "max_train_samples": 256,
+    "max_eval_samples": 64,
+}
 
 
 @dataclass
@@ -51,13 +67,20 @@ def cpu_count() -> int:
 
 
 def parse_setting(kind: type[Setting], argv: list[str], description: str) -> Setting:
-    """
-    Raises:
-        UserError: if the machine or the libraries lack what is asked for.
-    """
+    """Raises a `UserError` if the machine or the libraries lack what is asked for."""
     # One GPU, even if there are more: a Trainer would use them all.
     os.environ["CUDA_VISIBLE_DEVICES"] = os.environ.get("CUDA_VISIBLE_DEVICES", "0").split(",")[0]
     return HfArgumentParser(kind, description=description).parse_args_into_dataclasses(argv)[0]
+
+
+def in_own_process(function: Callable[..., Any], *args, environment: dict[str, str]) -> Any:
+    """
+    What the function returns in a fresh process, started with these variables in its environment, so that start-up
+    and peak memory are its own. Raises what the function raises, or `BrokenProcessPool` if the process was killed.
+    """
+    spawn = multiprocessing.get_context("spawn")
+    with patch.dict(os.environ, environment, TQDM_DISABLE="1"), ProcessPoolExecutor(1, spawn) as process:
+        return process.submit(function, *args).result()
 
 
 def describe_machine(device: str, *more_libraries: str) -> dict:

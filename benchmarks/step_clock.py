@@ -1,7 +1,8 @@
 """How long the steps of a training loop take, and how much memory."""
 
 import time
-from collections.abc import Callable
+from collections.abc import Iterable, Iterator
+from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -9,7 +10,8 @@ import torch
 from torch.optim.optimizer import register_optimizer_step_post_hook
 from transformers import TrainerCallback
 
-from benchmarks.report import PARTS
+
+PARTS = ("data", "teacher", "student", "optimizer", "other")  # of a step, in this order
 
 
 def host_bytes(field: str) -> int | None:
@@ -27,7 +29,7 @@ class StepClock(TrainerCallback):
     Times the steps of any training loop: first whole steps, undisturbed; then the parts of a few more, through hooks
     on the networks, on `backward` and on the optimizer.
 
-    A loop calls `watch` once, then `batch_ready` and `step_done` in every step; in a Trainer, the clock is a callback.
+    Call `watch` first. A Trainer takes the clock as a callback; a loop of its own takes its batches from `batches`.
     """
 
     device: str  # "cpu" or "cuda"
@@ -40,33 +42,31 @@ class StepClock(TrainerCallback):
     def __post_init__(self):
         self.steps = self.warmup_steps + self.measured_steps + self.split_steps
         self.step = 0
-        self.in_first_network = False
         self.startup_seconds: float | None = None
         self.split: dict[str, float] | None = None  # seconds of each part
-        self.undo: list[Callable[[], None]] = []
+        self.hooks = ExitStack()
 
     def watch(self, student: torch.nn.Module, teacher: torch.nn.Module) -> None:
         self.networks = {"student": student, "teacher": teacher}
 
-    def on_step_begin(self, args, state, control, **kwargs):  # once the Trainer has the batch
-        self.batch_ready()
+    def batches(self, loader: Iterable) -> Iterator:
+        """A batch for each step, from a loader that may have fewer."""
+        while True:
+            for batch in loader:
+                self.on_step_begin()
+                yield batch
+                self.on_step_end()
+                if self.step == self.steps:
+                    return
 
-    def on_step_end(self, args, state, control, **kwargs):
-        self.step_done()
-
-    def now(self) -> float:
-        if self.device == "cuda":
-            torch.cuda.synchronize()
-        return time.perf_counter()
-
-    def batch_ready(self) -> None:
+    def on_step_begin(self, *_, **__):
         if self.startup_seconds is None:
             self.startup_seconds = time.time() - self.started
-        self.in_first_network = True
 
-    def step_done(self) -> bool:
-        """Whether that was the last step."""
+    def on_step_end(self, *_, **__):
         self.step += 1
+        if self.split is not None:
+            self.add("other")
         if self.step == self.warmup_steps:
             self.began = self.now()
         elif self.step == self.warmup_steps + self.measured_steps:
@@ -75,13 +75,13 @@ class StepClock(TrainerCallback):
             self.peak_device_bytes = torch.cuda.max_memory_reserved() if self.device == "cuda" else None
             if self.split_steps:
                 self.start_split()
-        elif self.split is not None:
-            self.add("other")
-        if self.step < self.steps:
-            return False
-        while self.undo:
-            self.undo.pop()()
-        return True
+        if self.step == self.steps:
+            self.hooks.close()
+
+    def now(self) -> float:
+        if self.device == "cuda":
+            torch.cuda.synchronize()
+        return time.perf_counter()
 
     def add(self, part: str) -> None:
         """Counts the time since the last mark towards that part of the step."""
@@ -91,17 +91,13 @@ class StepClock(TrainerCallback):
 
     def start_split(self) -> None:
         self.split = dict.fromkeys(PARTS, 0.0)
-
-        def network_starts(*_):
-            if self.in_first_network:
-                self.add("data")
-                self.in_first_network = False
-
+        handles = [register_optimizer_step_post_hook(lambda *_: self.add("optimizer"))]
         for part, network in self.networks.items():
-            starts = network.register_forward_pre_hook(network_starts)
-            ends = network.register_forward_hook(lambda *_, part=part: self.add(part))
-            self.undo += [starts.remove, ends.remove]
-        self.undo.append(register_optimizer_step_post_hook(lambda *_: self.add("optimizer")).remove)
+            # Data is what comes before the first network: nothing lies between the two.
+            handles.append(network.register_forward_pre_hook(lambda *_: self.add("data")))
+            handles.append(network.register_forward_hook(lambda *_, part=part: self.add(part)))
+        for handle in handles:
+            self.hooks.callback(handle.remove)
         original = torch.Tensor.backward
 
         def backward(*args, **kwargs):
@@ -109,18 +105,17 @@ class StepClock(TrainerCallback):
             self.add("student")
 
         torch.Tensor.backward = backward
-        self.undo.append(lambda: setattr(torch.Tensor, "backward", original))
+        self.hooks.callback(setattr, torch.Tensor, "backward", original)
         self.mark = self.now()
 
     def report(self) -> dict:
         """Images per second, milliseconds per step and per part, seconds to the first batch, peak memory in bytes."""
         step_seconds = self.seconds / self.measured_steps
-        split = self.split and {part: 1000 * total / self.split_steps for part, total in self.split.items()}
         return {
             "images_per_second": self.batch_size / step_seconds,
             "step_ms": 1000 * step_seconds,
             "startup_seconds": self.startup_seconds,
-            "split_ms": split,
+            "split_ms": self.split and {part: 1000 * total / self.split_steps for part, total in self.split.items()},
             "peak_host_bytes": self.peak_host_bytes,
             "peak_device_bytes": self.peak_device_bytes,
         }

@@ -9,7 +9,6 @@ Each case runs in its own process, which reads every image once.
 import argparse
 import json
 import os
-import subprocess
 import sys
 import tempfile
 import threading
@@ -22,8 +21,8 @@ import numpy as np
 import torch
 from datasets import ClassLabel, Dataset, Features, Image
 
-from benchmarks.report import describe_versions, table
-from benchmarks.setting import describe_machine
+from benchmarks.report import render
+from benchmarks.setting import describe_machine, in_own_process
 from benchmarks.step_clock import host_bytes
 from modeling_deit_ti import DeiTTiConfig, DeiTTiForImageClassification
 from modeling_deit_ti.data import load_images
@@ -36,7 +35,6 @@ SIZES = (2_000, 8_000, 32_000)
 BATCH_SIZE = 250
 BUFFER_SIZE = 1_000
 RESULTS = Path(__file__).resolve().parents[1] / "results"
-MIB = 2**20
 FLAGS = f"""
     --shuffle_buffer_size {BUFFER_SIZE} --image_size 32 --patch_size 32 --per_device_train_batch_size {BATCH_SIZE}
     --crop none --horizontal_flip 0 --auto_augment none --random_erasing 0 --repeated_augmentation 1
@@ -47,14 +45,12 @@ FLAGS = f"""
 def write_images(folder: Path, num_images: int) -> None:
     """Training images in files of 10,000, and 100 to evaluate on."""
     features = Features({"image": Image(), "label": ClassLabel(names=["a", "b"])})
-    files = {
-        f"train-{start:06}.parquet": range(start, min(start + 10_000, num_images))
-        for start in range(0, num_images, 10_000)
-    }
-    for name, numbers in {**files, "test-000000.parquet": range(100)}.items():
+    starts = range(0, num_images, 10_000)
+    files = {f"train-{start:06}": range(start, min(start + 10_000, num_images)) for start in starts}
+    for name, numbers in {**files, "test-000000": range(100)}.items():
         images = [np.random.default_rng(seed).integers(0, 256, (32, 32, 3), dtype=np.uint8) for seed in numbers]
         rows = {"image": images, "label": [seed % 2 for seed in numbers]}
-        Dataset.from_dict(rows, features=features).to_parquet(folder / name, batch_size=500)
+        Dataset.from_dict(rows, features=features).to_parquet(folder / f"{name}.parquet", batch_size=500)
 
 
 class PeakAnonymousMemory(threading.Thread):
@@ -79,9 +75,8 @@ def train(folder: str, streaming: bool) -> dict:
     memory = PeakAnonymousMemory()
     memory.start()
     with tempfile.TemporaryDirectory() as output_dir:
-        args = parse_arguments(
-            [f"--dataset_name={folder}", f"--streaming={streaming}", f"--output_dir={output_dir}", *FLAGS.split()]
-        )
+        flags = [f"--dataset_name={folder}", f"--streaming={streaming}", f"--output_dir={output_dir}"]
+        args = parse_arguments([*flags, *FLAGS.split()])
         data = load_images(args.images)
         config = DeiTTiConfig(image_size=32, patch_size=32, num_labels=2, num_hidden_layers=1)
         network = DeiTTiForImageClassification(config)
@@ -98,20 +93,8 @@ def train(folder: str, streaming: bool) -> dict:
     }
 
 
-def run_process(folder: str, streaming: bool) -> dict:
-    """`train` in a fresh process, with an empty cache."""
-    with tempfile.TemporaryDirectory() as cache:
-        done = subprocess.run(
-            [sys.executable, __file__, "--train", folder, *["--streaming"] * streaming],
-            env={**os.environ, "HF_HOME": cache, "HF_HUB_OFFLINE": "1"},
-            stdout=subprocess.PIPE,
-            text=True,
-            check=True,
-        )
-    return json.loads(done.stdout.splitlines()[-1])
-
-
 def main() -> None:
+    argparse.ArgumentParser(description=__doc__.splitlines()[0]).parse_args()  # --help
     rows = []
     for num_images in SIZES:
         with tempfile.TemporaryDirectory() as folder:
@@ -119,7 +102,9 @@ def main() -> None:
             parquet_bytes = size_of(folder, "train-*")
             for streaming in (True, False):
                 rows.append({"images": num_images, "parquet_bytes": parquet_bytes, "streaming": streaming})
-                rows[-1] |= run_process(folder, streaming)
+                with tempfile.TemporaryDirectory() as cache:
+                    environment = {"HF_HOME": cache, "HF_HUB_OFFLINE": "1"}
+                    rows[-1] |= in_own_process(train, folder, streaming, environment=environment)
                 print(rows[-1], flush=True)
     result = {
         **describe_machine("cpu", "pyarrow"),
@@ -129,42 +114,8 @@ def main() -> None:
         "rows": rows,
     }
     (RESULTS / "streaming_memory.json").write_text(json.dumps(result, indent=2) + "\n")
-    (RESULTS / "streaming_memory.md").write_text(markdown(result))
-
-
-def markdown(result: dict) -> str:
-    columns = {
-        "images": lambda row: f"{row['images']:,}",
-        "`--streaming`": lambda row: "yes" if row["streaming"] else "no",
-        "images read": lambda row: f"{row['images_read']:,}",
-        "Parquet, MiB": lambda row: f"{row['parquet_bytes'] / MIB:,.0f}",
-        "RSS after imports, MiB": lambda row: f"{row['imported_rss'] / MIB:,.0f}",
-        "peak RSS, MiB": lambda row: f"{row['peak_rss'] / MIB:,.0f}",
-        "peak anonymous, MiB": lambda row: f"{row['peak_anonymous'] / MIB:,.0f}",
-        "cache, MiB": lambda row: f"{row['cache_on_disk'] / MIB:,.1f}",
-        "training, s": lambda row: f"{row['train_seconds']:,.0f}",
-    }
-    rows = [[shown(row) for shown in columns.values()] for row in result["rows"]]
-    return f"""# Memory of a streamed epoch
-
-One epoch that reads every image once, in its own process: noise of 32x32 pixels as PNG, in Parquet files of 10,000
-rows with row groups of 500; batches of {BATCH_SIZE}; `--shuffle_buffer_size {BUFFER_SIZE}`; no workers.
-`peak RSS` is the whole process, libraries included; `anonymous` is the part that the system cannot reclaim: it can
-drop the pages of mapped files. `cache` is the size of `HF_HOME` afterwards.
-
-{table(list(columns), rows)}
-
-Measured by `benchmarks/streaming_memory.py` on {result["hardware"]}, which had other work, so the seconds are rough.
-Threads: {result["threads"]}. {describe_versions(result)}.
-"""
+    (RESULTS / "streaming_memory.md").write_text(render("streaming_memory.md", result=result, batch_size=BATCH_SIZE))
 
 
 if __name__ == "__main__":
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--train", metavar="FOLDER", help="Internal: train on this folder in this process.")
-    parser.add_argument("--streaming", action="store_true", help="Internal: with --train.")
-    options = parser.parse_args()
-    if options.train:
-        print(json.dumps(train(options.train, options.streaming)))
-    else:
-        main()
+    main()

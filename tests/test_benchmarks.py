@@ -29,17 +29,18 @@ def setting() -> throughput.ThroughputSetting:
 
 
 @pytest.fixture(scope="module")
-def teacher_folder(setting, tmp_path_factory) -> str:
-    folder = str(tmp_path_factory.mktemp("teacher"))
+def work_dir(setting, tmp_path_factory) -> str:
+    """The folder of all runs, with their teacher in it."""
+    folder = str(tmp_path_factory.mktemp("runs"))
     args = throughput.make_arguments(setting, folder)
-    return throughput.save_teacher(setting.teacher, args, load_images(args.images), folder)
+    throughput.save_teacher(setting.teacher, args, load_images(args.images))
+    return folder
 
 
 @pytest.mark.parametrize("contender", contenders.CONTENDERS)
-def test_contender_trains_and_reports_each_part_of_a_step(contender, setting, teacher_folder, tmp_path):
+def test_contender_trains_and_reports_each_part_of_a_step(contender, setting, work_dir):
     backward = torch.Tensor.backward
-    job = throughput.Job(contender, setting, teacher_folder, str(tmp_path), time.time(), split=True)
-    found = throughput.measure(job)
+    found = throughput.measure(setting, work_dir, contender, time.time())
     assert found["images_per_second"] == pytest.approx(4 / (found["step_ms"] / 1000))
     assert found["startup_seconds"] > 0
     assert found["peak_host_bytes"] > 1e8 and found["peak_device_bytes"] is None
@@ -50,18 +51,16 @@ def test_contender_trains_and_reports_each_part_of_a_step(contender, setting, te
     assert torch.Tensor.backward is backward  # the hooks are gone
 
 
-def test_parts_of_a_step_are_not_timed_when_turned_off(setting, teacher_folder, tmp_path):
+def test_parts_of_a_step_are_not_timed_when_turned_off(setting, work_dir):
     setting = replace(setting, split_steps=0)  # as --torch_compile does
-    job = throughput.Job(report.BARE, setting, teacher_folder, str(tmp_path), time.time(), split=True)
-    found = throughput.measure(job)
+    found = throughput.measure(setting, work_dir, report.BARE, time.time())
     assert found["split_ms"] is None and found["images_per_second"] > 0
 
 
-def test_memory_is_read_after_every_epoch(setting, teacher_folder, tmp_path, monkeypatch):
+def test_memory_is_read_after_every_epoch(setting, work_dir, monkeypatch):
     few = {"num_train_epochs": 2, "max_train_samples": 16, "max_eval_samples": 8, "per_device_train_batch_size": 8}
     monkeypatch.setattr(throughput, "MEMORY_FLAGS", throughput.MEMORY_FLAGS | few)
-    job = throughput.Job(throughput.MEMORY, setting, teacher_folder, str(tmp_path), time.time(), split=False)
-    epochs = throughput.measure(job)["host_bytes_by_epoch"]
+    epochs = throughput.measure_memory(setting, work_dir)["host_bytes_by_epoch"]
     assert len(epochs) == 2 and min(epochs) > 1e8
 
 
@@ -195,7 +194,7 @@ def test_without_results_every_target_is_not_measured_and_names_its_command(tmp_
 def test_targets_are_met_or_missed_by_the_faster_of_our_two_ways(tmp_path):
     speeds = {"bare step": 100.0, report.OURS[0]: 90.0, report.OURS[1]: 96.0, "timm": 97.0, "transformers": 80.0}
     memory = [200, 190, 195, 201]
-    report.write_result(made_up_result(report.CPU_32.where, speeds, host_bytes_by_epoch=memory), tmp_path, ["why"])
+    report.write_result(made_up_result(report.CPU_32.where, speeds, host_bytes_by_epoch=memory), tmp_path)
     found = verdicts(tmp_path)
     assert found[f"{report.CPU_32.name}: at least 95% of the bare step"] == ("96.0%", "met")
     assert found[f"{report.CPU_32.name}: at least as fast as timm"] == ("0.99", "missed")
@@ -216,7 +215,7 @@ def test_targets_are_met_or_missed_by_the_faster_of_our_two_ways(tmp_path):
 
 def test_memory_that_creeps_up_is_told(tmp_path):
     result = made_up_result(report.CPU_32.where, {"bare step": 100.0}, host_bytes_by_epoch=[200, 202, 204, 206])
-    report.write_result(result, tmp_path, ["why"])
+    report.write_result(result, tmp_path)
     assert verdicts(tmp_path)["host memory grows by at most 1% over the epochs"] == ("+1.98%", "missed")
 
 
@@ -229,7 +228,7 @@ def test_targets_of_a_gpu(tmp_path):
         report.PUBLISHED_BASELINE: 1_700.0,
     }
     result = made_up_result(report.GPU_224.where, speeds)
-    report.write_result(result, tmp_path, [])
+    report.write_result(result, tmp_path)
     found = verdicts(tmp_path)
     assert found[f"{report.GPU_224.name}: at least 2x timm"] == ("2.00", "met")
     assert found[f"{report.GPU_224.name}: at least 10x the published baseline's loop"] == ("9.4", "missed")
@@ -242,7 +241,7 @@ def test_targets_of_a_gpu(tmp_path):
 def test_a_contender_that_failed_says_so_and_leaves_its_targets_not_measured(tmp_path):
     result = made_up_result(report.CPU_32.where, {"bare step": 100.0, report.OURS[0]: 99.0})
     result["rows"].append({"name": "timm", "failed": "OutOfMemoryError: 40 GB"})
-    file = report.write_result(result, tmp_path, [])
+    file = report.write_result(result, tmp_path)
     assert table_in(file.read_text())[-1][:2] == ["timm", "failed: OutOfMemoryError: 40 GB"]
     assert verdicts(tmp_path)[f"{report.CPU_32.name}: at least as fast as timm"] == ("not measured", "not measured")
 
@@ -250,6 +249,6 @@ def test_a_contender_that_failed_says_so_and_leaves_its_targets_not_measured(tmp
 def test_the_targets_of_two_cores_are_not_for_other_settings(tmp_path):
     speeds = {"bare step": 100.0, report.OURS[0]: 99.0}
     for change in ({"threads": 8}, {"recipe": "light"}, {"teacher": "test_resnet"}, {"batch_size": 64}):
-        report.write_result(made_up_result(report.CPU_32.where | change, speeds), tmp_path, [])
+        report.write_result(made_up_result(report.CPU_32.where | change, speeds), tmp_path)
     assert len(list(tmp_path.glob("*.json"))) == 4  # none has replaced another
     assert verdicts(tmp_path)[f"{report.CPU_32.name}: at least 95% of the bare step"] == ("not measured",) * 2
