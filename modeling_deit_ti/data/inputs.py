@@ -106,15 +106,7 @@ def make_train_images(
         try:
             if size is None:
                 raise ValueError("the images are not all of one size, or too many to be kept decoded.")
-            augment = BatchAugmentation(
-                image_size,
-                crop=args.crop_at(image_size),
-                horizontal_flip=args.horizontal_flip,
-                auto_augment=None if args.auto_augment == "none" else args.auto_augment,
-                random_erasing=args.random_erasing,
-                image_mean=image_processor.image_mean,
-                image_std=image_processor.image_std,
-            )
+            augment = BatchAugmentation(args, image_processor)
         except ValueError as error:
             if args.augment_on == "device":
                 raise UserError(f"--augment_on device: {error} Use --augment_on loader.") from error
