@@ -245,11 +245,7 @@ def cubic(p0: torch.Tensor, p1: torch.Tensor, p2: torch.Tensor, p3: torch.Tensor
 
 
 def slide_rows(images: torch.Tensor, shifts: torch.Tensor, fill: torch.Tensor) -> torch.Tensor:
-    """Every row moved left by its own shift in pixels, bicubic; `fill` `(3, 1, 1)` where the image ends.
-
-    Args:
-        shifts: `(b, 1, S, 1)`, or `(b, 1, 1, 1)` if all rows of an image move alike.
-    """
+    """Every row moved left by its own shift `(b, 1, S or 1, 1)` in pixels, bicubic; `fill` where the image ends."""
     _, channels, height, width = images.shape
     whole = shifts.floor()
     # All that a row reads, its four neighbours a pixel included: (b, 1, S, width + 3).

@@ -41,7 +41,7 @@ from .loading import (
     random_subset,
     with_label_ids,
 )
-from .sampling import collate_images, seeded
+from .sampling import augmented_batch, collate_images
 from .sources import EVALUATION_SPLITS, find_class_folders, load_splits, naming_the_dataset, train_and_evaluation
 
 
@@ -369,7 +369,7 @@ class StreamedImages:
 
 class StreamedBatches(torch.utils.data.IterableDataset):
     """
-    One process's batches of an epoch, as `collate_images` makes them, for a `DataLoader` with `batch_size=None`.
+    One process's batches of an epoch, as `augmented_batch` makes them, for a `DataLoader` with `batch_size=None`.
 
     What is in a batch depends on the seed, the epoch, and the numbers of processes and workers. As with
     `TrainSampler`, images that do not fill a batch of all processes are left out, others each epoch.
@@ -413,7 +413,7 @@ class StreamedBatches(torch.utils.data.IterableDataset):
         loader = DataLoader(
             self,
             batch_size=None,
-            collate_fn=_identity,  # torch's default would make tensors of the seeds
+            collate_fn=collate_images,  # torch's default would make tensors of the seeds
             num_workers=args.dataloader_num_workers,
             pin_memory=args.dataloader_pin_memory,
             persistent_workers=args.dataloader_persistent_workers,
@@ -455,12 +455,9 @@ class StreamedBatches(torch.utils.data.IterableDataset):
         if self.repeats > 1:
             # Mixup takes neighbours: the views of one image must not be each other's.
             views = [views[index] for index in generator.permutation(len(views))]
-        samples = []
-        for (image, label), seed in zip(views, generator.integers(2**62, size=len(views)).tolist(), strict=True):
-            with seeded(seed):
-                sample = {"pixel_values": self.images.transform(image), "seeds": seed}
-            samples.append(sample if label is None else sample | {"labels": label})
-        return collate_images(samples)
+        images, labels = zip(*views, strict=True)
+        seeds = generator.integers(2**62, size=len(views)).tolist()
+        return augmented_batch(images, None if labels[0] is None else labels, seeds, self.images.transform)
 
     def _views(self, epoch: int, worker: int, skipped: int) -> Iterator[tuple[PILImage.Image, int | None]]:
         for shard, number, row in self._rows(epoch, worker, skipped):
@@ -528,7 +525,3 @@ class StreamedBatches(torch.utils.data.IterableDataset):
                 if number in numbers:
                     rows[shard, number] = row
         return [(shard, number, rows[shard, number]) for shard, number, _ in buffer]
-
-
-def _identity(batch: dict) -> dict:
-    return batch
