@@ -458,7 +458,7 @@ def test_datasets_that_cannot_be_streamed_are_told_before_training(parquet, tmp_
     with pytest.raises(UserError, match="--streaming reads Parquet files.*Csv"):
         load(tmp_path / "csv")
     write_parquet(tmp_path / "one" / "train-00000.parquet", range(20), 10)
-    with pytest.raises(UserError, match="the one split `train`"):
+    with pytest.raises(UserError, match="only has the split `train`"):
         load(tmp_path / "one")
     with pytest.raises(UserError, match="--image_column_name nothing: no such column"):
         load(parquet, image_column_name="nothing")
