@@ -15,6 +15,7 @@ from timm.data.random_erasing import RandomErasing
 from timm.data.transforms import RandomResizedCropAndInterpolation
 from torchvision.transforms import functional as TF
 
+from modeling_deit_ti.arguments import AugmentationArguments, ModelArguments
 from modeling_deit_ti.data.augmentation import (
     GEOMETRIC,
     INCREASING_OPERATIONS,
@@ -32,6 +33,7 @@ from modeling_deit_ti.data.augmentation import (
     random_uniform,
     resize,
 )
+from modeling_deit_ti.data.inputs import make_image_processor
 
 
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
@@ -72,7 +74,8 @@ def images() -> torch.Tensor:
 
 
 def augmentation(size: int = 32, **settings) -> BatchAugmentation:
-    return BatchAugmentation(size, image_mean=MEAN, image_std=STD, **settings)
+    args = AugmentationArguments(**{"crop": "resized", **settings})
+    return BatchAugmentation(args, make_image_processor(ModelArguments(image_size=size), args, MEAN, STD))
 
 
 def equally_distributed(first: torch.Tensor, second: torch.Tensor) -> bool:
@@ -180,7 +183,7 @@ def test_a_very_long_image_is_cropped_at_its_centre_as_by_timm(monkeypatch):
 
 def test_padded_crop_equals_torchvisions(images):
     seeds = torch.arange(32)
-    found = augmentation(crop="padded", auto_augment=None, random_erasing=0.0)(images, seeds)
+    found = augmentation(crop="padded", auto_augment="none", random_erasing=0.0)(images, seeds)
     padded = normalised(TF.pad(images, 4))
     offsets, flips = set(), 0
     for image, candidates in zip(found, padded, strict=True):
@@ -201,7 +204,7 @@ def test_padded_crop_equals_torchvisions(images):
 
 def test_padded_crops_have_every_offset_equally_often():
     position = torch.arange(16 * 16).reshape(1, 1, 16, 16).to(torch.uint8).expand(8100, 3, 16, 16).clone()
-    found = augmentation(16, crop="padded", horizontal_flip=0.0, auto_augment=None, random_erasing=0.0)(
+    found = augmentation(16, crop="padded", horizontal_flip=0.0, auto_augment="none", random_erasing=0.0)(
         position, torch.arange(8100)
     )
     # The centre is in every crop, and tells where it was cut.
@@ -212,7 +215,7 @@ def test_padded_crops_have_every_offset_equally_often():
 
 
 def test_without_a_crop_the_whole_image_is_resized(images):
-    found = augmentation(48, crop="none", horizontal_flip=0.0, auto_augment=None, random_erasing=0.0)(
+    found = augmentation(48, crop="none", horizontal_flip=0.0, auto_augment="none", random_erasing=0.0)(
         images, torch.arange(32)
     )
     expected = normalised(torch.stack([from_pil(to_pil(image).resize((48, 48), BICUBIC)) for image in images]))
@@ -223,7 +226,7 @@ def test_without_a_crop_the_whole_image_is_resized(images):
 @pytest.mark.parametrize("probability", [0.0, 0.5, 1.0])
 def test_images_are_flipped_with_the_given_probability(images, probability):
     image = images[:1].expand(4000, 3, 32, 32)
-    found = augmentation(crop="none", horizontal_flip=probability, auto_augment=None, random_erasing=0.0)(
+    found = augmentation(crop="none", horizontal_flip=probability, auto_augment="none", random_erasing=0.0)(
         image, torch.arange(4000)
     )
     flipped = (found == normalised(images[:1].flip(-1))).flatten(1).all(dim=1)
@@ -233,7 +236,7 @@ def test_images_are_flipped_with_the_given_probability(images, probability):
 
 
 def test_normalisation_equals_torchvisions_exactly(images):
-    found = augmentation(crop="none", horizontal_flip=0.0, auto_augment=None, random_erasing=0.0)(
+    found = augmentation(crop="none", horizontal_flip=0.0, auto_augment="none", random_erasing=0.0)(
         images, torch.arange(32)
     )
     assert torch.equal(found, normalised(images))
@@ -263,7 +266,7 @@ def test_operation_equals_timms(images, name, operation):
     )
     argument = torch.tensor([argument[0] if argument else 0.0 for argument in arguments], dtype=torch.float64)
     fill = (torch.tensor(FILL, dtype=torch.uint8)[:, None, None],) if name in GEOMETRIC else ()
-    difference = (operation.apply(images.clone(), argument, *fill).int() - expected.int()).abs()
+    difference = (operation.apply(images.clone(), argument[:, None, None, None], *fill).int() - expected.int()).abs()
     assert difference.max() <= (1 if name in GEOMETRIC else 0)
     assert (difference > 0).float().mean() < 1e-3
 
@@ -398,8 +401,8 @@ def test_erased_boxes_are_distributed_as_timms():
 
 
 def test_erasing_follows_normalisation(images):
-    clean = augmentation(auto_augment=None, random_erasing=0.0)(images, torch.arange(32))
-    found = augmentation(auto_augment=None, random_erasing=1.0)(images, torch.arange(32))
+    clean = augmentation(auto_augment="none", random_erasing=0.0)(images, torch.arange(32))
+    found = augmentation(auto_augment="none", random_erasing=1.0)(images, torch.arange(32))
     boxes, _ = draw_erasing_boxes(torch.arange(32), 32, 1.0)
     inside = torch.zeros(32, 1, 32, 32, dtype=torch.bool)
     for mask, (top, left, height, width) in zip(inside, boxes.long().tolist(), strict=True):
@@ -489,7 +492,7 @@ def test_switching_one_augmentation_off_leaves_the_others_as_they_were(images):
     full = augmentation(random_erasing=0.0)(images, seeds)
     erased = augmentation(random_erasing=1.0)(images, seeds)
     assert (full == erased).float().mean() > 0.6  # a third of an image is erased at most
-    plain = augmentation(random_erasing=0.0, auto_augment=None)(images, seeds)
+    plain = augmentation(random_erasing=0.0, auto_augment="none")(images, seeds)
     untouched = (draw_operations(RandAugment.from_string(RECIPE), seeds)[0] == 15).all(dim=1)
     assert torch.equal(full[untouched], plain[untouched])
     assert untouched.sum() > 3
@@ -528,19 +531,3 @@ def test_the_input_is_left_as_it_was(images):
 def test_rand_augment_leaves_images_alone_that_no_operation_is_drawn_for(images):
     found = rand_augment(images.clone(), RandAugment(probability=0.0), torch.arange(32), torch.zeros(3, 1, 1))
     assert torch.equal(found, images)
-
-
-def test_unusable_arguments_are_named(images):
-    with pytest.raises(ValueError, match="crop='square'"):
-        augmentation(crop="square")
-    with pytest.raises(ValueError, match="random_erasing=25"):
-        augmentation(random_erasing=25)
-    with pytest.raises(ValueError, match=r"image_std=\[0.5\]"):
-        BatchAugmentation(32, image_mean=[0.5], image_std=[0.5])
-    augment = augmentation()
-    with pytest.raises(ValueError, match=r"images: expected .* uint8, found .*float32"):
-        augment(images.float(), torch.arange(32))
-    with pytest.raises(ValueError, match=r"seeds: expected one int64 per image, \(32,\).* found \(31,\)"):
-        augment(images, torch.arange(31))
-    with pytest.raises(ValueError, match=r"seeds: .* found \(32,\) torch.int32 on cpu"):
-        augment(images, torch.arange(32, dtype=torch.int32))

@@ -16,12 +16,15 @@ number of images.
 import contextlib
 import math
 import re
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torchvision.transforms.v2.functional import equalize
+from transformers import DeiTImageProcessor
+
+from ..arguments import AugmentationArguments
 
 
 # ---- Random numbers: SplitMix64 (Steele, Lea, Flood 2014), a hash of (seed, counter), on wrapping int64 ----
@@ -53,8 +56,7 @@ def random_uniform(seeds: torch.Tensor, stream: int, *shape: int) -> torch.Tenso
 def normal_quantiles() -> torch.Tensor:
     """The standard normal distribution as 65536 equally likely values (float32, at most 4.3 from 0).
 
-    Noise drawn as `normal_quantiles()[16 random bits]` needs no logarithm and no cosine, which CPU and GPU
-    round differently.
+    Drawn by 16 random bits, noise needs no logarithm and no cosine, which CPU and GPU round differently.
     """
     return torch.special.ndtri((torch.arange(2**16, dtype=torch.float64) + 0.5) / 2**16).float()
 
@@ -62,47 +64,40 @@ def normal_quantiles() -> torch.Tensor:
 # ---- Crop, resize, flip ----
 
 
-def uniform_integer(uniform: torch.Tensor, largest: torch.Tensor) -> torch.Tensor:
-    """`random.randint(0, largest)` from a uniform number; whole float64 numbers, as are all boxes below."""
-    return torch.floor(uniform * (largest + 1))
-
-
-def first_fitting(boxes: torch.Tensor, fits: torch.Tensor) -> torch.Tensor:
-    """The first of each image's attempts `(B, ATTEMPTS, 4)` whose flag `(B, ATTEMPTS)` is set; `(B, 4)`."""
-    first = fits.int().argmax(dim=1)
-    return boxes[torch.arange(len(boxes)), first]
-
-
 def draw_boxes(
-    uniform: torch.Tensor, height: int, width: int, area: tuple[float, float], log_ratio: tuple[float, float]
-) -> torch.Tensor:
-    """Boxes (top, left, height, width) of random area (a fraction) and log(width / height).
-
-    They are rounded as timm rounds them. Those that do not fit the image are for the caller to reject.
+    uniform: torch.Tensor, height: int, width: int, area: tuple[float, float], ratio: tuple[float, float], margin: int
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Each image's first random box, rounded as timm does, that is `margin` pixels smaller than the image or more.
 
     Args:
-        uniform: `(B, ATTEMPTS, 4)`, as is what is returned; height, width: of the image, in pixels.
+        uniform: `(B, ATTEMPTS, 4)`, random numbers in [0, 1); height, width: of the images, in pixels.
+        area, ratio: range of the box's share of the image, and of its width / height (log-uniform).
+
+    Returns:
+        Boxes (top, left, height, width) in pixels, `(B, 4)` float64, and whether they fit, `(B,)`.
     """
     target_area = (area[0] + (area[1] - area[0]) * uniform[..., 0]) * (height * width)
-    ratio = torch.exp(log_ratio[0] + (log_ratio[1] - log_ratio[0]) * uniform[..., 1])
-    box_width = torch.sqrt(target_area * ratio).round()
-    box_height = torch.sqrt(target_area / ratio).round()
-    top = uniform_integer(uniform[..., 2], height - box_height)
-    left = uniform_integer(uniform[..., 3], width - box_width)
-    return torch.stack((top, left, box_height, box_width), dim=-1)
+    low, high = math.log(ratio[0]), math.log(ratio[1])
+    ratios = torch.exp(low + (high - low) * uniform[..., 1])
+    box_width = torch.sqrt(target_area * ratios).round()
+    box_height = torch.sqrt(target_area / ratios).round()
+    top = torch.floor(uniform[..., 2] * (height - box_height + 1))
+    left = torch.floor(uniform[..., 3] * (width - box_width + 1))
+    fits = (box_height <= height - margin) & (box_width <= width - margin)
+    first = fits.int().argmax(dim=1)
+    boxes = torch.stack((top, left, box_height, box_width), dim=-1)
+    return boxes[torch.arange(len(boxes)), first], fits.any(dim=1)
 
 
 def draw_crop_boxes(seeds: torch.Tensor, height: int, width: int) -> torch.Tensor:
     """timm's `RandomResizedCropAndInterpolation.get_params`: (top, left, height, width) in pixels, `(B, 4)`."""
     smallest, largest = 3 / 4, 4 / 3
     uniform = random_uniform(seeds, CROP_STREAM, ATTEMPTS, 4)
-    boxes = draw_boxes(uniform, height, width, area=(0.08, 1.0), log_ratio=(math.log(smallest), math.log(largest)))
-    fits = (boxes[..., 2] <= height) & (boxes[..., 3] <= width)
+    boxes, fits = draw_boxes(uniform, height, width, area=(0.08, 1.0), ratio=(smallest, largest), margin=0)
     # Only in a very long image none of ten boxes fits. Then take its largest central part within the ratios.
-    box_width = min(width, round(height * largest)) if width / height > largest else width
-    box_height = min(height, round(width / smallest)) if width / height < smallest else height
+    box_width, box_height = min(width, round(height * largest)), min(height, round(width / smallest))
     central = [(height - box_height) // 2, (width - box_width) // 2, box_height, box_width]
-    return torch.where(fits.any(dim=1, keepdim=True), first_fitting(boxes, fits), torch.tensor(central).double())
+    return torch.where(fits[:, None], boxes, torch.tensor(central).double())
 
 
 def bicubic_weights(
@@ -147,13 +142,8 @@ def whole_float32() -> Iterator[None]:
 def resize(images: torch.Tensor, boxes: torch.Tensor, size: int, flips: torch.Tensor) -> torch.Tensor:
     """Each image's box (top, left, height, width), resized to `size` x `size` and mirrored where `flips` is set.
 
-    Two batched matrix products, columns first and rounded to 8 bits in between, as Pillow's two passes.
-
-    Args:
-        images: `(B, 3, H, W)` uint8; boxes: `(B, 4)` in pixels; flips: `(B,)` bool; all on one device.
-
-    Returns:
-        `(B, 3, size, size)` uint8.
+    Two batched matrix products, columns first and rounded to 8 bits in between, as Pillow's two passes. From
+    `(B, 3, H, W)` to `(B, 3, size, size)` uint8; boxes `(B, 4)` in pixels; flips `(B,)` bool; all on one device.
     """
     batch, _, height, width = images.shape
     top, left, box_height, box_width = boxes.unbind(dim=1)
@@ -172,9 +162,7 @@ def resize(images: torch.Tensor, boxes: torch.Tensor, size: int, flips: torch.Te
 def shifted_crop(images: torch.Tensor, offsets: torch.Tensor, padding: int, flips: torch.Tensor) -> torch.Tensor:
     """A crop of the images' own size after zero-padding, mirrored where `flips` is set, in a single gather.
 
-    Args:
-        images: `(B, 3, H, W)` uint8; flips: `(B,)` bool.
-        offsets: `(B, 2)` int64, (top, left) of the crop in the padded image.
+    Images `(B, 3, H, W)` uint8; flips `(B,)` bool; offsets `(B, 2)` int64: (top, left) in the padded image.
     """
     batch, _, height, width = images.shape
     columns = torch.arange(width, device=images.device)
@@ -186,18 +174,13 @@ def shifted_crop(images: torch.Tensor, offsets: torch.Tensor, padding: int, flip
 
 
 # ---- RandAugment's operations, as in Pillow ----
-# From `(b, 3, S, S)` uint8 images and an argument for each, `(b,)` float64, to new images.
-
-
-def per_image(argument: torch.Tensor) -> torch.Tensor:
-    """`(b,)` to `(b, 1, 1, 1)`, in the float32 that Pillow blends in."""
-    return argument.float()[:, None, None, None]
+# From `(b, 3, S, S)` uint8 images and an argument for each, `(b, 1, 1, 1)` float64, to new images.
 
 
 def blend(degenerate: torch.Tensor, images: torch.Tensor, factor: torch.Tensor) -> torch.Tensor:
     """`PIL.Image.blend`: from `degenerate` (factor 0) through the image (1) and beyond; fractions are cut off."""
     degenerate = degenerate.float()
-    return (images - degenerate).mul_(per_image(factor)).add_(degenerate).clamp_(0, 255).to(torch.uint8)
+    return (images - degenerate).mul_(factor.float()).add_(degenerate).clamp_(0, 255).to(torch.uint8)
 
 
 def grey(images: torch.Tensor) -> torch.Tensor:
@@ -216,7 +199,7 @@ def contrast(images: torch.Tensor, factor: torch.Tensor) -> torch.Tensor:
 
 
 def brightness(images: torch.Tensor, factor: torch.Tensor) -> torch.Tensor:
-    return (images * per_image(factor)).clamp_(max=255).to(torch.uint8)
+    return (images * factor.float()).clamp_(max=255).to(torch.uint8)
 
 
 def sharpness(images: torch.Tensor, factor: torch.Tensor) -> torch.Tensor:
@@ -238,26 +221,16 @@ def auto_contrast(images: torch.Tensor, _: torch.Tensor) -> torch.Tensor:
     return torch.where(high > low, stretched, images)
 
 
-def equalize_histogram(images: torch.Tensor, _: torch.Tensor) -> torch.Tensor:
-    return equalize(images)  # torchvision's is exact and batched
-
-
-def invert(images: torch.Tensor, _: torch.Tensor) -> torch.Tensor:
-    return images.bitwise_not()
-
-
 def posterize(images: torch.Tensor, bits: torch.Tensor) -> torch.Tensor:
-    mask = torch.bitwise_right_shift(0xFF00, bits.int()).bitwise_and_(0xFF).to(torch.uint8)
-    return images & mask[:, None, None, None]
+    return images & torch.bitwise_right_shift(0xFF00, bits.int()).bitwise_and_(0xFF).to(torch.uint8)
 
 
 def solarize(images: torch.Tensor, threshold: torch.Tensor) -> torch.Tensor:
-    return torch.where(images < threshold.short()[:, None, None, None], images, images.bitwise_not())
+    return torch.where(images < threshold.short(), images, images.bitwise_not())
 
 
 def solarize_add(images: torch.Tensor, addend: torch.Tensor) -> torch.Tensor:
-    brighter = (images.short() + addend.short()[:, None, None, None]).clamp_(max=255).to(torch.uint8)
-    return torch.where(images < 128, brighter, images)
+    return torch.where(images < 128, (images.short() + addend.short()).clamp_(max=255).to(torch.uint8), images)
 
 
 def cubic(p0: torch.Tensor, p1: torch.Tensor, p2: torch.Tensor, p3: torch.Tensor, at: torch.Tensor) -> torch.Tensor:
@@ -272,66 +245,61 @@ def cubic(p0: torch.Tensor, p1: torch.Tensor, p2: torch.Tensor, p3: torch.Tensor
 
 
 def slide_rows(images: torch.Tensor, shifts: torch.Tensor, fill: torch.Tensor) -> torch.Tensor:
-    """Every row moved left by its own shift `(b, S)` in pixels, bicubic; `fill` `(3, 1, 1)` where the image ends."""
-    _, channels, _, width = images.shape
+    """Every row moved left by its own shift `(b, 1, S or 1, 1)` in pixels, bicubic; `fill` where the image ends."""
+    _, channels, height, width = images.shape
     whole = shifts.floor()
-    # All that a row reads, its four neighbours a pixel included: (b, S, width + 3).
-    columns = torch.arange(-1, width + 2, device=images.device) + whole.long()[..., None]
-    pixels = images.gather(3, columns.clamp_(0, width - 1)[:, None].expand(-1, channels, -1, -1)).float()
+    # All that a row reads, its four neighbours a pixel included: (b, 1, S, width + 3).
+    columns = torch.arange(-1, width + 2, device=images.device) + whole.long()
+    pixels = images.gather(3, columns.clamp_(0, width - 1).expand(-1, channels, height, -1)).float()
     taps = (pixels[..., i : i + width] for i in range(4))
-    slid = cubic(*taps, at=(shifts - whole)[:, None, :, None]).clamp_(0, 255).to(torch.uint8)
-    centres = torch.arange(0.5, width, device=images.device) + shifts[..., None]  # (b, S, width)
-    return torch.where(((centres >= 0) & (centres < width))[:, None], slid, fill)
+    slid = cubic(*taps, at=shifts - whole).clamp_(0, 255).to(torch.uint8)
+    centres = torch.arange(0.5, width, device=images.device) + shifts
+    return torch.where((centres >= 0) & (centres < width), slid, fill)
 
 
 def shear_x(images: torch.Tensor, factor: torch.Tensor, fill: torch.Tensor) -> torch.Tensor:
-    rows = torch.arange(images.shape[2], device=images.device) + 0.5
-    return slide_rows(images, factor.float()[:, None] * rows, fill)
+    rows = torch.arange(0.5, images.shape[2], device=images.device)[:, None]
+    return slide_rows(images, factor.float() * rows, fill)
 
 
 def translate_x(images: torch.Tensor, fraction: torch.Tensor, fill: torch.Tensor) -> torch.Tensor:
-    shifts = (fraction * images.shape[3]).float()
-    return slide_rows(images, shifts[:, None].expand(-1, images.shape[2]), fill)
+    return slide_rows(images, (fraction * images.shape[3]).float(), fill)
 
 
-def shear_y(images: torch.Tensor, factor: torch.Tensor, fill: torch.Tensor) -> torch.Tensor:
-    return shear_x(images.transpose(2, 3), factor, fill).transpose(2, 3)
-
-
-def translate_y(images: torch.Tensor, fraction: torch.Tensor, fill: torch.Tensor) -> torch.Tensor:
-    return translate_x(images.transpose(2, 3), fraction, fill).transpose(2, 3)
+def along_y(operation: Callable[..., torch.Tensor]) -> Callable[..., torch.Tensor]:
+    return lambda images, argument, fill: operation(images.transpose(2, 3), argument, fill).transpose(2, 3)
 
 
 def rotate(images: torch.Tensor, degrees: torch.Tensor, fill: torch.Tensor) -> torch.Tensor:
     """Counter-clockwise about the centre, bicubic over 4 x 4 neighbours."""
     batch, channels, height, width = images.shape
     radians = torch.deg2rad(degrees)
-    cosine, sine = (value.float()[:, None, None] for value in (radians.cos(), radians.sin()))
+    cosine, sine = radians.cos().float(), radians.sin().float()
     x = torch.arange(0.5 - width / 2, width / 2, device=images.device)
     y = torch.arange(0.5 - height / 2, height / 2, device=images.device)[:, None]
-    source_x, source_y = cosine * x - sine * y + width / 2, sine * x + cosine * y + height / 2  # (b, S, S)
+    source_x, source_y = cosine * x - sine * y + width / 2, sine * x + cosine * y + height / 2  # (b, 1, S, S)
     left, top = (source_x - 0.5).floor(), (source_y - 0.5).floor()
-    at_x, at_y = (source_x - 0.5 - left)[:, None], (source_y - 0.5 - top)[:, None]
+    at_x, at_y = source_x - 0.5 - left, source_y - 0.5 - top
     neighbours = torch.arange(-1, 3, device=images.device)[:, None, None]
-    columns = (left.long()[:, None] + neighbours).clamp_(0, width - 1)  # (b, 4, S, S)
+    columns = (left.long() + neighbours).clamp_(0, width - 1)  # (b, 4, S, S)
     flat, lines = images.flatten(2), []
     for i in range(-1, 3):
-        index = columns + (top.long() + i).clamp_(0, height - 1)[:, None] * width
+        index = columns + (top.long() + i).clamp_(0, height - 1) * width
         pixels = flat.gather(2, index.view(batch, 1, -1).expand(-1, channels, -1)).float()
         lines.append(cubic(*pixels.view(batch, channels, 4, height, width).unbind(dim=2), at=at_x))
     rotated = cubic(*lines, at=at_y).clamp_(0, 255).to(torch.uint8)
     inside = (source_x >= 0) & (source_x < width) & (source_y >= 0) & (source_y < height)
-    return torch.where(inside[:, None], rotated, fill)
+    return torch.where(inside, rotated, fill)
 
 
 # ---- RandAugment (Cubuk et al. 2020, arXiv:1909.13719), timm's variant ----
 
 
 class Operation(NamedTuple):
-    """One of RandAugment's operations, and how a magnitude m (0 to 10) becomes its argument.
+    """One of RandAugment's operations, and how a magnitude m (0 to 10) becomes its argument (timm's `LEVEL_TO_ARG`).
 
-    The argument is start + step * m / 10, or start - step * m / 10 by chance where `random_sign` is set, within
-    [lowest, highest]. If `whole`, what is added is truncated to an integer. (timm's `LEVEL_TO_ARG`.)
+    It is start + step * m / 10, or by chance start - step * m / 10 where `random_sign` is set, within [lowest,
+    highest]. If `whole`, what is added is truncated to an integer.
     """
 
     apply: Callable[..., torch.Tensor]
@@ -346,14 +314,14 @@ class Operation(NamedTuple):
 GEOMETRIC = {
     "Rotate": Operation(rotate, step=30.0, random_sign=True),
     "ShearX": Operation(shear_x, step=0.3, random_sign=True),
-    "ShearY": Operation(shear_y, step=0.3, random_sign=True),
+    "ShearY": Operation(along_y(shear_x), step=0.3, random_sign=True),
     "TranslateXRel": Operation(translate_x, step=0.45, random_sign=True),
-    "TranslateYRel": Operation(translate_y, step=0.45, random_sign=True),
+    "TranslateYRel": Operation(along_y(translate_x), step=0.45, random_sign=True),
 }
 UNGRADED = {
     "AutoContrast": Operation(auto_contrast),
-    "Equalize": Operation(equalize_histogram),
-    "Invert": Operation(invert),
+    "Equalize": Operation(lambda images, _: equalize(images)),
+    "Invert": Operation(lambda images, _: images.bitwise_not()),
 }
 # `inc1`: the larger the magnitude, the stronger the change (timm's `_RAND_INCREASING_TRANSFORMS`).
 INCREASING_OPERATIONS = {
@@ -381,17 +349,6 @@ PLAIN_OPERATIONS = {
 }
 
 
-# What a section of a configuration string sets: `m9` is a magnitude of 9.
-RAND_AUGMENT_NOTATION = {
-    "m": "magnitude",
-    "n": "layers",
-    "p": "probability",
-    "mstd": "magnitude_std",
-    "mmax": "magnitude_max",
-    "inc": "increasing",
-}
-
-
 class RandAugment(NamedTuple):
     """What a configuration string such as `rand-m9-mstd0.5-inc1` says, with timm's defaults."""
 
@@ -408,7 +365,7 @@ class RandAugment(NamedTuple):
 
     @classmethod
     def from_string(cls, config: str) -> "RandAugment":
-        """Reads timm's notation: `rand`, then any of `RAND_AUGMENT_NOTATION` with a number each, joined by dashes.
+        """Reads timm's notation: `rand`, then sections that the error below explains, joined by dashes.
 
         Raises:
             ValueError: Another policy or an unknown section, such as timm's `t...` (another set of operations).
@@ -416,6 +373,7 @@ class RandAugment(NamedTuple):
         name, *sections = config.split("-")
         if name != "rand":
             raise ValueError(f"auto_augment={config!r}: only RandAugment, `rand-...`, can augment whole batches.")
+        fields = dict(zip(("m", "n", "p", "mstd", "mmax", "inc"), cls._fields, strict=True))
         values: dict[str, float] = {}
         for section in sections:
             match = re.fullmatch(r"(m|n|mmax|inc)(\d+)|(p|mstd)(\d+(?:\.\d+)?)", section)
@@ -427,21 +385,20 @@ class RandAugment(NamedTuple):
                     "number each."
                 )
             whole_key, whole, real_key, real = match.groups()
-            values[RAND_AUGMENT_NOTATION[whole_key or real_key]] = int(whole) if whole_key else float(real)
+            values[fields[whole_key or real_key]] = int(whole) if whole_key else float(real)
         return cls(**values)
 
 
 def draw_operations(settings: RandAugment, seeds: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Which operations an image undergoes, and how strongly.
+    """Which operations an image undergoes, and how strongly; two tensors `(B, layers)`.
 
-    Returns:
-        Two tensors `(B, layers)`: the operation's place in `settings.operations`, or their number where none is
-        applied (int64); and its argument (float64).
+    They are the operation's place in `settings.operations`, or their number where none is applied (int64); and its
+    argument (float64).
     """
-    names = list(settings.operations)
+    count = len(settings.operations)
     draws = random_uniform(seeds, RAND_AUGMENT_STREAM, settings.layers, 5)
     which, apply, negate, radius, angle = draws.unbind(dim=-1)
-    chosen = (which * len(names)).long()
+    chosen = (which * count).long()
     if settings.magnitude_std > 100:  # timm's notation for a uniform magnitude
         magnitude = settings.magnitude * radius
     else:  # Box-Muller, as in `random.gauss`
@@ -455,14 +412,13 @@ def draw_operations(settings: RandAugment, seeds: torch.Tensor) -> tuple[torch.T
     change = torch.where(whole.bool(), change.trunc(), change)
     change = torch.where(random_sign.bool() & (negate > 0.5), -change, change)
     argument = (start + change).clamp(lowest, highest)
-    return torch.where(apply < settings.probability, chosen, len(names)), argument
+    return torch.where(apply < settings.probability, chosen, count), argument
 
 
 def rand_augment(images: torch.Tensor, settings: RandAugment, seeds: torch.Tensor, fill: torch.Tensor) -> torch.Tensor:
-    """Applies the operations drawn for each seed to uint8 images `(B, 3, S, S)`, which it overwrites.
+    """Applies the operations drawn for each seed to uint8 images `(B, 3, S, S)`, in place.
 
-    Each operation is called once for all the images that drew it. `seeds` `(B,)` are on the CPU; `fill` `(3, 1, 1)`
-    uint8, on the images' device, is what geometric operations show beyond an edge.
+    `seeds` `(B,)` are on the CPU; `fill` `(3, 1, 1)` uint8, on the images' device, is the colour beyond an edge.
     """
     chosen, arguments = draw_operations(settings, seeds)
     # Sorted by operation, the images of one are a slice: the CPU knows the slices, the device needs only the order.
@@ -476,7 +432,9 @@ def rand_augment(images: torch.Tensor, settings: RandAugment, seeds: torch.Tenso
         for (name, operation), index, argument in zip(settings.operations.items(), *groups, strict=False):
             if len(index) > 0:
                 beyond = (fill,) if name in GEOMETRIC else ()
-                images.index_copy_(0, index, operation.apply(images.index_select(0, index), argument, *beyond))
+                images.index_copy_(
+                    0, index, operation.apply(images.index_select(0, index), argument[:, None, None, None], *beyond)
+                )
     return images
 
 
@@ -486,21 +444,17 @@ def rand_augment(images: torch.Tensor, settings: RandAugment, seeds: torch.Tenso
 def draw_erasing_boxes(seeds: torch.Tensor, size: int, probability: float) -> tuple[torch.Tensor, torch.Tensor]:
     """timm's `RandomErasing`: a box (top, left, height, width) per image `(B, 4)`, and which are erased `(B,)`."""
     uniform = random_uniform(seeds, ERASING_STREAM, 1 + ATTEMPTS, 4)
-    boxes = draw_boxes(uniform[:, 1:], size, size, area=(0.02, 1 / 3), log_ratio=(math.log(0.3), -math.log(0.3)))
-    fits = (boxes[..., 2] < size) & (boxes[..., 3] < size)
-    return first_fitting(boxes, fits), (uniform[:, 0, 0] < probability) & fits.any(dim=1)
+    boxes, fits = draw_boxes(uniform[:, 1:], size, size, area=(0.02, 1 / 3), ratio=(0.3, 1 / 0.3), margin=1)
+    return boxes, (uniform[:, 0, 0] < probability) & fits
 
 
 def erase(
     images: torch.Tensor, boxes: torch.Tensor, erased: torch.Tensor, seeds: torch.Tensor, normal: torch.Tensor
 ) -> None:
-    """Overwrites each box with standard normal noise, in place.
+    """Overwrites each box with standard normal noise, in place; only erased pixels are computed, as one list.
 
-    Only erased pixels are computed: as one list, image by image and row by row.
-
-    Args:
-        images: `(B, 3, S, S)` float, normalised, on the device; normal: `normal_quantiles()`, on the device.
-        boxes, erased, seeds: `(B, 4)`, `(B,)` bool and `(B,)`, on the CPU.
+    Images `(B, 3, S, S)`, normalised, and `normal` are on the device; boxes `(B, 4)`, erased `(B,)` and seeds `(B,)`
+    on the CPU.
     """
     which = erased.nonzero().squeeze(1)
     top, left, height, width = boxes.long()[which].unbind(dim=1)
@@ -526,49 +480,25 @@ class BatchAugmentation:
     flip, RandAugment, normalisation, random erasing.
 
     Args:
-        image_size (`int`): Height and width of the result, in pixels.
-        crop (`str`, *optional*, defaults to `"resized"`):
-            `"resized"`: a box of 8 to 100 % of the area and a ratio of 3/4 to 4/3, resized. `"padded"`: the image,
-            resized if it is of another size and zero-padded by `image_size // 8` pixels (4 at 32), of which a random
-            part is cut. `"none"`: the whole image, resized if it is of another size.
-        horizontal_flip (`float`, *optional*, defaults to 0.5): Probability of mirroring an image.
-        auto_augment (`str`, *optional*, defaults to `"rand-m9-mstd0.5-inc1"`):
-            RandAugment in timm's notation; `None` for none.
-        random_erasing (`float`, *optional*, defaults to 0.25): Probability of overwriting a box with noise.
-        image_mean, image_std (three `float`): Normalisation, on the scale 0 to 1.
+        args ([`AugmentationArguments`])
+        image_processor: The model's, for the size and the normalisation of the result.
 
     Raises:
-        ValueError: An argument that is out of range, unknown or not supported.
+        ValueError: A policy of `--auto_augment` that is not RandAugment.
     """
 
-    def __init__(
-        self,
-        image_size: int,
-        *,
-        crop: str = "resized",
-        horizontal_flip: float = 0.5,
-        auto_augment: str | None = "rand-m9-mstd0.5-inc1",
-        random_erasing: float = 0.25,
-        image_mean: Sequence[float],
-        image_std: Sequence[float],
-    ):
-        if crop not in ("resized", "padded", "none"):
-            raise ValueError(f'crop={crop!r}: must be "resized", "padded" or "none".')
-        for name, probability in (("horizontal_flip", horizontal_flip), ("random_erasing", random_erasing)):
-            if not 0 <= probability <= 1:
-                raise ValueError(f"{name}={probability}: must be between 0 and 1.")
-        if len(image_mean) != 3 or len(image_std) != 3 or min(image_std) <= 0:
-            raise ValueError(f"image_mean={image_mean}, image_std={image_std}: three numbers each, image_std above 0.")
-        self.image_size = image_size
-        self.crop = crop
-        self.horizontal_flip = horizontal_flip
-        self.rand_augment = RandAugment.from_string(auto_augment) if auto_augment is not None else None
-        self.random_erasing = random_erasing
-        self.mean = torch.tensor(image_mean, dtype=torch.float32)[:, None, None]
-        self.std = torch.tensor(image_std, dtype=torch.float32)[:, None, None]
+    def __init__(self, args: AugmentationArguments, image_processor: DeiTImageProcessor):
+        self.image_size = image_processor.crop_size["height"]
+        self.crop = args.crop_at(self.image_size)
+        self.horizontal_flip = args.horizontal_flip
+        self.rand_augment = None if args.auto_augment == "none" else RandAugment.from_string(args.auto_augment)
+        self.random_erasing = args.random_erasing
+        mean = image_processor.image_mean
         # timm's fill beyond an image's edge: the mean colour. Python's `round`, as there.
-        fill = [min(255, round(255 * channel)) for channel in image_mean]
+        fill = [min(255, round(255 * channel)) for channel in mean]
         self.fill = torch.tensor(fill, dtype=torch.uint8)[:, None, None]
+        self.mean = torch.tensor(mean, dtype=torch.float32)[:, None, None]
+        self.std = torch.tensor(image_processor.image_std, dtype=torch.float32)[:, None, None]
         self.normal = normal_quantiles()
 
     @torch.no_grad()
@@ -580,17 +510,7 @@ class BatchAugmentation:
 
         Returns:
             `torch.Tensor`: `(B, 3, image_size, image_size)` float32, normalised, on the images' device.
-
-        Raises:
-            ValueError: Images or seeds of another shape, type or device.
         """
-        if images.dtype != torch.uint8 or images.ndim != 4 or images.shape[1] != 3:
-            raise ValueError(f"images: expected (B, 3, H, W) uint8, found {tuple(images.shape)} {images.dtype}.")
-        if seeds.shape != images.shape[:1] or seeds.dtype != torch.int64 or seeds.device.type != "cpu":
-            raise ValueError(
-                f"seeds: expected one int64 per image, ({len(images)},), on the CPU; "
-                f"found {tuple(seeds.shape)} {seeds.dtype} on {seeds.device}."
-            )
         if self.normal.device != images.device:
             for name in ("mean", "std", "fill", "normal"):
                 setattr(self, name, getattr(self, name).to(images.device))
@@ -606,7 +526,10 @@ class BatchAugmentation:
         return pixels
 
     def crop_and_flip(self, images: torch.Tensor, seeds: torch.Tensor) -> torch.Tensor:
-        """The geometry before RandAugment: uint8 images to new uint8 images `(B, 3, image_size, image_size)`."""
+        """The geometry before RandAugment: uint8 images to new uint8 images `(B, 3, image_size, image_size)`.
+
+        A padded crop is cut from the image with `image_size // 8` zeros on every side (4 at 32, as in DeiT's code).
+        """
         batch, _, height, width = images.shape
         size, device = self.image_size, images.device
         flips = random_uniform(seeds, FLIP_STREAM, 1)[:, 0] < self.horizontal_flip

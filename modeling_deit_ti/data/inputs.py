@@ -1,6 +1,6 @@
 """Checked images become what the model takes: augmented for training, and as it is shipped for evaluation."""
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -19,7 +19,7 @@ from ..errors import UserError
 from .augmentation import BatchAugmentation
 from .decoding import read_image
 from .loading import ImageData
-from .sampling import TrainSampler, collate_images, mix_images, seeded
+from .sampling import TrainSampler, augmented_batch, mix_images
 from .streaming import StreamedImages
 
 
@@ -51,16 +51,9 @@ def make_image_processor(
 
 @dataclass
 class DeviceAugmentation:
-    """
-    What is left to do to training batches where the model is.
+    """What is left to do to training batches where the model is; mixing (see [`mix_images`]) at least."""
 
-    Args:
-        augment ([`BatchAugmentation`], *optional*): missing if the loader has augmented the images.
-        mixup, cutmix (`float`): see [`mix_images`].
-        num_labels (`int`): K.
-    """
-
-    augment: BatchAugmentation | None
+    augment: BatchAugmentation | None  # missing if the loader has augmented the images
     mixup: float
     cutmix: float
     num_labels: int
@@ -69,13 +62,8 @@ class DeviceAugmentation:
         self, pixel_values: torch.Tensor, labels: torch.Tensor | None, seeds: np.ndarray
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
         """
-        Args:
-            pixel_values (`torch.Tensor` of shape `(B, 3, height, width)`): uint8 if it augments, else float32.
-            labels (`torch.Tensor` of shape `(B,)`, *optional*): label ids.
-            seeds (`np.ndarray` of shape `(B,)`): of the images.
-
-        Returns:
-            float32 images `(B, 3, image_size, image_size)`, and label ids `(B,)` or distributions `(B, K)`.
+        From images `(B, 3, height, width)`, uint8 if it augments, else float32, and label ids `(B,)`, if any, to
+        float32 images `(B, 3, image_size, image_size)` and label ids `(B,)` or distributions `(B, K)`.
         """
         if self.augment is not None:
             pixel_values = self.augment(pixel_values, torch.from_numpy(seeds))
@@ -86,11 +74,7 @@ def make_train_images(
     data: ImageData, args: AugmentationArguments, image_processor, device: str = "cpu"
 ) -> tuple["TrainImages | StreamedImages", DeviceAugmentation]:
     """
-    The training images, and what is left to do to their batches where the model is: mixing, and with `--augment_on
-    device` all augmentation.
-
-    Args:
-        device (`str`, *optional*, defaults to `"cpu"`): type of the device that trains; `auto` depends on it.
+    The training images, and what is left to do to their batches on the `device` that trains (`"cpu"`, `"cuda"`, ...).
 
     Raises:
         UserError: if the device cannot augment these images, or timm does not know the policy.
@@ -106,15 +90,7 @@ def make_train_images(
         try:
             if size is None:
                 raise ValueError("the images are not all of one size, or too many to be kept decoded.")
-            augment = BatchAugmentation(
-                image_size,
-                crop=args.crop_at(image_size),
-                horizontal_flip=args.horizontal_flip,
-                auto_augment=None if args.auto_augment == "none" else args.auto_augment,
-                random_erasing=args.random_erasing,
-                image_mean=image_processor.image_mean,
-                image_std=image_processor.image_std,
-            )
+            augment = BatchAugmentation(args, image_processor)
         except ValueError as error:
             if args.augment_on == "device":
                 raise UserError(f"--augment_on device: {error} Use --augment_on loader.") from error
@@ -166,7 +142,21 @@ def common_size(dataset: Dataset) -> tuple[int, int] | None:
     return (heights[0], widths[0]) if len(heights) == len(widths) == 1 else None
 
 
-class TrainImages(torch.utils.data.Dataset):
+class _Images(torch.utils.data.Dataset):
+    """A split of [`ImageData`], which loaders fetch in whole batches; `in_batches`: as uint8 pixels."""
+
+    def __init__(self, dataset: Dataset, in_batches: bool):
+        self.dataset = dataset
+        self.batches = ImageBatches(dataset) if in_batches else None
+
+    def __len__(self) -> int:
+        return len(self.dataset)
+
+    def __getitem__(self, key: int | tuple[int, int]) -> dict:
+        return {name: values[0] for name, values in self.__getitems__([key]).items()}
+
+
+class TrainImages(_Images):
     """
     Training images. Its keys are those of [`TrainSampler`]: an index, and the seed of all that is random in the image.
 
@@ -180,28 +170,17 @@ class TrainImages(torch.utils.data.Dataset):
     is_streamed = False
 
     def __init__(self, dataset: Dataset, transform: Callable[[PILImage.Image], torch.Tensor] | None, repeats: int = 1):
-        self.dataset = dataset
+        super().__init__(dataset, in_batches=transform is None)
         self.transform = transform
         self.repeats = repeats
-        self.batches = ImageBatches(dataset) if transform is None else None
 
-    def __len__(self) -> int:
-        return len(self.dataset)
-
-    def __getitem__(self, key: tuple[int, int]) -> dict:
-        return {name: values[0] for name, values in collate_images(self.__getitems__([key])).items()}
-
-    def __getitems__(self, keys: list[tuple[int, int]]) -> list[dict] | dict:
+    def __getitems__(self, keys: list[tuple[int, int]]) -> dict:
+        indices, seeds = map(list, zip(*keys, strict=True))
         if self.batches is not None:
-            return self.batches.fetch([index for index, _ in keys]) | {"seeds": np.array([seed for _, seed in keys])}
-        samples = []
-        for (_, seed), row in zip(keys, _rows(self.dataset, [index for index, _ in keys]), strict=True):
-            with seeded(seed):
-                sample = {"pixel_values": self.transform(read_image(row)), "seeds": seed}
-            if "label" in row:
-                sample["labels"] = row["label"]
-            samples.append(sample)
-        return samples
+            return self.batches.fetch(indices) | {"seeds": np.array(seeds)}
+        rows = self.dataset.__getitems__(indices)
+        labels = [row["label"] for row in rows] if "label" in rows[0] else None
+        return augmented_batch(map(read_image, rows), labels, seeds, self.transform)
 
     def order(self, args: DistillationTrainingArguments) -> TrainSampler:
         """The keys of each epoch, for all processes together."""
@@ -211,29 +190,20 @@ class TrainImages(torch.utils.data.Dataset):
 # ---- Evaluation ----
 
 
-class EvalImages(torch.utils.data.Dataset):
+class EvalImages(_Images):
     """Images as the image processor, which ships with the model, prepares them."""
 
     def __init__(self, dataset: Dataset, image_processor):
-        self.dataset = dataset
+        super().__init__(dataset, in_batches=common_size(dataset) is not None)
         self.image_processor = image_processor
-        self.batches = ImageBatches(dataset) if common_size(dataset) else None
 
-    def __len__(self) -> int:
-        return len(self.dataset)
-
-    def __getitem__(self, index: int) -> dict:
-        return {name: values[0] for name, values in collate_images(self.__getitems__([index])).items()}
-
-    def __getitems__(self, indices: list[int]) -> list[dict] | dict:
+    def __getitems__(self, indices: list[int]) -> dict:
         if self.batches is not None:  # the processor makes the same of tensors, without a detour through PIL
             batch = self.batches.fetch(indices)
             return batch | {"pixel_values": self._processed(batch["pixel_values"])}
-        rows = list(_rows(self.dataset, indices))
+        rows = self.dataset.__getitems__(indices)
         pixel_values = self._processed([read_image(row) for row in rows])
-        return [
-            {"pixel_values": pixels, "labels": row["label"]} for pixels, row in zip(pixel_values, rows, strict=True)
-        ]
+        return {"pixel_values": pixel_values, "labels": torch.tensor([row["label"] for row in rows])}
 
     def _processed(self, images: torch.Tensor | list[PILImage.Image]) -> torch.Tensor:
         return self.image_processor(images, return_tensors="pt")["pixel_values"]
@@ -242,19 +212,10 @@ class EvalImages(torch.utils.data.Dataset):
 # ---- Both ----
 
 
-def _rows(dataset: Dataset, indices: list[int]) -> Iterator[dict]:
-    columns = dataset[indices]
-    for values in zip(*columns.values(), strict=True):
-        yield dict(zip(columns, values, strict=True))
-
-
 class ImageBatches:
     """
     Whole batches of decoded images of one size: NumPy gathers the rows where `datasets` has mapped its Arrow files
     into memory, so that no image becomes a Python object, and each is copied once, into its batch.
-
-    Args:
-        dataset (`datasets.Dataset`): a split of [`ImageData`].
     """
 
     def __init__(self, dataset: Dataset):

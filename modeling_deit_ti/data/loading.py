@@ -3,6 +3,7 @@
 import contextlib
 import hashlib
 import os
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -23,22 +24,35 @@ MAX_BATCH_BYTES = 128 * 2**20
 CHECK_VERSION = 1
 
 
+# The columns of a checked split, and those of images that are kept decoded.
+CHECKED = {"label": Value("int64"), "digest": Value("int64")}
+DECODED = {"pixels": Value("binary"), "height": Value("int32"), "width": Value("int32")}
+
+
 @dataclass
 class ImageData:
     """
     Two splits of checked images, each a `datasets.Dataset` with `label` (absent if the training images have none) and
     either `pixels`, `height` and `width` (decoded RGB) or `image` (encoded, decoded when read). With `--streaming`,
-    `train` is a `streaming.StreamedImages`, checked as it is read.
+    `train` is a `streaming.StreamedSplit`, checked as it is read.
     """
 
+    args: ImageArguments
     train: Dataset
     evaluation: Dataset
-    validation: Dataset  # what is evaluated during training: all of `evaluation`, or --max_validation_samples of it
     label_names: list[str]
-    name: str
     source: str  # "hub", "local" or "scikit-learn"
     eval_split: str
     fingerprint: str  # of the training images, their labels and the label names: the content, not where it lies
+
+    @property
+    def name(self) -> str:
+        return self.args.dataset_name
+
+    @property
+    def validation(self) -> Dataset:
+        """What is evaluated during training: all of `evaluation`, or --max_validation_samples of it."""
+        return self.evaluation.select(random_rows(len(self.evaluation), self.args.max_validation_samples))
 
     @property
     def is_streamed(self) -> bool:
@@ -61,76 +75,62 @@ def load_stored_images(args: ImageArguments, labels_needed: bool = True) -> Imag
     """As [`load_images`], with every row checked now, and decoded if all of them fit."""
     splits, source = load_splits(args.dataset_name, args.dataset_config_name)
     train, evaluation, eval_split = train_and_evaluation(splits, args)
-    image_column = find_image_column(train, args)
-    label_column = find_label_column(evaluation, args)
+    image_column = find_image_column(train.features, args)
+    label_column = find_label_column(evaluation.features, args)
     is_held_out = eval_split not in splits
     train, evaluation, label_names = with_label_ids(train, evaluation, label_column, labels_needed, is_held_out)
-    check_label_names(label_names, label_column, args.dataset_name)
     columns = image_column, label_column, len(label_names)
     train = check_split(train, "train", *columns, args.max_train_samples, labels_needed)
-    evaluation = check_split(evaluation, eval_split, *columns, args.max_eval_samples, True)
+    evaluation = check_split(evaluation, eval_split, *columns, args.max_eval_samples).remove_columns("digest")
     content = hashlib.sha256("\0".join(label_names).encode())
     content.update(np.asarray(train.with_format("numpy")["digest"][:]).tobytes())
-    evaluation = evaluation.remove_columns("digest")
-    return ImageData(
-        train.remove_columns("digest"),
-        evaluation,
-        random_subset(evaluation, args.max_validation_samples),
-        label_names,
-        args.dataset_name,
-        source,
-        eval_split,
-        content.hexdigest(),
-    )
+    train = train.remove_columns("digest")
+    return ImageData(args, train, evaluation, label_names, source, eval_split, content.hexdigest())
 
 
 # ---- Columns and labels ----
 
 
-def find_image_column(split: Dataset, args: ImageArguments) -> str:
+def find_image_column(features: Features, args: ImageArguments) -> str:
     name = args.image_column_name
-    _check_column("--image_column_name", name, split)
-    images = [column for column, feature in split.features.items() if isinstance(feature, Image)]
+    _check_column("--image_column_name", name, features)
+    images = [column for column, feature in features.items() if isinstance(feature, Image)]
     if name is None:
         if not images:
-            columns = (f"{column} ({_kind(feature)})" for column, feature in split.features.items())
+            columns = (f"{column} ({_kind(feature)})" for column, feature in features.items())
             raise UserError(f"{args.dataset_name} has no column of images; its columns are {', '.join(columns)}.")
         return images[0]
     if name not in images:
         raise UserError(
-            f"--image_column_name {name}: the column holds {_kind(split.features[name])}, not images"
+            f"--image_column_name {name}: the column holds {_kind(features[name])}, not images"
             + (f"; {', '.join(images)} does." if images else ".")
         )
     return name
 
 
-def find_label_column(split: Dataset, args: ImageArguments) -> str:
+def find_label_column(features: Features, args: ImageArguments) -> str:
     name = args.label_column_name
-    _check_column("--label_column_name", name, split)
+    _check_column("--label_column_name", name, features)
     if name is None:
-        labels = [column for column, feature in split.features.items() if isinstance(feature, ClassLabel)]
-        labels += [column for column in ("label", "labels") if column in split.column_names]
+        labels = [column for column, feature in features.items() if isinstance(feature, ClassLabel)]
+        labels += [column for column in ("label", "labels") if column in features]
         if not labels:
             raise UserError(
                 f"{args.dataset_name} has no column of class labels; name one with --label_column_name. "
-                f"Its columns are {', '.join(split.column_names)}."
+                f"Its columns are {', '.join(features)}."
             )
         name = labels[0]
-    feature = split.features[name]
-    is_label = isinstance(feature, ClassLabel) or (
-        isinstance(feature, Value) and (feature.dtype in ("string", "large_string") or "int" in feature.dtype)
-    )
-    if not is_label:
+    kind = _kind(features[name])
+    if kind not in ("ClassLabel", "string", "large_string") and "int" not in kind:
         raise UserError(
-            f"--label_column_name {name}: the column holds {_kind(feature)}; labels are class labels, strings or "
-            "integers."
+            f"--label_column_name {name}: the column holds {kind}; labels are class labels, strings or integers."
         )
     return name
 
 
-def _check_column(flag: str, name: str | None, split: Dataset) -> None:
-    if name is not None and name not in split.column_names:
-        raise UserError(f"{flag} {name}: no such column; there are {', '.join(split.column_names)}.")
+def _check_column(flag: str, name: str | None, features: Features) -> None:
+    if name is not None and name not in features:
+        raise UserError(f"{flag} {name}: no such column; there are {', '.join(features)}.")
 
 
 def _kind(feature) -> str:
@@ -159,11 +159,29 @@ def with_label_ids(
             )
         if names != kinds[1].names:
             evaluation = evaluation.align_labels_with_mapping({name: i for i, name in enumerate(names)}, column)
-        return train, evaluation, names
+    else:
+        names = _distinct_labels(train, evaluation, column, is_held_out)
+        train, evaluation = (
+            split.map(
+                _encode_labels,
+                batched=True,
+                fn_kwargs={"column": column, "names": names},
+                features=Features({**split.features, column: Value("int64")}),
+                desc="Numbering the labels",
+            )
+            for split in (train, evaluation)
+        )
+    if len(names) < 2:
+        raise UserError(f"Column {column!r} has the one label {names}; a classifier needs two.")
+    return train, evaluation, [str(name) for name in names]
 
-    found = [{label for label in split.unique(column) if label is not None} for split in (train, evaluation)]
+
+def _distinct_labels(train: Dataset, evaluation: Dataset, column: str, is_held_out: bool) -> list:
+    """Sorted strings or numbers: the training split's, or both splits' if one is held out of the other."""
+    found = [set(split.unique(column)) - {None} for split in (train, evaluation)]
     if len({type(label) for label in found[0] | found[1]}) > 1:
-        raise UserError(f"Column {column!r} holds {_kind(kinds[0])} in one split and {_kind(kinds[1])} in the other.")
+        kinds = [_kind(split.features[column]) for split in (train, evaluation)]
+        raise UserError(f"Column {column!r} holds {kinds[0]} in one split and {kinds[1]} in the other.")
     # A negative number stands for a missing label, and is reported with its row.
     found = [{label for label in labels if isinstance(label, str) or label >= 0} for labels in found]
     # The only image of a label may happen to be held out; if two splits differ, it is a mistake.
@@ -174,17 +192,7 @@ def with_label_ids(
             f"The splits' labels differ: evaluation has {list_some(unknown)} in column {column!r}, which training "
             f"lacks (it has {list_some(names)})."
         )
-    train, evaluation = (
-        split.map(
-            _encode_labels,
-            batched=True,
-            fn_kwargs={"column": column, "names": names},
-            features=Features({**split.features, column: Value("int64")}),
-            desc="Numbering the labels",
-        )
-        for split in (train, evaluation)
-    )
-    return train, evaluation, [str(name) for name in names]
+    return names
 
 
 def _encode_labels(rows: dict, column: str, names: list) -> dict:
@@ -192,20 +200,7 @@ def _encode_labels(rows: dict, column: str, names: list) -> dict:
     return {column: [None if name is None else ids.get(name, -1) for name in rows[column]]}
 
 
-def check_label_names(label_names: list[str], label_column: str, dataset_name: str) -> None:
-    """Raises a `UserError` if there is nothing to tell apart."""
-    if len(label_names) < 2:
-        raise UserError(
-            f"{dataset_name}: column {label_column!r} has the one label {label_names}; a classifier needs two."
-        )
-
-
 # ---- Rows ----
-
-
-def random_subset(split: Dataset, size: int | None) -> Dataset:
-    """So many random rows of the split, the same in every run; all of them if there are no more."""
-    return split if size is None or size >= len(split) else split.select(random_rows(len(split), size))
 
 
 def check_split(
@@ -215,43 +210,27 @@ def check_split(
     label_column: str,
     num_labels: int,
     max_samples: int | None,
-    labels_needed: bool,
+    labels_needed: bool = True,
 ) -> Dataset:
     """Every row's image decoded and label checked, once: `datasets` caches the result."""
     if image_column not in split.column_names:
         raise UserError(
             f"Split `{split_name}` has no column {image_column!r}; it has {', '.join(split.column_names)}."
         )
-    rows = None
-    if max_samples is not None and max_samples < len(split):
-        rows = random_rows(len(split), max_samples)
-        split = split.select(rows)
-    split = split.select_columns([image_column, label_column]).cast_column(image_column, Image(decode=False))
-
+    rows = random_rows(len(split), max_samples)
+    split = split.select(rows).select_columns([image_column, label_column])
+    split = split.cast_column(image_column, Image(decode=False))
     image_bytes = _mean_decoded_bytes(split[:: max(1, len(split) // 100)][image_column])
     decode = image_bytes * len(split) <= MAX_DECODED_BYTES
-    features = {"label": Value("int64"), "digest": Value("int64")}
-    if decode:
-        features |= {"pixels": Value("binary"), "height": Value("int32"), "width": Value("int32")}
     batch_size = int(max(1, min(1000, MAX_BATCH_BYTES // image_bytes)))
     checked = split.map(
-        _check_rows,
+        _RowCheck(split_name, image_column, label_column, num_labels, rows, labels_needed, decode),
         batched=True,
         batch_size=batch_size,
         writer_batch_size=batch_size,
         with_indices=True,
         remove_columns=split.column_names,
-        features=Features(features),
-        fn_kwargs={
-            "decode": decode,
-            "split_name": split_name,
-            "image_column": image_column,
-            "label_column": label_column,
-            "num_labels": num_labels,
-            "rows": rows,
-            "labels_needed": labels_needed,
-            "version": CHECK_VERSION,
-        },
+        features=Features(CHECKED | DECODED if decode else CHECKED),
         # Starting processes takes longer than checking a small split.
         num_proc=min(len(os.sched_getaffinity(0)), 16) if len(split) >= 20_000 else None,
         desc=f"Checking {split_name}",
@@ -266,38 +245,34 @@ def check_split(
     return checked
 
 
-def _check_rows(
-    batch: dict,
-    indices: list[int],
-    decode: bool,
-    split_name: str,
-    image_column: str,
-    label_column: str,
-    num_labels: int,
-    rows: list[int] | None,
-    labels_needed: bool,
-    version: int,  # part of the result's fingerprint, so that no older one is taken from the cache
-) -> dict:
-    """One batch of `Dataset.map`: for each row its label, its RGB pixels if they are kept, and a digest of both."""
-    output = {"label": [], "digest": []}
-    output |= {"pixels": [], "height": [], "width": []} if decode else {}
-    for index, encoded, label in zip(indices, batch[image_column], batch[label_column], strict=True):
-        row = index if rows is None else rows[index]
-        place = f"Split `{split_name}`, row {row}"
-        if labels_needed or not (label is None or label < 0):
-            check_label(label, num_labels, place)
-        else:
-            label = -1
-        image = decode_checked(encoded, image_column, place)
-        pixels = image.tobytes()
-        digest = hashlib.blake2b(pixels, digest_size=8, salt=label.to_bytes(8, "little", signed=True))
-        output["label"].append(label)
-        output["digest"].append(int.from_bytes(digest.digest(), "little", signed=True))
-        if decode:
-            output["pixels"].append(pixels)
-            output["height"].append(image.height)
-            output["width"].append(image.width)
-    return output
+@dataclass
+class _RowCheck:
+    """For `Dataset.map`: each row's label, a digest of label and pixels, and the RGB pixels if they are kept."""
+
+    split_name: str
+    image_column: str
+    label_column: str
+    num_labels: int
+    rows: Sequence[int]  # of the whole split
+    labels_needed: bool
+    decode: bool
+    version: int = CHECK_VERSION  # part of the result's fingerprint, so that no older one is taken from the cache
+
+    def __call__(self, batch: dict, indices: list[int]) -> dict:
+        output = {column: [] for column in (CHECKED | DECODED if self.decode else CHECKED)}
+        for index, encoded, label in zip(indices, batch[self.image_column], batch[self.label_column], strict=True):
+            place = f"Split `{self.split_name}`, row {self.rows[index]}"
+            if self.labels_needed or not (label is None or label < 0):
+                check_label(label, self.num_labels, place)
+            else:
+                label = -1
+            image = decode_checked(encoded, self.image_column, place)
+            pixels = image.tobytes()
+            digest = hashlib.blake2b(pixels, digest_size=8, salt=label.to_bytes(8, "little", signed=True)).digest()
+            values = label, int.from_bytes(digest, "little", signed=True), pixels, image.height, image.width
+            for column, value in zip(output.values(), values, strict=False):  # without the pixels if not kept
+                column.append(value)
+        return output
 
 
 def check_label(label: int | None, num_labels: int, place: str) -> None:

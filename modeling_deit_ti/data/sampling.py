@@ -6,10 +6,11 @@ on the workers, the number of processes or where a run was resumed.
 
 import contextlib
 import random
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 
 import numpy as np
 import torch
+from PIL.Image import Image
 from torchvision.transforms import v2
 
 
@@ -18,8 +19,10 @@ from torchvision.transforms import v2
 SUBSET_SEED = 0
 
 
-def random_rows(num_rows: int, size: int) -> list[int]:
-    """So many of a split's rows, the same in every run; all of them if there are no more."""
+def random_rows(num_rows: int, size: int | None) -> Sequence[int]:
+    """So many of a split's rows, the same in every run; all of them if there are no more, or `size` is `None`."""
+    if size is None or size >= num_rows:
+        return range(num_rows)
     # Shuffled: image folders come class by class. Sorted: reading goes forward through the file.
     return sorted(np.random.default_rng(SUBSET_SEED).permutation(num_rows)[:size].tolist())
 
@@ -58,9 +61,8 @@ class TrainSampler(torch.utils.data.Sampler):
         order = order[: self.num_samples]
         if self.repeats > 1:
             # Mixup takes neighbours: the views of one image must not be each other's.
-            order = torch.cat(
-                [part[torch.randperm(len(part), generator=generator)] for part in order.split(self.batch_size)]
-            )
+            batches = order.split(self.batch_size)
+            order = torch.cat([batch[torch.randperm(len(batch), generator=generator)] for batch in batches])
         seeds = torch.randint(2**62, (self.num_samples,), generator=generator)
         yield from zip(order.tolist(), seeds.tolist(), strict=True)
 
@@ -68,31 +70,36 @@ class TrainSampler(torch.utils.data.Sampler):
 @contextlib.contextmanager
 def seeded(seed: int) -> Iterator[None]:
     """Python's, NumPy's and torch's CPU generators start from `seed` inside, and are restored afterwards."""
-    states = random.getstate(), np.random.get_state(), torch.get_rng_state()
+    python, numpy, cpu = random.getstate(), np.random.get_state(), torch.get_rng_state()
     random.seed(seed)
     np.random.seed(seed % 2**32)
     torch.default_generator.manual_seed(seed)  # torch.manual_seed would reseed the GPUs as well
     try:
         yield
     finally:
-        random.setstate(states[0])
-        np.random.set_state(states[1])
-        torch.set_rng_state(states[2])
+        random.setstate(python)
+        np.random.set_state(numpy)
+        torch.set_rng_state(cpu)
 
 
-def collate_images(samples: list[dict] | dict) -> dict[str, torch.Tensor]:
+def augmented_batch(
+    images: Iterable[Image], labels: Sequence[int] | None, seeds: Sequence[int], transform: Callable
+) -> dict:
     """
-    A batch of samples, or the batch that a dataset has fetched whole: `pixel_values` (B, 3, height, width); `labels`
-    (B,), if the images have them; and in training `seeds` (B,), a NumPy array, so that it stays on the CPU when the
-    tensors go to the device.
+    A training batch of images, each transformed with its own seed: `pixel_values` (B, 3, height, width), `labels`
+    (B,), if the images have them, and `seeds` (B,), a NumPy array, so that it stays on the CPU when the tensors go to
+    the device.
     """
-    if isinstance(samples, dict):
-        return samples
-    batch = {"pixel_values": torch.stack([sample["pixel_values"] for sample in samples])}
-    if "labels" in samples[0]:
-        batch["labels"] = torch.tensor([sample["labels"] for sample in samples])
-    if "seeds" in samples[0]:
-        batch["seeds"] = np.array([sample["seeds"] for sample in samples])
+    pixel_values = []
+    for image, seed in zip(images, seeds, strict=True):
+        with seeded(seed):
+            pixel_values.append(transform(image))
+    batch = {"pixel_values": torch.stack(pixel_values), "seeds": np.array(seeds)}
+    return batch if labels is None else batch | {"labels": torch.tensor(labels)}
+
+
+def collate_images(batch: dict) -> dict:
+    """For a loader of images: they come as whole batches."""
     return batch
 
 

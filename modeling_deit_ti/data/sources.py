@@ -5,7 +5,7 @@ import glob
 import logging
 import os
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from pathlib import Path
 
 import numpy as np
@@ -45,10 +45,8 @@ def load_splits(name: str, config_name: str | None) -> tuple[DatasetDict, str]:
     with naming_the_dataset(name):
         if os.path.isfile(os.path.join(folder, "dataset_dict.json")):
             # Through the cache: `datasets` keeps results beside the rows, so in the user's folder otherwise.
-            files = {
-                split: [file["filename"] for file in rows.cache_files]
-                for split, rows in load_from_disk(folder).items()
-            }
+            saved = load_from_disk(folder).items()
+            files = {split: [file["filename"] for file in rows.cache_files] for split, rows in saved}
             return _load_each("arrow", files), "local"
         if os.path.isdir(folder):
             return _load_folder(folder, config_name), "local"
@@ -57,10 +55,7 @@ def load_splits(name: str, config_name: str | None) -> tuple[DatasetDict, str]:
 
 @contextlib.contextmanager
 def naming_the_dataset(name: str) -> Iterator[None]:
-    """
-    Raises:
-        UserError: if `name` stands for a folder that does not exist, or loading it fails inside.
-    """
+    """Raises a `UserError` if `name` stands for a folder that does not exist, or loading it fails inside."""
     if (name.startswith((".", "/", "~")) or name.count("/") > 1) and not os.path.isdir(os.path.expanduser(name)):
         raise UserError(f"--dataset_name {name}: there is no such folder.")
     try:
@@ -101,9 +96,6 @@ def find_class_folders(folder: str) -> dict[str, tuple[str, int]] | None:
 
     (`datasets` would guess the splits from the names of all files and folders: a class `bus stop` is then lost beside
     the classes `train station` and `train track`.)
-
-    Raises:
-        UserError: if some images lie at another depth than the rest.
     """
     counts, has_metadata = Counter(), False
     for path, _, files in os.walk(folder, followlinks=True):
@@ -140,10 +132,7 @@ def find_class_folders(folder: str) -> dict[str, tuple[str, int]] | None:
 
 
 def _load_each(kind: str, files: dict[str, list[str]]) -> DatasetDict:
-    """
-    Splits, one by one: loaded together, all are read with the features of the first file, whatever the others say.
-    Label 0 could silently be `cat` in training and `dog` in evaluation.
-    """
+    """Splits, one by one: loaded together, all would get the features, and so the label names, of the first file."""
     return DatasetDict(
         {split: load_dataset(kind, data_files={split: names}, split=split) for split, names in files.items()}
     )
@@ -156,16 +145,13 @@ def _digits() -> DatasetDict:
     features = Features({"image": Image(), "label": ClassLabel(names=[str(digit) for digit in range(10)])})
     rows = Dataset.from_dict({"image": images, "label": digits.target.tolist()}, features=features)
     held_out = np.arange(len(rows)) % 5 == 4
-    return DatasetDict(
-        {"train": rows.select(np.flatnonzero(~held_out)), "test": rows.select(np.flatnonzero(held_out))}
-    )
+    train, test = (rows.select(np.flatnonzero(selected)) for selected in (~held_out, held_out))
+    return DatasetDict({"train": train, "test": test})
 
 
 def train_and_evaluation(splits: DatasetDict, args: ImageArguments) -> tuple[Dataset, Dataset, str]:
     """The training split, the evaluation split, and the latter's name."""
-    if "train" not in splits:
-        raise UserError(f"{args.dataset_name} has no split `train`; it has {', '.join(splits)}.")
-    eval_split = next((name for name in EVALUATION_SPLITS if name in splits), None)
+    eval_split = find_eval_split(splits, args.dataset_name)
     if eval_split is not None and not args.validation_from_train:
         train, evaluation = splits["train"], splits[eval_split]
     else:
@@ -174,7 +160,17 @@ def train_and_evaluation(splits: DatasetDict, args: ImageArguments) -> tuple[Dat
         held_out = max(1, round(args.train_val_split * len(splits["train"])))
         parts = splits["train"].train_test_split(test_size=held_out, seed=SUBSET_SEED)
         train, evaluation, eval_split = parts["train"], parts["test"], "train (held out)"
-    for name, split in (("train", train), (eval_split, evaluation)):
-        if len(split) == 0:
-            raise UserError(f"{args.dataset_name}: split `{name}` is empty.")
+    check_not_empty(args.dataset_name, {"train": len(train), eval_split: len(evaluation)})
     return train, evaluation, eval_split
+
+
+def find_eval_split(splits: Collection[str], dataset_name: str) -> str | None:
+    if "train" not in splits:
+        raise UserError(f"{dataset_name} has no split `train`; it has {', '.join(splits)}.")
+    return next((name for name in EVALUATION_SPLITS if name in splits), None)
+
+
+def check_not_empty(dataset_name: str, sizes: dict[str, int]) -> None:
+    for split, size in sizes.items():
+        if size == 0:
+            raise UserError(f"{dataset_name}: split `{split}` is empty.")

@@ -22,7 +22,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import torch
 from accelerate.data_loader import prepare_data_loader
-from datasets import ClassLabel, Dataset, Features, Image, load_dataset, load_dataset_builder
+from datasets import ClassLabel, Dataset, DatasetBuilder, Features, Image, load_dataset, load_dataset_builder
 from datasets.packaged_modules.imagefolder.imagefolder import ImageFolderConfig
 from datasets.packaged_modules.parquet.parquet import ParquetConfig
 from PIL import Image as PILImage
@@ -33,16 +33,21 @@ from ..errors import UserError, first_line
 from .loading import (
     ImageData,
     check_label,
-    check_label_names,
     check_split,
     decode_checked,
     find_image_column,
     find_label_column,
-    random_subset,
     with_label_ids,
 )
-from .sampling import collate_images, seeded
-from .sources import EVALUATION_SPLITS, find_class_folders, load_splits, naming_the_dataset, train_and_evaluation
+from .sampling import augmented_batch, collate_images
+from .sources import (
+    check_not_empty,
+    find_class_folders,
+    find_eval_split,
+    load_splits,
+    naming_the_dataset,
+    train_and_evaluation,
+)
 
 
 # A shuffle buffer is filled from so many shards at a time, since files are often sorted by label.
@@ -58,12 +63,7 @@ class UnreadableRow(UserError):
 
 
 class ParquetRows:
-    """
-    The rows of Parquet files, local or on the Hub, by row groups. Of each file, only the footer is read at first.
-
-    Attributes:
-        sizes (`numpy.ndarray` of shape `(num_shards,)`): rows in each shard.
-    """
+    """The rows of Parquet files, local or on the Hub, by row groups. At first, only their footers are read."""
 
     def __init__(self, files: list[str]):
         self.files = files
@@ -71,7 +71,7 @@ class ParquetRows:
         sizes, footers = [], hashlib.sha256()
         for number, file in enumerate(files):
             with _open(file) as opened:
-                metadata = pq.ParquetFile(opened).metadata
+                metadata = pq.read_metadata(opened)
             before = 0
             for group in range(metadata.num_row_groups):
                 row_group = metadata.row_group(group)
@@ -83,7 +83,7 @@ class ParquetRows:
                 footers.update(repr((row_group.num_rows, sizes_of_columns)).encode())
             if "://" in file:
                 footers.update(file.encode())  # it holds the commit
-        self.sizes = np.array(sizes, dtype=np.int64)
+        self.sizes = np.array(sizes, dtype=np.int64)  # rows in each shard
         self.digest = footers.hexdigest()
 
     @property
@@ -134,9 +134,7 @@ class TableRows:
 
     def read(self, shard: int, start: int, stop: int, columns: list[str]) -> Iterator[dict]:
         first = shard * self.rows_per_shard
-        values = self.dataset[first + start : first + stop]
-        for row in zip(*(values[column] for column in columns), strict=True):
-            yield dict(zip(columns, row, strict=True))
+        yield from self.dataset.__getitems__(range(first + start, first + stop))
 
     def place(self, shard: int, row: int) -> str:
         return f"row {shard * self.rows_per_shard + row}"
@@ -171,11 +169,10 @@ def load_streamed_images(args: ImageArguments, labels_needed: bool = True) -> Im
     group (on the Hub, by the commit), or by their names and sizes (image folder).
 
     Raises:
-        UserError: as `load_images`; if the dataset is neither Parquet nor an image folder; if Parquet files have no
-            evaluation split.
+        UserError: as `load_images`; if the dataset is neither Parquet with an evaluation split nor an image folder.
     """
     rows, evaluation, eval_split, image_column, source = _open_splits(args)
-    label_column = find_label_column(evaluation, args)
+    label_column = find_label_column(evaluation.features, args)
     features, content, found = rows.features, hashlib.sha256(rows.digest.encode()), set()
     has_labels = label_column in features
     has_names = has_labels and isinstance(features[label_column], ClassLabel)
@@ -191,23 +188,12 @@ def load_streamed_images(args: ImageArguments, labels_needed: bool = True) -> Im
     )
     ids = dict(zip(values, train[label_column], strict=True)) if values else None
     content.update("\0".join(label_names).encode())
-    check_label_names(label_names, label_column, args.dataset_name)
-    evaluation = check_split(
-        evaluation, eval_split, image_column, label_column, len(label_names), args.max_eval_samples, True
-    )
-    evaluation = evaluation.remove_columns("digest")
-    return ImageData(
-        StreamedSplit(
-            rows, image_column, label_column if has_labels else None, ids, len(label_names), args.shuffle_buffer_size
-        ),
-        evaluation,
-        random_subset(evaluation, args.max_validation_samples),
-        label_names,
-        args.dataset_name,
-        source,
-        eval_split,
-        content.hexdigest(),
-    )
+    columns = image_column, label_column, len(label_names)
+    evaluation = check_split(evaluation, eval_split, *columns, args.max_eval_samples).remove_columns("digest")
+    if not has_labels:
+        label_column = None
+    split = StreamedSplit(rows, image_column, label_column, ids, len(label_names), args.shuffle_buffer_size)
+    return ImageData(args, split, evaluation, label_names, source, eval_split, content.hexdigest())
 
 
 def _open_splits(args: ImageArguments) -> tuple[ParquetRows | TableRows, Dataset, str, str, str]:
@@ -228,15 +214,13 @@ def _open_splits(args: ImageArguments) -> tuple[ParquetRows | TableRows, Dataset
             )
     splits, source = load_splits(name, args.dataset_config_name)
     train, evaluation, eval_split = train_and_evaluation(splits, args)
-    image_column = find_image_column(train, args)
+    image_column = find_image_column(train.features, args)
     return _table_rows(train, image_column, folder), evaluation, eval_split, image_column, source
 
 
-def _open_parquet(args: ImageArguments, builder) -> tuple[ParquetRows, Dataset, str, str]:
+def _open_parquet(args: ImageArguments, builder: DatasetBuilder) -> tuple[ParquetRows, Dataset, str, str]:
     files = {str(split): list(names) for split, names in builder.config.data_files.items()}
-    if "train" not in files:
-        raise UserError(f"{args.dataset_name} has no split `train`; it has {', '.join(files)}.")
-    eval_split = next((split for split in EVALUATION_SPLITS if split in files), None)
+    eval_split = find_eval_split(files, args.dataset_name)
     if eval_split is None:
         raise UserError(
             f"{args.dataset_name} only has the split `train`, and --streaming cannot hold images out of it: put some "
@@ -245,16 +229,9 @@ def _open_parquet(args: ImageArguments, builder) -> tuple[ParquetRows, Dataset, 
     with naming_the_dataset(args.dataset_name):
         rows = ParquetRows(files["train"])
         evaluation = load_dataset("parquet", data_files={eval_split: files[eval_split]}, split=eval_split)
-        features = rows.features
-    for split, size in (("train", rows.sizes.sum()), (eval_split, len(evaluation))):
-        if size == 0:
-            raise UserError(f"{args.dataset_name}: split `{split}` is empty.")
-    return (
-        rows,
-        evaluation,
-        eval_split,
-        find_image_column(Dataset.from_dict(dict.fromkeys(features, []), features), args),
-    )
+        image_features = rows.features
+    check_not_empty(args.dataset_name, {"train": rows.sizes.sum(), eval_split: len(evaluation)})
+    return rows, evaluation, eval_split, find_image_column(image_features, args)
 
 
 # ---- Images and batches ----
@@ -262,24 +239,14 @@ def _open_parquet(args: ImageArguments, builder) -> tuple[ParquetRows, Dataset, 
 
 @dataclasses.dataclass(frozen=True)
 class StreamedSplit:
-    """
-    The training split of an [`ImageData`], not read yet.
-
-    Args:
-        rows ([`ParquetRows`] or [`TableRows`])
-        image_column (`str`)
-        label_column (`str`, *optional*): missing if the images have no labels.
-        ids (`dict`, *optional*): the id of each value in the label column. Default: the values are ids.
-        num_labels (`int`)
-        buffer_size (`int`): encoded images in the shuffle buffers of one process.
-    """
+    """The training split of an [`ImageData`], not read yet."""
 
     rows: ParquetRows | TableRows
     image_column: str
-    label_column: str | None
-    ids: dict | None
+    label_column: str | None  # missing if the images have no labels
+    ids: dict | None  # the id of each value in the label column; `None` if the values are ids
     num_labels: int
-    buffer_size: int
+    buffer_size: int  # encoded images in the shuffle buffers of one process
 
     def __len__(self) -> int:
         return int(self.rows.sizes.sum())
@@ -293,18 +260,11 @@ class StreamedSplit:
         try:
             yield from self.rows.read(shard, start, stop, columns)
         except (OSError, pa.ArrowException) as error:
-            place = self.rows.place(shard, start)
-            raise UnreadableRow(
-                f"Split `train`, {place} or after: it cannot be read ({first_line(error)})."
-            ) from error
+            place = f"Split `train`, {self.rows.place(shard, start)} or after"
+            raise UnreadableRow(f"{place}: it cannot be read ({first_line(error)}).") from error
 
     def decode(self, shard: int, number: int, row: dict) -> tuple[PILImage.Image, int | None]:
-        """
-        The RGB image and the label id of a row.
-
-        Raises:
-            UnreadableRow: if its label is missing or out of range, or its image cannot be decoded.
-        """
+        """The RGB image and the label id of a row. Raises an `UnreadableRow` if one of them cannot be had."""
         place = f"Split `train`, {self.rows.place(shard, number)}"
         encoded, label = row[self.image_column], None
         path = f", {encoded['path']}" if encoded and encoded["bytes"] is None else ""
@@ -369,7 +329,7 @@ class StreamedImages:
 
 class StreamedBatches(torch.utils.data.IterableDataset):
     """
-    One process's batches of an epoch, as `collate_images` makes them, for a `DataLoader` with `batch_size=None`.
+    One process's batches of an epoch, as `augmented_batch` makes them, for a `DataLoader` with `batch_size=None`.
 
     What is in a batch depends on the seed, the epoch, and the numbers of processes and workers. As with
     `TrainSampler`, images that do not fill a batch of all processes are left out, others each epoch.
@@ -400,10 +360,9 @@ class StreamedBatches(torch.utils.data.IterableDataset):
                 f"--streaming: {len(images)} training images are fewer than one step of all processes takes "
                 f"({batch_size} x {num_processes}): use a smaller --per_device_train_batch_size, or leave it out."
             )
-        # The epoch, and how much of which epoch is skipped: shared, since persistent workers have copies of the rest.
-        self._epoch, self._skip = torch.zeros(1, dtype=torch.int64), torch.zeros(2, dtype=torch.int64)
-        self._epoch.share_memory_()
-        self._skip.share_memory_()
+        # The epoch, and of which epoch how many batches are skipped: shared, since persistent workers have copies of
+        # the rest.
+        self._progress = torch.zeros(3, dtype=torch.int64).share_memory_()
 
     def __len__(self) -> int:
         return self.num_batches
@@ -413,7 +372,7 @@ class StreamedBatches(torch.utils.data.IterableDataset):
         loader = DataLoader(
             self,
             batch_size=None,
-            collate_fn=_identity,  # torch's default would make tensors of the seeds
+            collate_fn=collate_images,  # torch's default would make tensors of the seeds
             num_workers=args.dataloader_num_workers,
             pin_memory=args.dataloader_pin_memory,
             persistent_workers=args.dataloader_persistent_workers,
@@ -425,17 +384,17 @@ class StreamedBatches(torch.utils.data.IterableDataset):
         )
 
     def set_epoch(self, epoch: int) -> None:
-        self._epoch[0] = epoch
+        self._progress[0] = epoch
 
     def skip(self, epoch: int, num_batches: int) -> None:
         """The first batches of that epoch come empty, `{}`: nothing is read, decoded or augmented for them."""
-        self._skip[0], self._skip[1] = epoch, num_batches
+        self._progress[1:] = torch.tensor([epoch, num_batches])
 
     def __iter__(self) -> Iterator[dict]:
         worker = torch.utils.data.get_worker_info()
         worker = 0 if worker is None else worker.id
-        epoch = self._epoch.item()
-        skipped = self._skip[1].item() if self._skip[0] == epoch else 0
+        epoch, skipped_epoch, skipped = self._progress.tolist()
+        skipped = skipped if skipped_epoch == epoch else 0
         numbers = range(worker, self.num_batches, self.num_workers)  # as the loader takes them in turn
         samples_skipped = len(range(worker, min(skipped, self.num_batches), self.num_workers)) * self.batch_size
         views = self._views(epoch, worker, samples_skipped // self.repeats)
@@ -455,12 +414,9 @@ class StreamedBatches(torch.utils.data.IterableDataset):
         if self.repeats > 1:
             # Mixup takes neighbours: the views of one image must not be each other's.
             views = [views[index] for index in generator.permutation(len(views))]
-        samples = []
-        for (image, label), seed in zip(views, generator.integers(2**62, size=len(views)).tolist(), strict=True):
-            with seeded(seed):
-                sample = {"pixel_values": self.images.transform(image), "seeds": seed}
-            samples.append(sample if label is None else sample | {"labels": label})
-        return collate_images(samples)
+        images, labels = zip(*views, strict=True)
+        seeds = generator.integers(2**62, size=len(views)).tolist()
+        return augmented_batch(images, None if labels[0] is None else labels, seeds, self.images.transform)
 
     def _views(self, epoch: int, worker: int, skipped: int) -> Iterator[tuple[PILImage.Image, int | None]]:
         for shard, number, row in self._rows(epoch, worker, skipped):
@@ -517,18 +473,12 @@ class StreamedBatches(torch.utils.data.IterableDataset):
                 yield range_
 
     def _read_again(self, buffer: list[tuple[int, int, None]]) -> list[tuple[int, int, dict]]:
-        wanted: dict[int, list[int]] = {}
+        wanted: dict[int, set[int]] = {}
         for shard, number, _ in buffer:
-            wanted.setdefault(shard, []).append(number)
+            wanted.setdefault(shard, set()).add(number)
         rows = {}
         for shard, numbers in wanted.items():
-            first, last = min(numbers), max(numbers) + 1
-            numbers = set(numbers)
-            for number, row in enumerate(self.split.read(shard, first, last), start=first):
-                if number in numbers:
-                    rows[shard, number] = row
+            first, stop = min(numbers), max(numbers) + 1
+            read = enumerate(self.split.read(shard, first, stop), start=first)
+            rows |= {(shard, number): row for number, row in read if number in numbers}
         return [(shard, number, rows[shard, number]) for shard, number, _ in buffer]
-
-
-def _identity(batch: dict) -> dict:
-    return batch
