@@ -150,11 +150,7 @@ def test_half_precision_logits_give_a_float32_loss():
         ("soft", {"teacher_targets": "hard"}, "use mode hard"),
         ("both", {"teacher_targets": "firm"}, "hard or soft"),
         ("both", {"alpha": 1.5}, "between 0 and 1"),
-<<<<<<< HEAD
-        ("both", {"temperature": 2.0}, "only has a meaning with soft teacher targets"),
-=======
         ("both", {"temperature": 2.0}, "with soft teacher targets"),
->>>>>>> wt-s3
         ("soft", {"temperature": 0.0}, "above 0"),
         ("class", {"single_token": True, "alpha": 0.5}, "its loss has a single term"),
         ("distill", {"single_token": True, "alpha": 0.5}, "its loss has a single term"),
