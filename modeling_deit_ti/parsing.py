@@ -32,7 +32,7 @@ GROUPS = (ImageArguments, AugmentationArguments, ModelArguments, TeacherArgument
 INHERITED_BY_TEACHER = (
     *("per_device_train_batch_size", "per_device_eval_batch_size", "gradient_accumulation_steps"),
     *("fp16", "bf16", "tf32", "use_cpu", "torch_compile", "torch_compile_backend", "torch_compile_mode"),
-    *("dataloader_num_workers", "dataloader_pin_memory", "disable_tqdm", "log_level"),
+    *("dataloader_num_workers", "disable_tqdm", "log_level"),
 )
 # What --teacher_config may not set.
 NOT_THE_TEACHERS = {
@@ -172,8 +172,12 @@ def fitting_flags(args: Arguments) -> list[str]:
         **TEACHER_RECIPE,
         **_own_recipe(teacher, parser),
     }
-    images = {entry.name: getattr(args.images, entry.name) for entry in dataclasses.fields(args.images)}
-    return parser.flags(images | recipe)
+    # Without what is the default anyway: these flags are the command in the teacher's card.
+    defaults = {entry.name: entry.default for group in GROUPS for entry in dataclasses.fields(group)}
+    given = vars(args.images) | recipe
+    return parser.flags(
+        {name: value for name, value in given.items() if value != defaults[name] and value is not False}
+    )
 
 
 def _own_recipe(teacher: TeacherArguments, parser: _Parser) -> dict:
