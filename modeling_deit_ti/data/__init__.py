@@ -11,12 +11,7 @@ from .streaming import load_streamed_images
 
 def load_images(args: ImageArguments, labels_needed: bool = True) -> ImageData:
     """
-    Loads and checks the images.
-
-    Args:
-        args ([`ImageArguments`])
-        labels_needed (`bool`, *optional*, defaults to `True`): whether training needs labels. If not, the training
-            split may lack them.
+    Loads and checks the images. Unless `labels_needed`, the training split may lack labels.
 
     Raises:
         UserError: if the dataset is neither on disk nor reachable, lacks a column, has labels that are missing, out of

@@ -1,9 +1,8 @@
 """Training augmentation of whole uint8 batches, on the device that trains.
 
 The recipe is DeiT's, as timm's `create_transform(is_training=True, interpolation="bicubic", re_mode="pixel")` builds
-it for one PIL image: random crop and bicubic resize, horizontal flip, RandAugment, normalisation, random erasing. Here
-every step takes a batch `(B, 3, H, W)` and one set of parameters per image, so that it costs a few kernels for any
-number of images.
+it for one PIL image. Here every step takes a batch `(B, 3, H, W)` and one set of parameters per image, so that it
+costs a few kernels for any number of images.
 
 - Everything random about an image is a function of its seed alone (a counter-based generator without state), so that
   neither batch size, workers nor processes change it.
@@ -21,6 +20,7 @@ from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
+from timm.data.auto_augment import rand_augment_transform
 from torchvision.transforms.v2.functional import equalize
 from transformers import DeiTImageProcessor
 
@@ -350,43 +350,29 @@ PLAIN_OPERATIONS = {
 
 
 class RandAugment(NamedTuple):
-    """What a configuration string such as `rand-m9-mstd0.5-inc1` says, with timm's defaults."""
+    """What a configuration string such as `rand-m9-mstd0.5-inc1` says."""
 
-    magnitude: int = 10
-    layers: int = 2
-    probability: float = 0.5
-    magnitude_std: float = 0.0
-    magnitude_max: int = 0
-    increasing: int = 0
-
-    @property
-    def operations(self) -> dict[str, Operation]:
-        return INCREASING_OPERATIONS if self.increasing else PLAIN_OPERATIONS
+    operations: dict[str, Operation]
+    magnitude: float
+    layers: int  # operations per image
+    probability: float  # of each
+    magnitude_std: float  # infinite: the magnitude is uniform
+    magnitude_max: int
 
     @classmethod
     def from_string(cls, config: str) -> "RandAugment":
-        """Reads timm's notation: `rand`, then sections that the error below explains, joined by dashes.
-
-        Raises:
-            ValueError: Another policy or an unknown section, such as timm's `t...` (another set of operations).
-        """
-        name, *sections = config.split("-")
-        if name != "rand":
-            raise ValueError(f"auto_augment={config!r}: only RandAugment, `rand-...`, can augment whole batches.")
-        fields = dict(zip(("m", "n", "p", "mstd", "mmax", "inc"), cls._fields, strict=True))
-        values: dict[str, float] = {}
-        for section in sections:
-            match = re.fullmatch(r"(m|n|mmax|inc)(\d+)|(p|mstd)(\d+(?:\.\d+)?)", section)
-            if match is None:
-                raise ValueError(
-                    f"auto_augment={config!r}: cannot read {section!r}. A whole batch takes m (magnitude), n "
-                    "(operations per image), mmax (upper limit of the magnitude) and inc (0 or 1), with an integer "
-                    "each, p (probability of an operation) and mstd (standard deviation of the magnitude), with a "
-                    "number each."
-                )
-            whole_key, whole, real_key, real = match.groups()
-            values[fields[whole_key or real_key]] = int(whole) if whole_key else float(real)
-        return cls(**values)
+        """As timm reads it. Raises a `ValueError` if a whole batch cannot be augmented so."""
+        if re.fullmatch(r"rand(-(m|n|mmax|inc)\d+|-(p|mstd)\d+(\.\d+)?)*", config) is None:
+            raise ValueError(
+                f"auto_augment={config!r}: only RandAugment, `rand-...`, can augment whole batches. It takes m "
+                "(magnitude), n (operations per image), mmax (highest magnitude) and inc (0 or 1) with an integer, p "
+                "(probability of an operation) and mstd (standard deviation of the magnitude) with a number."
+            )
+        timms = rand_augment_transform(config, {})
+        op = timms.ops[0]
+        is_increasing = {op.name for op in timms.ops} == set(INCREASING_OPERATIONS)
+        operations = INCREASING_OPERATIONS if is_increasing else PLAIN_OPERATIONS
+        return cls(operations, op.magnitude, timms.num_layers, op.prob, op.magnitude_std, op.magnitude_max or 10)
 
 
 def draw_operations(settings: RandAugment, seeds: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -399,12 +385,12 @@ def draw_operations(settings: RandAugment, seeds: torch.Tensor) -> tuple[torch.T
     draws = random_uniform(seeds, RAND_AUGMENT_STREAM, settings.layers, 5)
     which, apply, negate, radius, angle = draws.unbind(dim=-1)
     chosen = (which * count).long()
-    if settings.magnitude_std > 100:  # timm's notation for a uniform magnitude
+    if settings.magnitude_std == math.inf:
         magnitude = settings.magnitude * radius
     else:  # Box-Muller, as in `random.gauss`
         normal = torch.cos(2 * math.pi * angle) * torch.sqrt(-2 * torch.log(1 - radius))
         magnitude = settings.magnitude + settings.magnitude_std * normal
-    magnitude = magnitude.clamp(0, settings.magnitude_max or 10)
+    magnitude = magnitude.clamp(0, settings.magnitude_max)
 
     rules = torch.tensor([operation[1:] for operation in settings.operations.values()], dtype=torch.float64)
     start, step, random_sign, whole, lowest, highest = rules[chosen].unbind(dim=-1)
@@ -423,7 +409,7 @@ def rand_augment(images: torch.Tensor, settings: RandAugment, seeds: torch.Tenso
     chosen, arguments = draw_operations(settings, seeds)
     # Sorted by operation, the images of one are a slice: the CPU knows the slices, the device needs only the order.
     chosen, order = chosen.sort(dim=0)
-    arguments = arguments.gather(0, order).to(images.device, non_blocking=True)
+    arguments = arguments.gather(0, order)[..., None, None, None].to(images.device, non_blocking=True)
     order = order.to(images.device, non_blocking=True)
     for layer in range(settings.layers):
         counts = chosen[:, layer].bincount(minlength=len(settings.operations) + 1).tolist()
@@ -432,9 +418,7 @@ def rand_augment(images: torch.Tensor, settings: RandAugment, seeds: torch.Tenso
         for (name, operation), index, argument in zip(settings.operations.items(), *groups, strict=False):
             if len(index) > 0:
                 beyond = (fill,) if name in GEOMETRIC else ()
-                images.index_copy_(
-                    0, index, operation.apply(images.index_select(0, index), argument[:, None, None, None], *beyond)
-                )
+                images.index_copy_(0, index, operation.apply(images.index_select(0, index), argument, *beyond))
     return images
 
 

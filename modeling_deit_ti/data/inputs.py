@@ -102,9 +102,8 @@ def make_train_images(
 
 def make_train_transform(args: AugmentationArguments, image_processor) -> Callable[[PILImage.Image], torch.Tensor]:
     """
-    The augmentation of one image, from timm's factory as in DeiT's code: crop, flip, RandAugment, normalisation,
-    random erasing (paper, table 9). RGB image in, `(3, image_size, image_size)` float32 out, in the size and
-    normalisation of the image processor.
+    The augmentation of one RGB image, from timm's factory as in DeiT's code (paper, table 9), to
+    `(3, image_size, image_size)` float32 in the size and normalisation of the image processor.
 
     Raises:
         UserError: if timm does not know the policy of `--auto_augment`.
@@ -161,7 +160,6 @@ class TrainImages(_Images):
     Training images. Its keys are those of [`TrainSampler`]: an index, and the seed of all that is random in the image.
 
     Args:
-        dataset (`datasets.Dataset`): a split of [`ImageData`].
         transform (`Callable`, *optional*): RGB image to `pixel_values`. `None` gives batches of uint8 pixels, for
             [`BatchAugmentation`].
         repeats (`int`, *optional*, defaults to 1): repeated augmentation.

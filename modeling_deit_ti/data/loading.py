@@ -138,7 +138,7 @@ def _kind(feature) -> str:
 
 
 def with_label_ids(
-    train: Dataset, evaluation: Dataset, column: str, labels_needed: bool, is_held_out: bool
+    train: Dataset, evaluation: Dataset, column: str, labels_needed: bool, is_held_out: bool = False
 ) -> tuple[Dataset, Dataset, list[str]]:
     """Both splits with ids in the label column (missing ones stay `None`), and the names of the ids."""
     if column not in train.column_names:

@@ -32,7 +32,6 @@ class TrainSampler(torch.utils.data.Sampler):
     The keys of each epoch, for all processes together: `(index, seed)` pairs in random order.
 
     Args:
-        num_images (`int`): size of the dataset.
         batch_size (`int`): images in a step of all processes. Those that do not fill one are left out (others each
             epoch), so that all batches have one shape; only a dataset smaller than a batch is used whole.
         seed (`int`): of the run.
@@ -86,9 +85,8 @@ def augmented_batch(
     images: Iterable[Image], labels: Sequence[int] | None, seeds: Sequence[int], transform: Callable
 ) -> dict:
     """
-    A training batch of images, each transformed with its own seed: `pixel_values` (B, 3, height, width), `labels`
-    (B,), if the images have them, and `seeds` (B,), a NumPy array, so that it stays on the CPU when the tensors go to
-    the device.
+    Images, each transformed with its own seed, as `pixel_values` (B, 3, height, width); their `labels` (B,), if any;
+    and their `seeds` (B,), a NumPy array, so that it stays on the CPU when the tensors go to the device.
     """
     pixel_values = []
     for image, seed in zip(images, seeds, strict=True):
@@ -111,14 +109,12 @@ def mix_images(
     are on, one of them by a fair coin, as in DeiT's code.
 
     Args:
-        pixel_values (`torch.Tensor` of shape `(B, 3, height, width)`)
-        labels (`torch.Tensor` of shape `(B,)`, *optional*): label ids.
+        pixel_values, labels (`torch.Tensor`): images `(B, 3, height, width)`, and label ids `(B,)`, if any.
         seed (`int`): decides the coin, the share of each image and the box.
-        num_labels (`int`): K.
         mixup, cutmix (`float`): alpha of the Beta distribution of the share; 0 turns it off.
 
     Returns:
-        The mixed images, and the labels as distributions of shape `(B, K)` (ids if nothing is mixed).
+        The mixed images, and the labels as distributions `(B, num_labels)` (ids if nothing is mixed).
     """
     if mixup <= 0 and cutmix <= 0:
         return pixel_values, labels

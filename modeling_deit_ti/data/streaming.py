@@ -14,7 +14,8 @@ import hashlib
 import os
 import random
 from collections.abc import Callable, Iterator
-from itertools import islice
+from itertools import islice, repeat
+from typing import ClassVar
 
 import fsspec
 import numpy as np
@@ -83,13 +84,10 @@ class ParquetRows:
                 footers.update(repr((row_group.num_rows, sizes_of_columns)).encode())
             if "://" in file:
                 footers.update(file.encode())  # it holds the commit
+            if number == 0:
+                self.features = Features.from_arrow_schema(metadata.schema.to_arrow_schema())
         self.sizes = np.array(sizes, dtype=np.int64)  # rows in each shard
         self.digest = footers.hexdigest()
-
-    @property
-    def features(self) -> Features:
-        with _open(self.files[0]) as opened:
-            return Features.from_arrow_schema(pq.read_schema(opened))
 
     def column(self, name: str) -> Iterator[list]:
         for file in self.files:
@@ -128,9 +126,8 @@ class TableRows:
         self.features = dataset.features
 
     def column(self, name: str) -> Iterator[list]:
-        labels = self.dataset.select_columns(name)
-        for start in range(0, len(labels), 1000):
-            yield labels[start : start + 1000][name]
+        for batch in self.dataset.select_columns(name).iter(1000):
+            yield batch[name]
 
     def read(self, shard: int, start: int, stop: int, columns: list[str]) -> Iterator[dict]:
         first = shard * self.rows_per_shard
@@ -151,9 +148,8 @@ def _table_rows(dataset: Dataset, image_column: str, folder: str) -> TableRows:
         return TableRows(dataset, 100, dataset._fingerprint)
     # Files are read one by one anyway, so each is its own shard and the whole epoch is shuffled.
     names = hashlib.sha256()
-    for start in range(0, len(dataset), 1000):
-        for image in dataset[start : start + 1000][image_column]:
-            names.update(repr((os.path.relpath(image["path"], folder), os.path.getsize(image["path"]))).encode())
+    for image in dataset[image_column]:
+        names.update(repr((os.path.relpath(image["path"], folder), os.path.getsize(image["path"]))).encode())
     return TableRows(dataset, 1, names.hexdigest())
 
 
@@ -162,8 +158,7 @@ def _table_rows(dataset: Dataset, image_column: str, folder: str) -> TableRows:
 
 def load_streamed_images(args: ImageArguments, labels_needed: bool = True) -> ImageData:
     """
-    As [`load_images`], but the training split is a [`StreamedSplit`], whose images and labels are checked as they are
-    read. The evaluation split is loaded and checked before training.
+    As [`load_images`], but the training split is a [`StreamedSplit`], checked as it is read.
 
     `ImageData.fingerprint` covers the labels. The images, not read yet, it identifies by the sizes of each Parquet row
     group (on the Hub, by the commit), or by their names and sizes (image folder).
@@ -184,7 +179,7 @@ def load_streamed_images(args: ImageArguments, labels_needed: bool = True) -> Im
     values = list(found) if has_labels and not has_names else []
     columns = {name: values if name == label_column else [None] * len(values) for name in features}
     train, evaluation, label_names = with_label_ids(
-        Dataset.from_dict(columns, features=features), evaluation, label_column, labels_needed, is_held_out=False
+        Dataset.from_dict(columns, features=features), evaluation, label_column, labels_needed
     )
     ids = dict(zip(values, train[label_column], strict=True)) if values else None
     content.update("\0".join(label_names).encode())
@@ -199,15 +194,14 @@ def load_streamed_images(args: ImageArguments, labels_needed: bool = True) -> Im
 def _open_splits(args: ImageArguments) -> tuple[ParquetRows | TableRows, Dataset, str, str, str]:
     """The training rows, the evaluation split and its name, the column of images, and where they come from."""
     name, folder = args.dataset_name, os.path.expanduser(args.dataset_name)
-    is_table = os.path.isfile(os.path.join(folder, "dataset_dict.json"))
-    is_table = is_table or (name == "digits" and not os.path.isdir(name))
-    if not is_table and not (os.path.isdir(folder) and find_class_folders(folder)):
+    is_folder = os.path.isdir(folder)
+    is_table = os.path.isfile(os.path.join(folder, "dataset_dict.json")) or (name == "digits" and not is_folder)
+    if not is_table and not (is_folder and find_class_folders(folder)):
         with naming_the_dataset(name):
-            builder = load_dataset_builder(folder if os.path.isdir(folder) else name, args.dataset_config_name)
+            builder = load_dataset_builder(folder if is_folder else name, args.dataset_config_name)
         if isinstance(builder.config, ParquetConfig):
-            source = "local" if os.path.isdir(folder) else "hub"
-            return *_open_parquet(args, builder), source
-        if not (isinstance(builder.config, ImageFolderConfig) and os.path.isdir(folder)):
+            return *_open_parquet(args, builder), "local" if is_folder else "hub"
+        if not (isinstance(builder.config, ImageFolderConfig) and is_folder):
             raise UserError(
                 f"--streaming reads Parquet files, local or on the Hub, and local image folders; {name} is "
                 f"{type(builder).__name__}. Write it as Parquet: load_dataset(...).push_to_hub(...), or to_parquet."
@@ -229,9 +223,8 @@ def _open_parquet(args: ImageArguments, builder: DatasetBuilder) -> tuple[Parque
     with naming_the_dataset(args.dataset_name):
         rows = ParquetRows(files["train"])
         evaluation = load_dataset("parquet", data_files={eval_split: files[eval_split]}, split=eval_split)
-        image_features = rows.features
     check_not_empty(args.dataset_name, {"train": rows.sizes.sum(), eval_split: len(evaluation)})
-    return rows, evaluation, eval_split, find_image_column(image_features, args)
+    return rows, evaluation, eval_split, find_image_column(rows.features, args)
 
 
 # ---- Images and batches ----
@@ -295,36 +288,22 @@ class _Range:
         return self.shard, self.position - 1, None if split is None else next(self.rows)
 
 
+@dataclasses.dataclass
 class StreamedImages:
-    """
-    Training images of a split that is read while training.
+    """Training images of a split that is read while training."""
 
-    Args:
-        split ([`StreamedSplit`])
-        transform (`Callable`): RGB image to `pixel_values`.
-        repeats (`int`, *optional*, defaults to 1): repeated augmentation.
-    """
-
-    is_streamed = True
-
-    def __init__(self, split: StreamedSplit, transform: Callable[[PILImage.Image], torch.Tensor], repeats: int = 1):
-        self.split = split
-        self.transform = transform
-        self.repeats = repeats
+    split: StreamedSplit
+    transform: Callable[[PILImage.Image], torch.Tensor]  # RGB image to `pixel_values`
+    repeats: int = 1  # repeated augmentation
+    is_streamed: ClassVar[bool] = True
 
     def __len__(self) -> int:
         return len(self.split)
 
     def order(self, args: DistillationTrainingArguments) -> "StreamedBatches":
         """The batches of each epoch, for this process."""
-        return StreamedBatches(
-            self,
-            args.train_batch_size,
-            args.order_seed,
-            args.dataloader_num_workers,
-            args.process_index,
-            args.world_size,
-        )
+        process = args.process_index, args.world_size
+        return StreamedBatches(self, args.train_batch_size, args.order_seed, args.dataloader_num_workers, *process)
 
 
 class StreamedBatches(torch.utils.data.IterableDataset):
@@ -335,17 +314,23 @@ class StreamedBatches(torch.utils.data.IterableDataset):
     `TrainSampler`, images that do not fill a batch of all processes are left out, others each epoch.
 
     Args:
-        images ([`StreamedImages`])
         batch_size (`int`): of this process.
         seed (`int`): of the run.
         num_workers (`int`): of the loader.
-        process_index, num_processes (`int`)
 
     Raises:
         UserError: if there are fewer images than all processes need for one step.
     """
 
-    def __init__(self, images, batch_size, seed, num_workers, process_index, num_processes):
+    def __init__(
+        self,
+        images: StreamedImages,
+        batch_size: int,
+        seed: int,
+        num_workers: int,
+        process_index: int,
+        num_processes: int,
+    ):
         self.images = images
         self.split = images.split
         self.batch_size = batch_size
@@ -360,8 +345,7 @@ class StreamedBatches(torch.utils.data.IterableDataset):
                 f"--streaming: {len(images)} training images are fewer than one step of all processes takes "
                 f"({batch_size} x {num_processes}): use a smaller --per_device_train_batch_size, or leave it out."
             )
-        # The epoch, and of which epoch how many batches are skipped: shared, since persistent workers have copies of
-        # the rest.
+        # The epoch; in which epoch how many batches are skipped. Shared: persistent workers have copies of the rest.
         self._progress = torch.zeros(3, dtype=torch.int64).share_memory_()
 
     def __len__(self) -> int:
@@ -396,8 +380,9 @@ class StreamedBatches(torch.utils.data.IterableDataset):
         epoch, skipped_epoch, skipped = self._progress.tolist()
         skipped = skipped if skipped_epoch == epoch else 0
         numbers = range(worker, self.num_batches, self.num_workers)  # as the loader takes them in turn
-        samples_skipped = len(range(worker, min(skipped, self.num_batches), self.num_workers)) * self.batch_size
-        views = self._views(epoch, worker, samples_skipped // self.repeats)
+        samples_skipped = sum(number < skipped for number in numbers) * self.batch_size
+        rows = self._rows(epoch, worker, samples_skipped // self.repeats)
+        views = (view for row in rows for view in repeat(self.split.decode(*row), self.repeats))
         views = islice(views, samples_skipped % self.repeats, None)
         for number in numbers:
             if number < skipped:
@@ -417,12 +402,6 @@ class StreamedBatches(torch.utils.data.IterableDataset):
         images, labels = zip(*views, strict=True)
         seeds = generator.integers(2**62, size=len(views)).tolist()
         return augmented_batch(images, None if labels[0] is None else labels, seeds, self.images.transform)
-
-    def _views(self, epoch: int, worker: int, skipped: int) -> Iterator[tuple[PILImage.Image, int | None]]:
-        for shard, number, row in self._rows(epoch, worker, skipped):
-            view = self.split.decode(shard, number, row)
-            for _ in range(self.repeats):
-                yield view
 
     def _rows(self, epoch: int, worker: int, skipped: int) -> Iterator[tuple[int, int, dict]]:
         """A worker's rows in shuffled order, from number `skipped` on: (shard, row in the shard, content)."""
