@@ -19,6 +19,7 @@ from transformers import BaseImageProcessor, PreTrainedModel
 from transformers.utils import ModelOutput
 from transformers.utils import logging as transformers_logging
 
+from modeling_deit_ti.arguments import check_at_least
 from modeling_deit_ti.classifiers import check_complete, load_classifier, load_image_processor
 from modeling_deit_ti.data.decoding import decode_image
 from modeling_deit_ti.errors import UserError, first_line
@@ -63,10 +64,7 @@ def read_images(files: list[Path]) -> Iterator[tuple[Path, Image.Image]]:
 
 
 def head_logits(output: ModelOutput, readout: str | None) -> dict[str, torch.Tensor]:
-    """
-    The logits of each head, `(B, K)`: `class`, `distillation` and their mean `both` of a distilled model, or the one
-    head of another, under the name `class` unless the model says otherwise.
-    """
+    """Logits `(B, K)` of each head: `class`, `distillation` and their mean `both`, or the one head of other models."""
     class_logits = output.get("class_logits", output.get("cls_logits"))  # ours, transformers' DeiT
     distillation_logits = output.get("distillation_logits")
     if class_logits is None or distillation_logits is None:
@@ -133,11 +131,10 @@ def write_csv(predictions: list[dict], file: Path) -> None:
     """One row per image, with columns `HEAD_RANK` and `HEAD_RANK_score` for each head's labels."""
     rows = []
     for prediction in predictions:
-        row = {key: prediction[key] for key in ("file", "prediction", "score")}
+        row = {key: value for key, value in prediction.items() if key != "heads"}
         for head, guesses in prediction["heads"].items():
             for rank, guess in enumerate(guesses, start=1):
-                row[f"{head}_{rank}"] = guess["label"]
-                row[f"{head}_{rank}_score"] = guess["score"]
+                row |= {f"{head}_{rank}": guess["label"], f"{head}_{rank}_score": guess["score"]}
         rows.append(row)
     with open(file, "w", newline="", encoding="utf-8") as stream:
         writer = csv.DictWriter(stream, fieldnames=list(rows[0]) if rows else ["file", "prediction", "score"])
@@ -148,9 +145,7 @@ def write_csv(predictions: list[dict], file: Path) -> None:
 def run(options: argparse.Namespace) -> int:
     """Predicts as asked, and returns how many files were skipped. Raises a `UserError`."""
     output = options.output
-    for flag, value in (("--top_k", options.top_k), ("--batch_size", options.batch_size)):
-        if value < 1:
-            raise UserError(f"{flag} {value}: must be at least 1.")
+    check_at_least(options, top_k=1, batch_size=1)
     if output is not None:
         if output.suffix.lower() not in (".csv", ".json"):
             raise UserError(f"--output {output}: the file's name has to end in .csv or .json.")

@@ -67,8 +67,7 @@ class ReproduceArguments:
 
     budget: str = HfArg(
         default="cpu",
-        help=f"How much to train: {', '.join(BUDGETS)} (recipes/cifar10_<budget>.yaml), or a recipe of your own, a "
-        "YAML file. cpu takes 90 minutes on two cores.",
+        help=f"How much to train: {', '.join(BUDGETS)} (recipes/cifar10_<budget>.yaml), or a YAML recipe of your own.",
     )
     rows: list[str] = HfArg(
         default_factory=lambda: list(RUNS),
@@ -92,19 +91,15 @@ class ReproduceArguments:
             raise UserError(f"--seeds {' '.join(map(str, self.seeds))}: must be at least 0 and all different.")
         if self.accelerate_config and not os.path.isfile(self.accelerate_config):
             raise UserError(f"--accelerate_config {self.accelerate_config}: there is no such file.")
+        is_ours = self.budget in BUDGETS
+        self.recipe = REPOSITORY / "recipes" / f"cifar10_{self.budget}.yaml" if is_ours else Path(self.budget)
         if not self.recipe.is_file():
             raise UserError(f"--budget {self.budget}: must be one of {', '.join(BUDGETS)}, or a YAML file.")
 
     @property
-    def recipe(self) -> Path:
-        is_ours = self.budget in BUDGETS
-        return REPOSITORY / "recipes" / f"cifar10_{self.budget}.yaml" if is_ours else Path(self.budget)
-
-    @property
     def name(self) -> str:
         """Of the results: <dataset>-<budget>."""
-        budget = self.budget if self.budget in BUDGETS else self.recipe.stem
-        return re.sub(r"[^\w.-]+", "-", f"{folder_name(self.dataset_name)}-{budget}")
+        return re.sub(r"[^\w.-]+", "-", f"{folder_name(self.dataset_name)}-{Path(self.budget).stem}")
 
     @property
     def folder(self) -> Path:
@@ -208,8 +203,7 @@ def make_runs(args: ReproduceArguments, seeds: list[int]) -> list[Run]:
     for seed, (name, own) in itertools.product(seeds, RUNS.items()):
         # Cards of students name their teacher by its folder, so the folder names the architecture.
         teacher_folder = args.folder / f"teacher-{teacher}-seed{seed}"
-        folder = args.folder / f"{name}-seed{seed}"
-        flags = [*shared, *own]
+        flags, folder = [*shared, *own], args.folder / f"{name}-seed{seed}"
         if name == "teacher":
             flags, folder = fitting_flags(student), teacher_folder
         elif name == "cnn":
@@ -226,14 +220,13 @@ def check_settings(args: ReproduceArguments) -> None:
     """Raises a `UserError` if the runs in the output folder have other settings: one table would compare them."""
     file = args.folder / "settings.json"
     settings = json.loads(json.dumps(args.settings()))
-    if file.is_file():
-        before = json.loads(file.read_text())
-        changed = [name for name, value in settings.items() if before.get(name) != value]
-        if changed:
-            raise UserError(
-                f"--output_dir {args.output_dir}: the runs in {args.folder} have a different {' and '.join(changed)} "
-                f"({file}) and cannot share a table with these; choose another folder, or delete this one."
-            )
+    before = json.loads(file.read_text()) if file.is_file() else settings
+    changed = [name for name, value in settings.items() if before.get(name) != value]
+    if changed:
+        raise UserError(
+            f"--output_dir {args.output_dir}: the runs in {args.folder} have a different {' and '.join(changed)} "
+            f"({file}) and cannot share a table with these; choose another folder, or delete this one."
+        )
     args.folder.mkdir(parents=True, exist_ok=True)
     file.write_text(json.dumps(settings, indent=2) + "\n")
 
@@ -266,9 +259,8 @@ def train(run: Run, args: ReproduceArguments, bar: tqdm, stop: threading.Event, 
     """
     Runs train_hf.py until it has finished, `stop` is set, or the time is nearly up.
 
-    Raises:
-        UserError: if another process is training this run, or train_hf.py reports a user's mistake.
-        RunFailed: if it fails in another way.
+    Raises a `UserError` if another process is training this run, or train_hf.py reports a user's mistake, and
+    `RunFailed` if it fails in another way.
     """
     launcher = [sys.executable]
     if args.accelerate_config:
@@ -286,14 +278,9 @@ def train(run: Run, args: ReproduceArguments, bar: tqdm, stop: threading.Event, 
         record["commits"] = list(dict.fromkeys([*record["commits"], current_commit()]))
         run.save_record(record)
         # In a session of its own, so that Ctrl-C only reaches this process, which then tells the run to stop.
-        process = subprocess.Popen(
-            command,
-            stdin=subprocess.DEVNULL,
-            stdout=log,
-            stderr=subprocess.STDOUT,
-            env={**os.environ, "PYTHONUNBUFFERED": "1"},
-            start_new_session=True,
-        )
+        streams = {"stdin": subprocess.DEVNULL, "stdout": log, "stderr": subprocess.STDOUT}
+        unbuffered = os.environ | {"PYTHONUNBUFFERED": "1"}
+        process = subprocess.Popen(command, **streams, env=unbuffered, start_new_session=True)
         output, was_stopped = "", False
         epochs_before = bar.n - run.epochs_done  # of the other runs
         while process.poll() is None:
@@ -309,9 +296,8 @@ def train(run: Run, args: ReproduceArguments, bar: tqdm, stop: threading.Event, 
     bar.update(epochs_before + run.epochs_done - bar.n)
     run.save_record({**record, "seconds": round(record["seconds"] + time.monotonic() - started, 1)})
     if not (run.is_finished or was_stopped or process.returncode == EXIT_INTERRUPTED):
-        lines = [line for line in output.splitlines() if line.strip()] or ["no output"]
-        reasons = [line for line in lines if line.startswith("train_hf.py: error: ")] or lines
-        reason = reasons[-1].removeprefix("train_hf.py: error: ")
+        errors = re.findall(r"^train_hf\.py: error: (.+)", output, re.MULTILINE)
+        reason = (errors or output.strip().splitlines() or ["no output"])[-1]
         message = f"{run.title}: train_hf.py ended with exit code {process.returncode}: {reason} (see {log_file})"
         raise UserError(message) if process.returncode == EXIT_USER_ERROR else RunFailed(message)
 
@@ -333,12 +319,11 @@ def end(process: subprocess.Popen) -> None:
 
 def current_commit() -> str:
     """The commit of this code, and whether it has been changed since."""
-    git = ["git", "-C", str(REPOSITORY)]
     # What this script writes is not a change of the code.
     status = ["status", "--porcelain", "--untracked-files=no", "--", ".", f":!{RESULTS}", f":!{CARDS}"]
     try:
-        commit = subprocess.check_output([*git, "rev-parse", "--short=12", "HEAD"], text=True).strip()
-        return commit + " with changes" * bool(subprocess.check_output([*git, *status]))
+        commit = subprocess.check_output(["git", "rev-parse", "--short=12", "HEAD"], text=True, cwd=REPOSITORY).strip()
+        return commit + " with changes" * bool(subprocess.check_output(["git", *status], cwd=REPOSITORY))
     except (OSError, subprocess.CalledProcessError):
         return "unknown"
 

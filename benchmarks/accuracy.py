@@ -118,12 +118,8 @@ class Run:
 
 def write_results(budget: str, settings: dict, runs: list[Run]) -> None:
     """
-    Writes table, curves and cards of the finished runs, into the folder of the budget.
-
-    Args:
-        budget (`str`): names the folder in `results/`.
-        settings (`dict`): what all runs share.
-        runs (`list[Run]`): every run at least once, finished or not.
+    Writes `results/<budget>/` and the cards of the finished runs. `settings` is what all runs share, and `runs` has
+    every run at least once, finished or not.
     """
     folder = RESULTS / budget
     folder.mkdir(parents=True, exist_ok=True)
@@ -133,7 +129,6 @@ def write_results(budget: str, settings: dict, runs: list[Run]) -> None:
     (folder / "curves.json").write_text(json.dumps(curves, indent=2) + "\n")
     if curves:
         plot_curves(curves, table, folder / "curves.png")
-    CARDS.mkdir(exist_ok=True)
     for run in runs:
         if run.is_finished:
             copy_card(budget, run)
@@ -197,42 +192,8 @@ def run_facts(run: Run, row: Row) -> dict:
 
 def render_table(table: dict) -> str:
     """`table.md`."""
-    rows = table["rows"]
-    return render(
-        "accuracy.md",
-        budget=table["budget"],
-        cells=[table_cells(row) for row in rows],
-        facts=[fact for row in rows for fact in row["runs"]],
-        has_baseline=any(row.get("baseline_top1") for row in rows),
-        extra_flags=shlex.join(table["extra_flags"]),
-    )
-
-
-def table_cells(row: dict) -> list[str]:
-    """One row of `table.md`, cell by cell."""
-    runs, is_student = row["runs"], row["run"] not in CNNS
-
-    def mean(name: str, form: str = ",.0f") -> str:
-        return format(statistics.mean(run[name] for run in runs), form) if runs else "-"
-
-    return [
-        row["row"] if is_student or not runs else f"{row['row']}, {row['architecture']}",
-        row["mode"] if is_student else "-",
-        row["teacher_targets"] or "-",
-        row["readout"] if is_student else "-",
-        percent(row["top1"], row["top1_std"]) if runs else row["state"],
-        percent(row["top5"], row["top5_std"]) if runs else "-",
-        percent(row.get("baseline_top1")),
-        percent(row.get("paper_top1")),
-        *(mean("epochs", "g"), mean("images_seen"), mean("seconds"), mean("images_per_second")),
-        ", ".join(str(run["seed"]) for run in runs) or "-",
-    ]
-
-
-def percent(value: float | None, spread: float | None = None) -> str:
-    if value is None:
-        return "n/a"
-    return f"{100 * value:.2f}" + (f" ± {100 * spread:.2f}" if spread is not None else "")
+    facts = [fact for row in table["rows"] for fact in row["runs"]]
+    return render("accuracy.md", **table, facts=facts, flags=shlex.join(table["extra_flags"]), cnns=CNNS)
 
 
 # ---- Curves ----
@@ -254,11 +215,7 @@ def make_curves(runs: list[Run]) -> dict:
 def plot_curves(curves: dict, table: dict, file: Path) -> Figure:
     """
     Plots the accuracy of all rows over the epochs, 1500 x 900 pixels; of several seeds the mean and the range.
-
-    Args:
-        curves (`dict`): see `make_curves`.
-        table (`dict`): see `make_table`.
-        file (`Path`): where to save the plot.
+    `curves` are those of [`make_curves`], `table` that of [`make_table`].
     """
     figure = Figure(figsize=(10, 6), dpi=150, layout="constrained")
     axes = figure.subplots()
@@ -282,17 +239,15 @@ def plot_curves(curves: dict, table: dict, file: Path) -> Figure:
     facts = next(fact for row in table["rows"] for fact in row["runs"])  # the images are the same for all
     images = f"{facts['validation_images']:,} images of the {facts['test_split']} split"
     axes.set_title(f"{table['budget']}: accuracy during training, {images}", loc="left")
-    axes.set_xlabel("epoch")
-    axes.set_xlim(left=0)
+    axes.set(xlabel="epoch", xlim=(0, None))
     axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     axes.yaxis.set_major_formatter(PercentFormatter(xmax=1, decimals=0, symbol=" %"))
     axes.grid(color="#E6E6E6", linewidth=0.8)
     axes.set_axisbelow(True)
     axes.spines[["top", "right"]].set_visible(False)
     # Beside the axes, where it covers no curve.
-    legend = axes.legend(loc="center left", bbox_to_anchor=(1.01, 0.5), frameon=False, handlelength=3)
-    legend.set_title("top-1 after the last epoch, as in the table")
-    legend.set_alignment("left")
+    place = {"loc": "center left", "bbox_to_anchor": (1.01, 0.5), "alignment": "left"}
+    axes.legend(title="top-1 after the last epoch, as in the table", frameon=False, handlelength=3, **place)
     figure.savefig(file)
     return figure
 
@@ -311,6 +266,7 @@ def copy_card(budget: str, run: Run) -> None:
     )
     text = re.sub(r"^# ", f"{note}# ", text, count=1, flags=re.MULTILINE)
     seed = f"-seed{run.seed}" if run.seed else ""
+    CARDS.mkdir(exist_ok=True)
     (CARDS / f"{budget}-{run.name}{seed}.md").write_text(text)
 
 

@@ -28,7 +28,7 @@ from transformers import (
 )
 
 from benchmarks.setting import BARE, BASELINE_SIZES, DTYPES, OURS, PUBLISHED_BASELINE, TIMM, TRANSFORMERS
-from benchmarks.step_clock import MemoryCallback, StepClock
+from benchmarks.step_clock import StepClock
 from modeling_deit_ti.arguments import Arguments
 from modeling_deit_ti.classifiers import label_maps
 from modeling_deit_ti.data import ImageData
@@ -37,7 +37,6 @@ from modeling_deit_ti.data.inputs import make_image_processor, make_train_transf
 from modeling_deit_ti.distillation import distillation_loss
 from modeling_deit_ti.fitting import prepare_teacher
 from modeling_deit_ti.runs import build_network, build_trainer
-from modeling_deit_ti.trainer import DistillationTrainer
 
 
 # What a plain Trainer takes over from our arguments.
@@ -60,28 +59,15 @@ def load_teacher(args: Arguments):
 # ---- Ours ----
 
 
-def make_our_trainer(args: Arguments, data: ImageData) -> DistillationTrainer:
+def train_ours(args: Arguments, data: ImageData, clock: StepClock) -> None:
     image_processor = make_image_processor(args.model, args.augmentation)
     student, _ = build_network(args, data, image_processor)
     teacher, _, _ = prepare_teacher(args, data, image_processor)
-    return build_trainer(args, data, student, image_processor, teacher)
-
-
-def train_ours(args: Arguments, data: ImageData, clock: StepClock) -> None:
-    trainer = make_our_trainer(args, data)
-    clock.watch(trainer.model, trainer.teacher)
+    trainer = build_trainer(args, data, student, image_processor, teacher)
+    clock.watch(student, teacher)
     trainer.add_callback(clock)
-    trainer.train()
-
-
-def watch_memory(args: Arguments, data: ImageData) -> list[int]:
-    """The host's resident memory after each epoch of our trainer, in bytes."""
-    callback = MemoryCallback()
-    trainer = make_our_trainer(args, data)
-    trainer.add_callback(callback)
     trainer.remove_callback(PrinterCallback)
     trainer.train()
-    return callback.epochs
 
 
 def train_bare(args: Arguments, data: ImageData, clock: StepClock) -> None:

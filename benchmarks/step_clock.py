@@ -35,9 +35,9 @@ class StepClock(TrainerCallback):
     device: str  # "cpu" or "cuda"
     batch_size: int
     started: float  # time.time() when the process was started
-    warmup_steps: int
-    measured_steps: int
-    split_steps: int  # whose parts are timed
+    warmup_steps: int = 0
+    measured_steps: int = 0
+    split_steps: int = 0  # whose parts are timed
 
     def __post_init__(self):
         self.steps = self.warmup_steps + self.measured_steps + self.split_steps
@@ -45,6 +45,7 @@ class StepClock(TrainerCallback):
         self.startup_seconds: float | None = None
         self.split: dict[str, float] | None = None  # seconds of each part
         self.hooks = ExitStack()
+        self.host_bytes_by_epoch: list[int] = []
 
     def watch(self, student: torch.nn.Module, teacher: torch.nn.Module) -> None:
         self.networks = {"student": student, "teacher": teacher}
@@ -77,6 +78,9 @@ class StepClock(TrainerCallback):
                 self.start_split()
         if self.step == self.steps:
             self.hooks.close()
+
+    def on_epoch_end(self, *_, **__):
+        self.host_bytes_by_epoch.append(host_bytes("VmRSS"))
 
     def now(self) -> float:
         if self.device == "cuda":
@@ -119,13 +123,3 @@ class StepClock(TrainerCallback):
             "peak_host_bytes": self.peak_host_bytes,
             "peak_device_bytes": self.peak_device_bytes,
         }
-
-
-class MemoryCallback(TrainerCallback):
-    """The host's resident memory after each epoch, in bytes."""
-
-    def __init__(self):
-        self.epochs: list[int] = []
-
-    def on_epoch_end(self, args, state, control, **kwargs):
-        self.epochs.append(host_bytes("VmRSS"))
