@@ -25,7 +25,7 @@ from transformers import set_seed
 from transformers.hf_argparser import HfArg
 
 from benchmarks.report import finish, spread
-from benchmarks.setting import DTYPES, Setting, parse_setting, run
+from benchmarks.setting import DTYPES, Precision, Setting, parse_setting, run
 from modeling_deit_ti import DeiTTiConfig, DeiTTiForImageClassification
 from modeling_deit_ti.distillation import MODES
 from modeling_deit_ti.errors import UserError, first_line
@@ -40,11 +40,7 @@ Predict = Callable[[torch.Tensor], torch.Tensor]  # images to logits
 @dataclass
 class InferenceSetting(Setting):
     batch_sizes: list[int] = HfArg(default_factory=lambda: [1, 256], help="Images per call.")
-    precision: str = HfArg(
-        default="fp32",
-        help="Of the weights and images; always fp32 for ONNX Runtime.",
-        metadata={"choices": list(DTYPES)},
-    )
+    precision: Precision = HfArg(default="fp32", help="Of weights and images; always fp32 for ONNX Runtime.")
     models: list[str] = HfArg(
         default_factory=lambda: list(MAKERS),
         help="Which to run; `native` always runs.",

@@ -9,7 +9,7 @@ from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any, Literal, NoReturn
 from unittest.mock import patch
 
 import torch
@@ -21,6 +21,7 @@ from modeling_deit_ti.card import describe_hardware, library_versions
 from modeling_deit_ti.errors import UserError
 
 
+Precision = Literal["fp32", "fp16", "bf16"]
 DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 BARE, TIMM, TRANSFORMERS, PUBLISHED_BASELINE = "bare step", "timm", "transformers", "published baseline's loop"
 OURS = ("ours, augment on loader", "ours, augment on device")
@@ -43,7 +44,7 @@ class Setting:
 
     image_size: int = HfArg(default=32, help="Height and width of the model's input, in pixels.")
     patch_size: int = HfArg(default=4, help="Height and width of a patch, in pixels.")
-    device: str = HfArg(default="auto", help="Where to run.", metadata={"choices": ["auto", "cpu", "cuda"]})
+    device: Literal["auto", "cpu", "cuda"] = HfArg(default="auto", help="Where to run.")
     threads: int | None = HfArg(default=None, help="Number of CPU threads. Default: one per core.")
     repeats: int = HfArg(default=3, help="How often each measurement is repeated.")
     output_dir: str = HfArg(default="results/throughput", help="Where the results go.")

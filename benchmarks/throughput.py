@@ -16,6 +16,7 @@ import traceback
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Literal
 
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
@@ -27,9 +28,9 @@ from transformers.hf_argparser import HfArg
 from benchmarks.contenders import CONTENDERS, train_ours
 from benchmarks.report import finish, spread
 from benchmarks.setting import (
-    DTYPES,
     MEMORY_FLAGS,
     PUBLISHED_BASELINE,
+    Precision,
     Setting,
     cpu_count,
     in_own_process,
@@ -69,14 +70,8 @@ class ThroughputSetting(Setting):
     dataset_name: str = HfArg(default="uoft-cs/cifar10", help="A Hub id, a local folder or `digits`.")
     batch_size: int = HfArg(default=128, help="Images per step.")
     teacher: str = HfArg(default="regnetx_004", help="A timm architecture; its weights are random.")
-    precision: str | None = HfArg(
-        default=None, help="Default: fp32 on the CPU, bf16 on a GPU.", metadata={"choices": list(DTYPES)}
-    )
-    recipe: str = HfArg(
-        default="paper",
-        help="`paper`: crops, flips, RandAugment, erasing, mixup and CutMix; `light`: crops and flips.",
-        metadata={"choices": list(AUGMENTATIONS)},
-    )
+    precision: Precision | None = HfArg(default=None, help="Default: fp32 on the CPU, bf16 on a GPU.")
+    recipe: Literal["paper", "light"] = HfArg(default="paper", help="The paper's augmentation, or crops and flips.")
     steps: int | None = HfArg(default=None, help="Measured steps. Default: 3 on the CPU, 50 on a GPU.")
     warmup_steps: int | None = HfArg(default=None, help="Steps before those. Default: 1 on the CPU, 10 on a GPU.")
     split_steps: int | None = HfArg(
@@ -167,18 +162,18 @@ def save_teacher(architecture: str, args: Arguments, data: ImageData) -> None:
     teacher.save_pretrained(args.teacher.teacher_model_name_or_path)
 
 
-def attempt(measure: Callable[..., dict], setting: ThroughputSetting, *args) -> dict:
-    """What is measured in a fresh process, or `{"failed": why}`."""
+def attempt(function: Callable[..., dict], setting: ThroughputSetting, *args) -> dict:
+    """What the function returns in a fresh process, or `{"failed": why}`."""
     threads = {"OMP_NUM_THREADS": str(setting.threads), "MKL_NUM_THREADS": str(setting.threads)}
     try:
-        return in_own_process(measure, setting, *args, environment=threads)
+        return in_own_process(function, setting, *args, environment=threads)
     except Exception as error:  # from any library, or the process was killed
         traceback.print_exc()
         return {"failed": first_line(error)[:200]}
 
 
 def measure(setting: ThroughputSetting, work_dir: str, contender: str, started: float) -> dict:
-    """In that process: [`StepClock.report`] of the contender."""
+    """[`StepClock.report`] of the contender."""
     torch.set_num_threads(setting.threads)
     set_seed(0)
     share = BASELINE_SHARE_OF_STEPS if contender == PUBLISHED_BASELINE else 1
@@ -193,7 +188,7 @@ def measure(setting: ThroughputSetting, work_dir: str, contender: str, started: 
 
 
 def measure_memory(setting: ThroughputSetting, work_dir: str) -> dict:
-    """In that process: the host's memory after each epoch of our trainer."""
+    """The host's memory after each epoch of our trainer."""
     torch.set_num_threads(setting.threads)
     set_seed(0)
     args = make_arguments(setting, work_dir, **MEMORY_FLAGS)

@@ -1,6 +1,8 @@
 """The benchmarks measure what they say, and their tables say what was measured."""
 
 import json
+import os
+import signal
 import time
 from dataclasses import replace
 
@@ -62,6 +64,25 @@ def test_memory_is_read_after_every_epoch(setting, work_dir, monkeypatch):
     monkeypatch.setattr(throughput, "MEMORY_FLAGS", throughput.MEMORY_FLAGS | few)
     epochs = throughput.measure_memory(setting, work_dir)["host_bytes_by_epoch"]
     assert len(epochs) == 2 and min(epochs) > 1e8
+
+
+def run_out_of_memory(setting):
+    raise torch.OutOfMemoryError("CUDA out of memory.\nTried to allocate 40 GB")
+
+
+def be_killed(setting):
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+@pytest.mark.parametrize(
+    "measure, reason",
+    [
+        (run_out_of_memory, "OutOfMemoryError: CUDA out of memory"),
+        (be_killed, "BrokenProcessPool: A process in the process pool was terminated abruptly"),
+    ],
+)
+def test_a_measurement_that_fails_or_is_killed_says_why(setting, measure, reason):
+    assert throughput.attempt(measure, setting)["failed"].startswith(reason)
 
 
 def test_throughput_command_measures_in_processes_of_their_own_and_writes_the_tables(tmp_path):
