@@ -17,35 +17,25 @@ class DeiTTiConfig(PretrainedConfig):
     `readout` of each mode.
 
     Args:
-        hidden_size (`int`, *optional*, defaults to 192):
-            Width of the tokens.
-        num_hidden_layers (`int`, *optional*, defaults to 12):
-            Number of blocks.
-        num_attention_heads (`int`, *optional*, defaults to 3):
-            Number of attention heads in each block.
-        intermediate_size (`int`, *optional*, defaults to 768):
-            Width of the MLP's hidden layer.
-        hidden_act (`str`, *optional*, defaults to `"gelu"`):
-            Activation of the MLP.
+        hidden_size (`int`, *optional*, defaults to 192): Width of the tokens.
+        num_hidden_layers (`int`, *optional*, defaults to 12): Number of blocks.
+        num_attention_heads (`int`, *optional*, defaults to 3): Number of attention heads in each block.
+        intermediate_size (`int`, *optional*, defaults to 768): Width of the MLP's hidden layer.
+        hidden_act (`str`, *optional*, defaults to `"gelu"`): Activation of the MLP.
         hidden_dropout_prob (`float`, *optional*, defaults to 0.0):
             Dropout after the embeddings, the attention and the MLP.
-        attention_probs_dropout_prob (`float`, *optional*, defaults to 0.0):
-            Dropout of the attention probabilities.
+        attention_probs_dropout_prob (`float`, *optional*, defaults to 0.0): Dropout of the attention probabilities.
         drop_path_rate (`float`, *optional*, defaults to 0.1):
             Stochastic depth: probability of dropping a residual branch in the last block. It increases linearly from
             0 in the first.
         initializer_range (`float`, *optional*, defaults to 0.02):
             Standard deviation of the truncated normal that initialises tokens, positions and weights.
-        layer_norm_eps (`float`, *optional*, defaults to 1e-6):
-            Epsilon of the layer norms.
-        image_size (`int`, *optional*, defaults to 224):
-            Height and width of the input images, in pixels.
+        layer_norm_eps (`float`, *optional*, defaults to 1e-6): Epsilon of the layer norms.
+        image_size (`int`, *optional*, defaults to 224): Height and width of the input images, in pixels.
         patch_size (`int`, *optional*, defaults to 16):
             Height and width of a patch, in pixels. Must divide `image_size`.
-        num_channels (`int`, *optional*, defaults to 3):
-            Number of channels of the input images.
-        qkv_bias (`bool`, *optional*, defaults to `True`):
-            Whether queries, keys and values have a bias.
+        num_channels (`int`, *optional*, defaults to 3): Number of channels of the input images.
+        qkv_bias (`bool`, *optional*, defaults to `True`): Whether queries, keys and values have a bias.
         tokens (`list[str]`, *optional*, defaults to `["class"]`):
             The learned tokens, each with its own head: `"class"`, `"distillation"` or both, in this order.
         readout (`str`, *optional*, defaults to `"class"`):
