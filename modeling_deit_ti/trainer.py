@@ -29,7 +29,6 @@ class _RunCallback(TrainerCallback):
     def __init__(self, trainer: "DistillationTrainer"):
         self.trainer = trainer
         self.seconds_before, self.started = 0.0, time.monotonic()
-        self.save_at_epoch_end = self.stopped_within_epoch = False
         self.stopped_by, self.signal_group = 0, None
 
     @property
@@ -41,6 +40,7 @@ class _RunCallback(TrainerCallback):
         seconds = [entry["train_seconds"] for entry in state.log_history if "train_seconds" in entry]
         self.seconds_before = seconds[-1] if seconds else 0.0
         self.started = time.monotonic()
+        self.save_at_epoch_end = self.stopped_within_epoch = False
         if self.trainer.train_dataset.is_streamed and not args.ignore_data_skip:
             # accelerate discards the batches that the epoch has already had; so they need not be made.
             steps_per_epoch = -(-len(self.trainer.train_order) // args.gradient_accumulation_steps)

@@ -66,9 +66,7 @@ def message_of(result: subprocess.CompletedProcess) -> str:
     return lines[-1].removeprefix("train_hf.py: error: ")
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# What stands in the folder where the command is started
-# ---------------------------------------------------------------------------------------------------------------------
+# ---- What stands in the folder where the command is started ----
 
 
 def picture(seed: int, size: tuple[int, int] = (12, 10)) -> bytes:
@@ -192,9 +190,7 @@ def nothing(folder: Path) -> None:
     pass
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# The mistakes
-# ---------------------------------------------------------------------------------------------------------------------
+# ---- The mistakes ----
 
 DATA = "--dataset_name=data"
 TEACHER = "--teacher_model_name_or_path=teacher"
@@ -522,9 +518,7 @@ def test_accelerate_launch_passes_the_message_on_and_ends_with_1(tmp_path):
     assert not snapshot(tmp_path)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# A disk that is full or not to be written to
-# ---------------------------------------------------------------------------------------------------------------------
+# ---- A disk that is full or not to be written to ----
 
 
 @pytest.fixture
@@ -634,9 +628,7 @@ def test_a_limit_on_the_size_of_files_is_told_as_a_full_disk_is(tmp_path):
     assert not (tmp_path / "run" / "all_results.json").exists()
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# What is odd, and no mistake
-# ---------------------------------------------------------------------------------------------------------------------
+# ---- What is odd, and no mistake ----
 
 
 def test_a_label_without_a_training_image_is_told_and_names_with_markup_leave_the_card_whole(tmp_path):
