@@ -22,8 +22,6 @@ MAX_DECODED_BYTES = 8 * 2**30
 MAX_BATCH_BYTES = 128 * 2**20
 # Bump when images or labels come out differently than before: what `datasets` has cached is then made anew.
 CHECK_VERSION = 1
-
-
 # The columns of a checked split, and those of images that are kept decoded.
 CHECKED = {"label": Value("int64"), "digest": Value("int64")}
 DECODED = {"pixels": Value("binary"), "height": Value("int32"), "width": Value("int32")}
