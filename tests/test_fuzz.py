@@ -62,11 +62,11 @@ def parse(argv: list[str]) -> None:
     try:
         # Some flags set variables that other libraries read.
         with mock.patch.dict(os.environ):
-            *groups, fitting = parse_arguments(argv)
+            *groups, _, fitting = parse_arguments(argv)
     except UserError as error:
         assert str(error).strip() and len(str(error).splitlines()) == 1
         return
-    values = [getattr(group, entry.name) for group in (*groups, *(fitting or ())[:-1]) for entry in fields(group)]
+    values = [getattr(group, entry.name) for group in (*groups, *(fitting or ())[:-2]) for entry in fields(group)]
     assert all(math.isfinite(value) for value in values if isinstance(value, float))
 
 
