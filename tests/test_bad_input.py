@@ -347,7 +347,7 @@ MISTAKES = {
     "unknown flag": (nothing, ["--distil_mode=hard"], ["unknown flag --distil_mode=hard", "--distill_mode?"]),
     "unknown mode": (nothing, ["--distill_mode=medium"], ["invalid choice: 'medium'", "'none', 'soft'"]),
     "option of another mode": (nothing, ["--distillation_alpha=0.5"], ["distillation_alpha has no meaning in mode"]),
-    "alpha above 1": (nothing, [HARD, "--distillation_alpha=2"], ["distillation_alpha must be between 0 and 1, not 2.0"]),
+    "alpha above 1": (nothing, [HARD, "--distillation_alpha=2"], ["alpha must be between 0 and 1, not 2.0"]),
     "temperature 0": (
         nothing,
         ["--distill_mode=soft", "--distillation_temperature=0"],
