@@ -53,7 +53,7 @@ class _RunCallback(TrainerCallback):
             self.signal_group = distributed.new_group(backend="gloo")
 
     def on_epoch_begin(self, args, state, control, **kwargs):
-        # accelerate's loaders do not pass it on when several processes skip the first batches of a resumed epoch.
+        # accelerate's loaders do not pass the epoch on when several processes resume within it.
         self.trainer.train_order.set_epoch(int(state.epoch or 0))
         if state.global_step >= state.max_steps:
             # Resumed at its last step, in the middle of an epoch: the Trainer would take one more.

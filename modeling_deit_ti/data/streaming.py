@@ -215,10 +215,10 @@ def _open_splits(args: ImageArguments) -> tuple[ParquetRows | TableRows, Dataset
 def _open_parquet(args: ImageArguments, builder: DatasetBuilder) -> tuple[ParquetRows, Dataset, str, str]:
     files = {str(split): list(names) for split, names in builder.config.data_files.items()}
     eval_split = find_eval_split(files, args.dataset_name)
-    if eval_split is None:
+    if eval_split is None or args.validation_from_train:
         raise UserError(
-            f"{args.dataset_name} only has the split `train`, and --streaming cannot hold images out of it: put some "
-            "of its Parquet files into a split of their own (test-00000.parquet, or a folder test/)."
+            f"{args.dataset_name}: --streaming cannot hold images out of the split `train`: put some of its Parquet "
+            "files into a split of their own (test-00000.parquet, or a folder test/), without --validation_from_train."
         )
     with naming_the_dataset(args.dataset_name):
         rows = ParquetRows(files["train"])
