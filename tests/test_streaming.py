@@ -458,8 +458,10 @@ def test_datasets_that_cannot_be_streamed_are_told_before_training(parquet, tmp_
     with pytest.raises(UserError, match="--streaming reads Parquet files.*Csv"):
         load(tmp_path / "csv")
     write_parquet(tmp_path / "one" / "train-00000.parquet", range(20), 10)
-    with pytest.raises(UserError, match="only has the split `train`"):
+    with pytest.raises(UserError, match="cannot hold images out of the split `train`"):
         load(tmp_path / "one")
+    with pytest.raises(UserError, match="without --validation_from_train"):
+        load(parquet, validation_from_train=True)
     with pytest.raises(UserError, match="--image_column_name nothing: no such column"):
         load(parquet, image_column_name="nothing")
     with pytest.raises(UserError, match=r"487 training images are fewer than one step.*\(300 x 2\)"):
