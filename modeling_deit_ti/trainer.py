@@ -8,6 +8,7 @@ import evaluate
 import torch
 from accelerate.utils import DynamoBackend, broadcast_object_list
 from torch import distributed
+from torch.distributed.fsdp import MixedPrecisionPolicy
 from torch.utils.data import DataLoader, Dataset
 from transformers import Trainer, TrainerCallback
 from transformers.trainer_utils import EvalPrediction, rotate_checkpoints
@@ -130,6 +131,11 @@ class DistillationTrainer(Trainer):
             **kwargs,
         )
         self.model_accepts_loss_kwargs = False  # whatever the model's signature: the loss is ours, see above
+        if self.accelerator.is_fsdp2:
+            # Mixed precision by autocast, as everywhere else. FSDP's own would cast the weights of a batch norm, which
+            # then no longer go with its float32 running statistics.
+            policy = MixedPrecisionPolicy(output_dtype=torch.float32)
+            self.accelerator.state.fsdp_plugin.mixed_precision_policy = policy
         self.mode: DistillMode = self.args.mode
         self.num_labels: int = self.model.config.num_labels
         self.train_order = train_dataset.order(self.args)
@@ -206,7 +212,8 @@ class DistillationTrainer(Trainer):
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
         """The mode's loss in training; in evaluation the plain cross-entropy of `logits`, which all modes share."""
         if not model.training:
-            outputs = model(pixel_values=inputs["pixel_values"])
+            with self.accelerator.autocast():  # FSDP2 has none of its own
+                outputs = model(pixel_values=inputs["pixel_values"])
             loss = label_loss(outputs["logits"], inputs.get("labels"))
             return (loss, outputs) if return_outputs else loss
 
@@ -217,7 +224,8 @@ class DistillationTrainer(Trainer):
             teacher_logits = self.training_teacher(pixel_values)
         elif self.mode.has_teacher:
             teacher_logits = self.teacher_cache(self.training_teacher, pixel_values, inputs["seeds"], self.train_order)
-        outputs = model(pixel_values=pixel_values)
+        with self.accelerator.autocast():
+            outputs = model(pixel_values=pixel_values)
         parts = distillation_loss(
             self.mode,
             class_logits=outputs.get("class_logits") if self.is_deit_ti else outputs["logits"],

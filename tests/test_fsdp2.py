@@ -1,0 +1,64 @@
+"""FSDP2 in two processes that fit a teacher with batch norms and distil a student. On the CPU: see fsdp2_on_cpu.py."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from real_command import REPOSITORY, run
+
+
+FLAGS = (
+    "--config=recipes/digits.yaml",
+    "--max_train_samples=64",
+    "--max_eval_samples=50",
+    "--num_train_epochs=2",
+    "--per_device_eval_batch_size=50",
+    "--distill_mode=both",
+    "--teacher_num_train_epochs=16",
+    "--teacher_learning_rate=2e-2",
+    "--logging_strategy=steps",
+    "--logging_steps=1",
+    "--disable_tqdm=true",
+    "--use_cpu",
+)
+def launch(folder: Path, config: str, *flags: str) -> Path:
+    launcher = [sys.executable, "-m", "accelerate.commands.launch", "--quiet"]
+    config_file = f"--config_file=accelerate_configs/{config}.yaml"
+    places = [f"--output_dir={folder / 'run'}", f"--teacher_output_dir={folder / 'teachers'}"]
+    command = [*launcher, config_file, "tests/fsdp2_on_cpu.py", *FLAGS, *places, "--per_device_train_batch_size=16"]
+    ended = subprocess.run([*command, *flags], cwd=REPOSITORY, capture_output=True, text=True, timeout=300)
+    assert ended.returncode == 0, ended.stderr
+    return folder
+
+
+@pytest.fixture(scope="module")
+def sharded(tmp_path_factory) -> Path:
+    """The folder of a run with the config for FSDP2."""
+    return launch(tmp_path_factory.mktemp("sharded"), "fsdp2_bf16")
+
+
+def losses_of(run: Path) -> list[float]:
+    log = json.loads((run / "trainer_state.json").read_text())["log_history"]
+    return [entry["loss"] for entry in log if "loss" in entry]
+
+
+def is_sharded(run: Path) -> bool:
+    return all((checkpoint / "pytorch_model_fsdp.bin").exists() for checkpoint in run.glob("checkpoint-*"))
+
+
+def test_a_cnn_with_batch_norms_learns_in_bf16(sharded):
+    (teacher,) = (sharded / "teachers").glob("test_resnet-*")
+    losses = losses_of(teacher)
+    assert losses[0] == pytest.approx(2.3, abs=0.3) and losses[-1] < 0.7
+
+
+def test_the_student_has_the_losses_of_one_process_in_bf16(sharded, tmp_path):
+    places = [f"--output_dir={tmp_path / 'run'}", f"--teacher_output_dir={tmp_path / 'teachers'}"]
+    (teacher,) = (sharded / "teachers").glob("test_resnet-*")
+    flags = ["--per_device_train_batch_size=32", "--bf16", f"--teacher_model_name_or_path={teacher}"]
+    ended = run(*FLAGS, *places, *flags)
+    assert ended.returncode == 0, ended.stderr
+    assert is_sharded(sharded / "run")
+    assert losses_of(sharded / "run") == pytest.approx(losses_of(tmp_path / "run"), rel=2e-3)
