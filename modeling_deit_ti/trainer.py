@@ -8,7 +8,7 @@ import evaluate
 import torch
 from accelerate.utils import DynamoBackend, broadcast_object_list
 from torch import distributed
-from torch.distributed.fsdp import MixedPrecisionPolicy
+from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy
 from torch.utils.data import DataLoader, Dataset
 from transformers import Trainer, TrainerCallback
 from transformers.trainer_utils import EvalPrediction, rotate_checkpoints
@@ -277,6 +277,18 @@ class DistillationTrainer(Trainer):
             scale = scaler._get_scale_async()  # get_scale would wait for the device
             self._overflows = self._overflows + (scale < self.loss_scale)
             self.loss_scale = scale.clone()
+
+    def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
+        """As `Trainer`'s, under the model's own class."""
+        model = self.accelerator.unwrap_model(self.model, keep_torch_compile=False)
+        its_class = type(model)
+        if isinstance(model, FSDPModule):
+            # FSDP2 has changed the class to one of torch's (FSDPDeiTTi...), whose code would be saved with the model.
+            _, model.__class__ = its_class.__bases__
+        try:
+            super()._save(output_dir, state_dict)
+        finally:
+            model.__class__ = its_class
 
     def _save_checkpoint(self, model, trial) -> None:
         """As `Trainer`'s, sealed; only then are older checkpoints deleted, and this one pushed."""

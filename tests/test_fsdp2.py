@@ -6,7 +6,10 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 from real_command import REPOSITORY, run
+
+from modeling_deit_ti import DeiTTiForImageClassification
 
 
 FLAGS = (
@@ -23,6 +26,16 @@ FLAGS = (
     "--disable_tqdm=true",
     "--use_cpu",
 )
+LOADING = """
+import sys, torch
+from transformers import AutoModelForImageClassification
+for folder in sys.argv[1:]:
+    torch.manual_seed(0)
+    model = AutoModelForImageClassification.from_pretrained(folder, trust_remote_code=True).eval()
+    torch.save(model(torch.randn(4, 3, 32, 32)).logits.detach(), f"{folder}/logits.pt")
+"""
+
+
 def launch(folder: Path, config: str, *flags: str) -> Path:
     launcher = [sys.executable, "-m", "accelerate.commands.launch", "--quiet"]
     config_file = f"--config_file=accelerate_configs/{config}.yaml"
@@ -62,3 +75,17 @@ def test_the_student_has_the_losses_of_one_process_in_bf16(sharded, tmp_path):
     assert ended.returncode == 0, ended.stderr
     assert is_sharded(sharded / "run")
     assert losses_of(sharded / "run") == pytest.approx(losses_of(tmp_path / "run"), rel=2e-3)
+
+
+def test_what_is_saved_loads_in_another_process_with_the_code_that_comes_with_it(sharded, tmp_path):
+    run = sharded / "run"
+    folders = [run / "checkpoint-4", run, run / "transformers", *(sharded / "teachers").glob("test_resnet-*")]
+    command = [sys.executable, "-c", LOADING, *map(str, folders)]
+    ended = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=120)
+    assert ended.returncode == 0, ended.stderr
+    torch.manual_seed(0)
+    pixel_values = torch.randn(4, 3, 32, 32)
+    logits = DeiTTiForImageClassification.from_pretrained(run).eval()(pixel_values).logits.detach()
+    for folder in folders[:3]:
+        torch.testing.assert_close(torch.load(folder / "logits.pt"), logits)
+    assert {path.name for path in run.glob("*.py")} == {"configuration_deit_ti.py", "modeling_deit_ti.py"}
