@@ -294,6 +294,10 @@ class DistillationTrainingArguments(TrainingArguments):
             self.tf32 = True
         has_default_accelerator_config = self.accelerator_config is None
         super().__post_init__()
+        if self.fsdp and "auto_wrap_policy" not in self.fsdp_config:
+            # As accelerate_configs/fsdp2_bf16.yaml. Layer by layer, accelerate would shard DeiT-Ti's patch projection
+            # twice, which torch refuses.
+            self.fsdp_plugin_args["auto_wrap_policy"] = "NO_WRAP"
         if has_default_accelerator_config and self.device.type == "cuda":
             # Batches are then copied while the device computes; for this the loader has to pin them.
             self.accelerator_config.non_blocking = self.dataloader_pin_memory

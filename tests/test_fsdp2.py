@@ -89,3 +89,8 @@ def test_what_is_saved_loads_in_another_process_with_the_code_that_comes_with_it
     for folder in folders[:3]:
         torch.testing.assert_close(torch.load(folder / "logits.pt"), logits)
     assert {path.name for path in run.glob("*.py")} == {"configuration_deit_ti.py", "modeling_deit_ti.py"}
+
+
+def test_the_fsdp_flag_shards_the_student_though_a_teacher_was_fitted_without_it(tmp_path):
+    launch(tmp_path, "cpu_two_processes", "--fsdp", "--num_train_epochs=1")
+    assert is_sharded(tmp_path / "run")
