@@ -298,6 +298,11 @@ class DistillationTrainingArguments(TrainingArguments):
             # As accelerate_configs/fsdp2_bf16.yaml. Layer by layer, accelerate would shard DeiT-Ti's patch projection
             # twice, which torch refuses.
             self.fsdp_plugin_args["auto_wrap_policy"] = "NO_WRAP"
+        if self.n_gpu > 1:  # the Trainer would take nn.DataParallel, which trains in float32 whatever the precision
+            raise UserError(
+                f"one process has {self.n_gpu} GPUs: start one for each with `accelerate launch --num_processes "
+                f"{self.n_gpu} train_hf.py ...`, or show it a single one with CUDA_VISIBLE_DEVICES=0."
+            )
         if has_default_accelerator_config and self.device.type == "cuda":
             # Batches are then copied while the device computes; for this the loader has to pin them.
             self.accelerator_config.non_blocking = self.dataloader_pin_memory

@@ -11,7 +11,7 @@ import torch
 from building import NOTHING_RANDOM, arguments, image_processor, tiny_student, tiny_teacher
 from safetensors.torch import load_file
 from torch._dynamo.utils import counters
-from transformers import TrainerCallback
+from transformers import TrainerCallback, TrainingArguments
 
 from modeling_deit_ti import DeiTTiForImageClassification
 from modeling_deit_ti.arguments import ImageArguments
@@ -348,6 +348,13 @@ def test_evaluation_reports_every_read_out_top_1_and_top_5(digits, tmp_path, mod
 def test_arguments_out_of_range_are_refused_by_their_flag(tmp_path, options, message):
     with pytest.raises(UserError, match=message):
         arguments(output_dir=tmp_path, **options)
+
+
+def test_several_gpus_of_one_process_are_refused(tmp_path, monkeypatch):
+    """The Trainer would take nn.DataParallel, which trains in float32 whatever the card says."""
+    monkeypatch.setattr(TrainingArguments, "n_gpu", 4)
+    with pytest.raises(UserError, match="4 GPUs.*accelerate launch --num_processes 4 .*CUDA_VISIBLE_DEVICES"):
+        arguments(output_dir=tmp_path, bf16=True, use_cpu=True)
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
