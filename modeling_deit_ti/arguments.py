@@ -5,6 +5,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Literal, NamedTuple
 
+import torch
 from transformers import TrainingArguments
 from transformers.hf_argparser import HfArg
 from transformers.utils import is_torch_tf32_available
@@ -303,6 +304,10 @@ class DistillationTrainingArguments(TrainingArguments):
                 f"one process has {self.n_gpu} GPUs: start one for each with `accelerate launch --num_processes "
                 f"{self.n_gpu} train_hf.py ...`, or show it a single one with CUDA_VISIBLE_DEVICES=0."
             )
+        if self.tf32 is not None and is_torch_tf32_available():
+            # transformers sets torch's newer flags alone; torch then refuses to read the older ones, as max-autotune
+            # does.
+            torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = self.tf32
         if has_default_accelerator_config and self.device.type == "cuda":
             # Batches are then copied while the device computes; for this the loader has to pin them.
             self.accelerator_config.non_blocking = self.dataloader_pin_memory

@@ -149,7 +149,9 @@ class DistillationTrainer(Trainer):
             # As accelerate compiles the student: for training alone, since the last batch of an evaluation is smaller.
             compile_options = self.accelerator.state.dynamo_plugin
             if compile_options.backend != DynamoBackend.NO:
-                self.training_teacher = torch.compile(teacher, **compile_options.to_kwargs())
+                compiled = torch.compile(teacher, **compile_options.to_kwargs())
+                # A CUDA graph (mode reduce-overhead) keeps its output where the next, the student's, may write.
+                self.training_teacher = lambda pixel_values: compiled(pixel_values).clone()
         # Any other model has one head to train, whatever else it returns.
         self.is_deit_ti = isinstance(self.model, DeiTTiForImageClassification)
         self.readouts = self.args.readouts
@@ -220,6 +222,8 @@ class DistillationTrainer(Trainer):
         pixel_values, labels = self.augment(inputs["pixel_values"], inputs.get("labels"), inputs["seeds"])
         pixel_values = self._prepare_input(pixel_values)  # in DeepSpeed's own precision
         teacher_logits = None
+        if self.training_teacher is not self.teacher:
+            torch.compiler.cudagraph_mark_step_begin()  # teacher and student are one step of CUDA graphs
         if self.mode.has_teacher and self.teacher_cache is None:
             teacher_logits = self.training_teacher(pixel_values)
         elif self.mode.has_teacher:
