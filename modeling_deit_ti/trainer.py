@@ -50,6 +50,8 @@ class _RunCallback(TrainerCallback):
         if self.trainer.accelerator.scaler is not None:
             self.trainer.loss_scale = self.trainer.accelerator.scaler.get_scale()
         if args.world_size > 1:
+            # All have the run's seed, and would drop the same paths. A resumed process has its state restored later.
+            torch.manual_seed(args.seed * args.world_size + args.process_index)
             # On the CPU, whatever the gradients use: checking for a signal must not wait for the device.
             self.signal_group = distributed.new_group(backend="gloo")
 
