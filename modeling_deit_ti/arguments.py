@@ -5,6 +5,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Literal, NamedTuple
 
+import torch
 from transformers import TrainingArguments
 from transformers.hf_argparser import HfArg
 from transformers.utils import is_torch_tf32_available
@@ -294,6 +295,19 @@ class DistillationTrainingArguments(TrainingArguments):
             self.tf32 = True
         has_default_accelerator_config = self.accelerator_config is None
         super().__post_init__()
+        if self.fsdp and "auto_wrap_policy" not in self.fsdp_config:
+            # As accelerate_configs/fsdp2_bf16.yaml. Layer by layer, accelerate would shard DeiT-Ti's patch projection
+            # twice, which torch refuses.
+            self.fsdp_plugin_args["auto_wrap_policy"] = "NO_WRAP"
+        if self.n_gpu > 1:  # the Trainer would take nn.DataParallel, which trains in float32 whatever the precision
+            raise UserError(
+                f"one process has {self.n_gpu} GPUs: start one for each with `accelerate launch --num_processes "
+                f"{self.n_gpu} train_hf.py ...`, or show it a single one with CUDA_VISIBLE_DEVICES=0."
+            )
+        if self.tf32 is not None and is_torch_tf32_available():
+            # transformers sets torch's newer flags alone; torch then refuses to read the older ones, as max-autotune
+            # does.
+            torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = self.tf32
         if has_default_accelerator_config and self.device.type == "cuda":
             # Batches are then copied while the device computes; for this the loader has to pin them.
             self.accelerator_config.non_blocking = self.dataloader_pin_memory

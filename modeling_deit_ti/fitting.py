@@ -13,7 +13,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import torch
-from accelerate.state import AcceleratorState
+from accelerate.state import AcceleratorState, PartialState
 from accelerate.utils import broadcast_object_list
 from filelock import FileLock
 from transformers import PreTrainedModel, set_seed
@@ -140,14 +140,15 @@ def _fit(args: Arguments, pretrained: PreTrainedModel | None, source: str, data:
             (checkpoint,) = broadcast_object_list([last_complete(folder)])
             if checkpoint is not None:
                 logger.info(f"Teacher: an earlier run was interrupted while fitting it; resuming from {checkpoint}")
+            distributed_type = PartialState().distributed_type  # without FSDP or DeepSpeed, which a Trainer brings
             trainer = build_trainer(run, data, network, image_processor)
             if is_main:
                 (folder / RECIPE_FILE).write_text(json.dumps(recipe, indent=2, default=str) + "\n")
             train_and_save(trainer, run, data, checkpoint)
             trainer.accelerator.wait_for_everyone()
-            if trainer.is_deepspeed_enabled:
-                # accelerate takes one DeepSpeed plugin, and the student's Trainer brings its own.
-                AcceleratorState._reset_state()
+            # accelerate keeps the settings of a process's first Trainer, and the student's brings its own.
+            AcceleratorState._reset_state()
+            PartialState._shared_state["distributed_type"] = distributed_type
         if not _is_fitted(folder, recipe):
             raise UserError(
                 f"--teacher_output_dir {args.teacher.teacher_output_dir}: it has the fitted teacher on the first "

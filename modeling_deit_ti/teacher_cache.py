@@ -22,6 +22,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from accelerate.utils import TorchDynamoPlugin
 
 from .arguments import Arguments
 from .data import ImageData
@@ -217,6 +218,8 @@ def _recipe(args: Arguments, teacher: Teacher, data: ImageData, image_processor)
         "device": training.device.type,
         "precision": training.mixed_precision,
         "tf32": training.tf32,
+        # From the flags or the accelerate config.
+        "compile": TorchDynamoPlugin(training.torch_compile_backend, training.torch_compile_mode).to_kwargs(),
         "deepspeed": training.deepspeed_plugin is not None,  # rounds the images to its own precision
         "libraries": {name: importlib.metadata.version(name) for name in LIBRARIES},
         "code": hashlib.sha256(b"".join((package / file).read_bytes() for file in CODE)).hexdigest(),

@@ -8,6 +8,7 @@ import evaluate
 import torch
 from accelerate.utils import DynamoBackend, broadcast_object_list
 from torch import distributed
+from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy
 from torch.utils.data import DataLoader, Dataset
 from transformers import Trainer, TrainerCallback
 from transformers.trainer_utils import EvalPrediction, rotate_checkpoints
@@ -49,6 +50,8 @@ class _RunCallback(TrainerCallback):
         if self.trainer.accelerator.scaler is not None:
             self.trainer.loss_scale = self.trainer.accelerator.scaler.get_scale()
         if args.world_size > 1:
+            # All have the run's seed, and would drop the same paths. A resumed process has its state restored later.
+            torch.manual_seed(args.seed * args.world_size + args.process_index)
             # On the CPU, whatever the gradients use: checking for a signal must not wait for the device.
             self.signal_group = distributed.new_group(backend="gloo")
 
@@ -130,6 +133,11 @@ class DistillationTrainer(Trainer):
             **kwargs,
         )
         self.model_accepts_loss_kwargs = False  # whatever the model's signature: the loss is ours, see above
+        if self.accelerator.is_fsdp2:
+            # Mixed precision by autocast, as everywhere else. FSDP's own would cast the weights of a batch norm, which
+            # then no longer go with its float32 running statistics.
+            policy = MixedPrecisionPolicy(output_dtype=torch.float32)
+            self.accelerator.state.fsdp_plugin.mixed_precision_policy = policy
         self.mode: DistillMode = self.args.mode
         self.num_labels: int = self.model.config.num_labels
         self.train_order = train_dataset.order(self.args)
@@ -143,7 +151,9 @@ class DistillationTrainer(Trainer):
             # As accelerate compiles the student: for training alone, since the last batch of an evaluation is smaller.
             compile_options = self.accelerator.state.dynamo_plugin
             if compile_options.backend != DynamoBackend.NO:
-                self.training_teacher = torch.compile(teacher, **compile_options.to_kwargs())
+                compiled = torch.compile(teacher, **compile_options.to_kwargs())
+                # A CUDA graph (mode reduce-overhead) keeps its output where the next, the student's, may write.
+                self.training_teacher = lambda pixel_values: compiled(pixel_values).clone()
         # Any other model has one head to train, whatever else it returns.
         self.is_deit_ti = isinstance(self.model, DeiTTiForImageClassification)
         self.readouts = self.args.readouts
@@ -206,18 +216,22 @@ class DistillationTrainer(Trainer):
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
         """The mode's loss in training; in evaluation the plain cross-entropy of `logits`, which all modes share."""
         if not model.training:
-            outputs = model(pixel_values=inputs["pixel_values"])
+            with self.accelerator.autocast():  # FSDP2 has none of its own
+                outputs = model(pixel_values=inputs["pixel_values"])
             loss = label_loss(outputs["logits"], inputs.get("labels"))
             return (loss, outputs) if return_outputs else loss
 
         pixel_values, labels = self.augment(inputs["pixel_values"], inputs.get("labels"), inputs["seeds"])
         pixel_values = self._prepare_input(pixel_values)  # in DeepSpeed's own precision
         teacher_logits = None
+        if self.training_teacher is not self.teacher:
+            torch.compiler.cudagraph_mark_step_begin()  # teacher and student are one step of CUDA graphs
         if self.mode.has_teacher and self.teacher_cache is None:
             teacher_logits = self.training_teacher(pixel_values)
         elif self.mode.has_teacher:
             teacher_logits = self.teacher_cache(self.training_teacher, pixel_values, inputs["seeds"], self.train_order)
-        outputs = model(pixel_values=pixel_values)
+        with self.accelerator.autocast():
+            outputs = model(pixel_values=pixel_values)
         parts = distillation_loss(
             self.mode,
             class_logits=outputs.get("class_logits") if self.is_deit_ti else outputs["logits"],
@@ -269,6 +283,18 @@ class DistillationTrainer(Trainer):
             scale = scaler._get_scale_async()  # get_scale would wait for the device
             self._overflows = self._overflows + (scale < self.loss_scale)
             self.loss_scale = scale.clone()
+
+    def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
+        """As `Trainer`'s, under the model's own class."""
+        model = self.accelerator.unwrap_model(self.model, keep_torch_compile=False)
+        its_class = type(model)
+        if isinstance(model, FSDPModule):
+            # FSDP2 has changed the class to one of torch's (FSDPDeiTTi...), whose code would be saved with the model.
+            _, model.__class__ = its_class.__bases__
+        try:
+            super()._save(output_dir, state_dict)
+        finally:
+            model.__class__ = its_class
 
     def _save_checkpoint(self, model, trial) -> None:
         """As `Trainer`'s, sealed; only then are older checkpoints deleted, and this one pushed."""

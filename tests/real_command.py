@@ -131,13 +131,13 @@ def _become_command(flags: list[str], cwd: str, env: dict[str, str], output: str
     os.chdir(cwd)
     if fault is not None:
         arm(**fault)
-    code = _run_command(flags)
+    code = run_command(flags)
     sys.stdout.flush()
     sys.stderr.flush()
     os._exit(code)  # to take a forked interpreter down in order copies it, which takes seconds
 
 
-def _run_command(flags: list[str]) -> int:
+def run_command(flags: list[str]) -> int:
     """Runs the file as the interpreter does, to the exit code."""
     sys.argv = [str(REPOSITORY / "train_hf.py"), *flags]
     try:
@@ -153,4 +153,4 @@ def _run_command(flags: list[str]) -> int:
 if __name__ == "__main__":
     sys.path[0] = str(REPOSITORY)
     arm(**json.loads(sys.argv[1]))
-    sys.exit(_run_command(sys.argv[2:]))
+    sys.exit(run_command(sys.argv[2:]))

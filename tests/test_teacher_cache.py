@@ -365,6 +365,9 @@ STATIC_CHANGES = {
     "image size": {"image_size": 48},
     "precision": {"bf16": True, "use_cpu": True},
     "where images are prepared": {"augment_on": "device"},
+    "compilation": {"torch_compile": True},
+    "compilation's mode": {"torch_compile_mode": "max-autotune"},
+    "compilation's backend": {"torch_compile_backend": "aot_eager"},
 }
 REPLAY_CHANGES = {
     "crop": {"crop": "none"},

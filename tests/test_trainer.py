@@ -4,14 +4,17 @@ import json
 import os
 import re
 import signal
+import subprocess
+import sys
 
 import numpy as np
 import pytest
 import torch
 from building import NOTHING_RANDOM, arguments, image_processor, tiny_student, tiny_teacher
+from real_command import REPOSITORY
 from safetensors.torch import load_file
 from torch._dynamo.utils import counters
-from transformers import TrainerCallback
+from transformers import TrainerCallback, TrainingArguments
 
 from modeling_deit_ti import DeiTTiForImageClassification
 from modeling_deit_ti.arguments import ImageArguments
@@ -21,6 +24,7 @@ from modeling_deit_ti.distillation import distillation_loss
 from modeling_deit_ti.errors import UserError
 from modeling_deit_ti.interruption import Interrupted
 from modeling_deit_ti.runs import build_trainer
+from modeling_deit_ti.teacher import Teacher
 from modeling_deit_ti.trainer import DistillationTrainer
 
 
@@ -264,6 +268,55 @@ def test_a_compiled_run_compiles_once_and_ends_as_the_uncompiled_and_the_resumed
     assert_same(weights(resumed), saved.state_dict())
 
 
+def test_a_compiled_teachers_logits_outlive_their_memory(digits, tmp_path, monkeypatch):
+    """As with CUDA graphs: what the teacher has returned is overwritten as soon as the student runs."""
+    uncompiled = make_trainer(digits, tmp_path / "uncompiled", distill_mode="soft")
+    uncompiled.train()
+    events, returned = [], []
+
+    def compile_(network, **options):
+        if not isinstance(network, Teacher):
+            return network
+
+        def teacher(pixel_values):
+            events.append("teacher")
+            returned[:] = [network(pixel_values)]
+            return returned[0]
+
+        return teacher
+
+    def overwrite(network, args, kwargs):
+        events.append("student")
+        returned[0].fill_(torch.nan)
+
+    monkeypatch.setattr(torch, "compile", compile_)
+    monkeypatch.setattr(torch.compiler, "cudagraph_mark_step_begin", lambda: events.append("step"))
+    compiled = make_trainer(
+        digits, tmp_path / "compiled", distill_mode="soft", torch_compile=True, torch_compile_backend="aot_eager"
+    )
+    compiled.model.register_forward_pre_hook(overwrite, with_kwargs=True)
+    compiled.train()
+    assert events == ["step", "teacher", "student"] * 4
+    assert_same(weights(uncompiled), weights(compiled))
+
+
+@pytest.mark.parametrize(("tf32", "precision"), [(True, "tf32"), (False, "ieee")])
+def test_tf32_is_said_in_both_of_torchs_ways(tmp_path, tf32, precision):
+    """What reads the one that was not set fails, as max-autotune does. (torch keeps the flags without a GPU, too.)"""
+    code = f"""
+import torch
+from transformers import training_args
+from modeling_deit_ti import arguments
+training_args.is_torch_tf32_available = arguments.is_torch_tf32_available = lambda: True
+arguments.DistillationTrainingArguments(output_dir={str(tmp_path)!r}, use_cpu=True, tf32={tf32})
+flags = torch.backends.cuda.matmul, torch.backends.cudnn
+print(torch.get_float32_matmul_precision(), *(f.allow_tf32 for f in flags), *(f.fp32_precision for f in flags))
+"""
+    ended = subprocess.run([sys.executable, "-c", code], cwd=REPOSITORY, capture_output=True, text=True)
+    legacy = "high" if tf32 else "highest"
+    assert ended.stdout.split() == [legacy, str(tf32), str(tf32), precision, precision], ended.stderr
+
+
 def test_the_optimizer_is_fused_adamw_and_attention_is_a_fused_kernel(digits, tmp_path):
     trainer = make_trainer(digits, tmp_path)
     optimizer = trainer.create_optimizer()
@@ -348,6 +401,13 @@ def test_evaluation_reports_every_read_out_top_1_and_top_5(digits, tmp_path, mod
 def test_arguments_out_of_range_are_refused_by_their_flag(tmp_path, options, message):
     with pytest.raises(UserError, match=message):
         arguments(output_dir=tmp_path, **options)
+
+
+def test_several_gpus_of_one_process_are_refused(tmp_path, monkeypatch):
+    """The Trainer would take nn.DataParallel, which trains in float32 whatever the card says."""
+    monkeypatch.setattr(TrainingArguments, "n_gpu", 4)
+    with pytest.raises(UserError, match="4 GPUs.*accelerate launch --num_processes 4 .*CUDA_VISIBLE_DEVICES"):
+        arguments(output_dir=tmp_path, bf16=True, use_cpu=True)
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")

@@ -86,6 +86,14 @@ def test_the_loss_of_every_step_is_that_of_one_process_at_the_same_global_batch(
         torch.testing.assert_close(first[name], second[name], atol=1e-5, rtol=1e-4, msg=name)
 
 
+def test_each_process_draws_its_own_random_numbers(two):
+    states = [
+        torch.load(two[0] / "run" / "checkpoint-12" / f"rng_state_{rank}.pth", weights_only=False)["cpu"]
+        for rank in (0, 1)
+    ]
+    assert not torch.equal(*states)  # which drop path draws from
+
+
 def test_every_evaluation_image_counts_once(one, two):
     results = [json.loads((folder / "run" / "all_results.json").read_text()) for folder in (one, two[0])]
     for name in results[0]:

@@ -77,7 +77,7 @@ def describe_hardware(args: TrainingArguments) -> str:
         count = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
         return f"{count} CPU core{'s' if count != 1 else ''} ({platform.machine()})"
     if args.device.type == "cuda":
-        return f"{args.world_size * max(1, args.n_gpu)} x {torch.cuda.get_device_name(args.device)}"
+        return f"{args.world_size} x {torch.cuda.get_device_name(args.device)}"
     return f"{args.world_size} x {args.device.type.upper()}"
 
 
