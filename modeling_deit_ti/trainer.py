@@ -10,7 +10,7 @@ from accelerate.utils import DynamoBackend, broadcast_object_list
 from torch import distributed
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy
 from torch.utils.data import DataLoader, Dataset
-from transformers import Trainer, TrainerCallback
+from transformers import PreTrainedModel, Trainer, TrainerCallback
 from transformers.trainer_utils import EvalPrediction, rotate_checkpoints
 
 from .checkpoints import save_settings, seal
@@ -102,6 +102,15 @@ class _RunCallback(TrainerCallback):
         return signum > 0
 
 
+def _float32_weights(model: PreTrainedModel, state_dict: dict) -> dict:
+    """The state with the float32 weights that DeepSpeed's optimizer keeps, in parts, in all processes."""
+    from deepspeed.utils import safe_get_full_fp32_param  # only those who use it have it
+
+    kept = {name: safe_get_full_fp32_param(parameter) for name, parameter in model.named_parameters()}
+    kept = {name: weight.cpu() for name, weight in kept.items() if weight is not None}
+    return {name: value.float() if value.is_floating_point() else value for name, value in state_dict.items()} | kept
+
+
 class DistillationTrainer(Trainer):
     """
     A `Trainer` whose loss is that of a [`DistillMode`].
@@ -138,6 +147,10 @@ class DistillationTrainer(Trainer):
             # then no longer go with its float32 running statistics.
             policy = MixedPrecisionPolicy(output_dtype=torch.float32)
             self.accelerator.state.fsdp_plugin.mixed_precision_policy = policy
+        elif self.is_deepspeed_enabled and self.args.mixed_precision != "no":
+            # Newer versions of DeepSpeed cast weights alone, too: the statistics then have to follow them.
+            config = self.accelerator.state.deepspeed_plugin.deepspeed_config
+            config.setdefault("data_types", {}).setdefault("buffer_dtype", self.args.mixed_precision)
         self.mode: DistillMode = self.args.mode
         self.num_labels: int = self.model.config.num_labels
         self.train_order = train_dataset.order(self.args)
@@ -285,8 +298,11 @@ class DistillationTrainer(Trainer):
             self.loss_scale = scale.clone()
 
     def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
-        """As `Trainer`'s, under the model's own class."""
+        """As `Trainer`'s, in float32 and under the model's own class. Called by all processes."""
+        output_dir = output_dir or self.args.output_dir
         model = self.accelerator.unwrap_model(self.model, keep_torch_compile=False)
+        if self.is_deepspeed_enabled:
+            state_dict = _float32_weights(model, state_dict)
         its_class = type(model)
         if isinstance(model, FSDPModule):
             # FSDP2 has changed the class to one of torch's (FSDPDeiTTi...), whose code would be saved with the model.
@@ -295,6 +311,9 @@ class DistillationTrainer(Trainer):
             super()._save(output_dir, state_dict)
         finally:
             model.__class__ = its_class
+        if self.is_deepspeed_enabled and self.args.should_save:
+            model.config.dtype = "float32"  # not what it trains in, which from_pretrained would round to
+            model.config.save_pretrained(output_dir)
 
     def _save_checkpoint(self, model, trial) -> None:
         """As `Trainer`'s, sealed; only then are older checkpoints deleted, and this one pushed."""

@@ -6,6 +6,8 @@ import re
 import signal
 import subprocess
 import sys
+from importlib.machinery import ModuleSpec
+from importlib.util import module_from_spec
 
 import numpy as np
 import pytest
@@ -315,6 +317,22 @@ print(torch.get_float32_matmul_precision(), *(f.allow_tf32 for f in flags), *(f.
     ended = subprocess.run([sys.executable, "-c", code], cwd=REPOSITORY, capture_output=True, text=True)
     legacy = "high" if tf32 else "highest"
     assert ended.stdout.split() == [legacy, str(tf32), str(tf32), precision, precision], ended.stderr
+
+
+def test_deepspeed_saves_its_float32_weights(digits, tmp_path, monkeypatch):
+    """Not the half precision that it trains in. (In its place: a function that knows what they were before.)"""
+    trainer = make_trainer(digits, tmp_path)
+    kept = {parameter: parameter.detach().clone() for parameter in trainer.model.parameters()}
+    expected = weights(trainer)
+    trainer.model.half()
+    for name in ("deepspeed", "deepspeed.utils"):
+        monkeypatch.setitem(sys.modules, name, module_from_spec(ModuleSpec(name, None)))
+    sys.modules["deepspeed.utils"].safe_get_full_fp32_param = kept.get
+    trainer.is_deepspeed_enabled = True
+    trainer._save(str(tmp_path / "saved"), trainer.model.state_dict())
+    saved = DeiTTiForImageClassification.from_pretrained(tmp_path / "saved")
+    assert saved.dtype == torch.float32
+    assert_same(saved.state_dict(), expected)
 
 
 def test_the_optimizer_is_fused_adamw_and_attention_is_a_fused_kernel(digits, tmp_path):
