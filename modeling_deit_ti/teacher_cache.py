@@ -22,7 +22,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from accelerate.utils import TorchDynamoPlugin
+from accelerate.utils import DynamoBackend, TorchDynamoPlugin
 
 from .arguments import Arguments
 from .data import ImageData
@@ -208,6 +208,7 @@ def _recipe(args: Arguments, teacher: Teacher, data: ImageData, image_processor)
     """All that decides the logits. Has an `order` if they depend on the seed and the batches."""
     training, image_size = args.training, image_processor.crop_size["height"]
     package = Path(__file__).parent
+    compilation = TorchDynamoPlugin(training.torch_compile_backend, training.torch_compile_mode)  # flags or launcher
     recipe = {
         "teacher": _digest_of_teacher(teacher),
         "images": data.fingerprint,
@@ -218,8 +219,7 @@ def _recipe(args: Arguments, teacher: Teacher, data: ImageData, image_processor)
         "device": training.device.type,
         "precision": training.mixed_precision,
         "tf32": training.tf32,
-        # From the flags or the accelerate config.
-        "compile": TorchDynamoPlugin(training.torch_compile_backend, training.torch_compile_mode).to_kwargs(),
+        "compile": None if compilation.backend == DynamoBackend.NO else compilation.to_kwargs(),
         "deepspeed": training.deepspeed_plugin is not None,  # rounds the images to its own precision
         "libraries": {name: importlib.metadata.version(name) for name in LIBRARIES},
         "code": hashlib.sha256(b"".join((package / file).read_bytes() for file in CODE)).hexdigest(),
