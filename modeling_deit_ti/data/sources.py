@@ -96,6 +96,9 @@ def find_class_folders(folder: str) -> dict[str, tuple[str, int]] | None:
 
     (`datasets` would guess the splits from the names of all files and folders: a class `bus stop` is then lost beside
     the classes `train station` and `train track`.)
+
+    Raises:
+        UserError: if images lie at several depths, too deep, or in two folders for one split.
     """
     counts, has_metadata = Counter(), False
     for path, _, files in os.walk(folder, followlinks=True):
