@@ -23,6 +23,10 @@ from modeling_deit_ti.arguments import check_at_least
 from modeling_deit_ti.classifiers import check_complete, load_classifier, load_image_processor
 from modeling_deit_ti.data.decoding import decode_image
 from modeling_deit_ti.errors import UserError, first_line
+from modeling_deit_ti.precision import NAMES, autocast, automatic_precision
+
+
+PRECISIONS = {name: precision for precision, name in NAMES.items()}
 
 
 def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
@@ -33,6 +37,12 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--output", type=Path, metavar="FILE", help="a new .csv or .json file instead of a table")
     parser.add_argument("--batch_size", type=int, default=64, help="images at a time (default: 64)")
     parser.add_argument("--device", help="cpu, cuda, ... (default: a GPU if there is one)")
+    parser.add_argument(
+        "--precision",
+        choices=["auto", *PRECISIONS],
+        default="auto",
+        help="of the computation (default: the fastest that the device is good at, as in training)",
+    )
     parser.add_argument("--trust_remote_code", action="store_true", help="run the code that the model brings along")
     return parser.parse_args(arguments)
 
@@ -75,14 +85,15 @@ def head_logits(output: ModelOutput, readout: str | None) -> dict[str, torch.Ten
 
 @torch.no_grad()
 def predict_batch(
-    model: PreTrainedModel, image_processor: BaseImageProcessor, images: list[Image.Image], top_k: int
+    model: PreTrainedModel, image_processor: BaseImageProcessor, images: list[Image.Image], top_k: int, precision: str
 ) -> list[dict]:
     """
     For each image the model's `prediction` with its `score`, and `heads`: for each head a list of the `top_k` labels
     with their softmax scores, best first.
     """
     pixel_values = image_processor(images=images, return_tensors="pt")["pixel_values"]
-    output = model(pixel_values=pixel_values.to(model.device, model.dtype))
+    with autocast(model.device, precision):
+        output = model(pixel_values=pixel_values.to(model.device, model.dtype))
     logits = {"prediction": output.logits, **head_logits(output, getattr(model.config, "readout", None))}
     stacked = torch.stack(list(logits.values()), dim=1).float()  # (B, heads, K)
     scores, labels = stacked.softmax(dim=-1).topk(min(top_k, stacked.shape[-1]))
@@ -99,7 +110,12 @@ def predict_batch(
 
 
 def predict(
-    model: PreTrainedModel, image_processor: BaseImageProcessor, files: list[Path], top_k: int, batch_size: int
+    model: PreTrainedModel,
+    image_processor: BaseImageProcessor,
+    files: list[Path],
+    top_k: int,
+    batch_size: int,
+    precision: str,
 ) -> list[dict]:
     """The `file` of each image and what [`predict_batch`] says of it. Files that cannot be read are left out."""
     predictions = []
@@ -108,7 +124,7 @@ def predict(
             batch = files[start : start + batch_size]
             images = dict(read_images(batch))
             if images:
-                found = predict_batch(model, image_processor, list(images.values()), top_k)
+                found = predict_batch(model, image_processor, list(images.values()), top_k, precision)
                 predictions += [{"file": str(file), **row} for file, row in zip(images, found, strict=True)]
             progress.update(len(batch))
     return predictions
@@ -162,7 +178,8 @@ def run(options: argparse.Namespace) -> int:
         model.to(device)
     except (RuntimeError, AssertionError) as error:
         raise UserError(f"--device {device}: {first_line(error)}.") from error
-    predictions = predict(model, image_processor, files, options.top_k, options.batch_size)
+    precision = PRECISIONS.get(options.precision) or automatic_precision(model.device, model)
+    predictions = predict(model, image_processor, files, options.top_k, options.batch_size, precision)
     if output is None:
         if predictions:
             print_table(predictions)

@@ -32,7 +32,7 @@ from modeling_deit_ti.fitting import prepare_teacher
 from modeling_deit_ti.interruption import Interrupted, interrupt_on_signals
 from modeling_deit_ti.outcome import push, summary
 from modeling_deit_ti.parsing import parse_arguments
-from modeling_deit_ti.runs import build_network, build_trainer, run_settings, train_and_save
+from modeling_deit_ti.runs import build_network, build_trainer, resume_precision, run_settings, train_and_save
 from modeling_deit_ti.teacher import check_better_than_chance
 from modeling_deit_ti.teacher_cache import make_teacher_cache
 
@@ -52,6 +52,7 @@ def main() -> None:
     if data.unseen_labels and is_main:
         print(f"Images: no training image has a label of {list_some(data.unseen_labels)}")
     if checkpoint is not None:
+        resume_precision(training, checkpoint)
         preflight.check_same_run(checkpoint, run_settings(args, data))
     image_processor = make_image_processor(args.model, args.augmentation)
 

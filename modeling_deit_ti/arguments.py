@@ -14,6 +14,7 @@ from .classifiers import is_timm_architecture
 from .configuration_deit_ti import READOUTS
 from .distillation import MODES, resolve_mode
 from .errors import UserError
+from .precision import HALF_DTYPES, automatic_precision
 
 
 DEFAULT_TEACHER = "regnetx_004"
@@ -250,6 +251,12 @@ class DistillationTrainingArguments(TrainingArguments):
     save_total_limit: int | None = HfArg(default=2, help="How many checkpoints are kept.")
     # Otherwise the Trainer logs the mean of earlier losses instead of one that is not a number, and carries on.
     logging_nan_inf_filter: bool = HfArg(default=False, help="Hide losses that are not finite, rather than stop.")
+    bf16: bool | None = HfArg(
+        default=None,
+        help="bfloat16 mixed precision; false: float32. Default, unless --fp16 or the accelerate config says more: on "
+        "GPUs that have it (older ones take float16) and on CPUs that are faster in it.",
+    )
+    fp16: bool | None = HfArg(default=None, help="float16 mixed precision, on a GPU. Default: see --bf16.")
     tf32: bool | None = HfArg(default=None, help="TF32 in float32 products. Default: on where the GPU has it.")
     # Not flags here.
     remove_unused_columns: bool = field(default=False, init=False)  # the images' seeds are for the augmentation
@@ -285,8 +292,9 @@ class DistillationTrainingArguments(TrainingArguments):
             raise UserError(f"--num_train_epochs {self.num_train_epochs}: must be above 0, unless --max_steps is.")
         if self.dataloader_persistent_workers and self.dataloader_num_workers == 0:
             raise UserError("--dataloader_persistent_workers: there are no workers without --dataloader_num_workers.")
-        if not (self.fp16 or self.bf16):  # from the accelerate config; DeepSpeed wants both to say the same
-            precision = os.environ.get("ACCELERATE_MIXED_PRECISION", "no")
+        precision = os.environ.get("ACCELERATE_MIXED_PRECISION", "no")  # which the launcher sets, if only to "no"
+        is_unsaid = self.fp16 is None and self.bf16 is None
+        if is_unsaid and precision in HALF_DTYPES:  # DeepSpeed wants its config and these to say the same
             self.fp16, self.bf16 = precision == "fp16", precision == "bf16"
         if self.ddp_find_unused_parameters is None:
             # A head that no term of the loss reaches has no gradient. Elsewhere, looking for one only costs time.
@@ -295,6 +303,11 @@ class DistillationTrainingArguments(TrainingArguments):
             self.tf32 = True
         has_default_accelerator_config = self.accelerator_config is None
         super().__post_init__()
+        self.has_automatic_precision = is_unsaid and precision == "no" and self.deepspeed_plugin is None
+        if self.has_automatic_precision:
+            self.mixed_precision = automatic_precision(self.device)
+        elif not (is_unsaid or self.fp16 or self.bf16):  # turned off, whatever the launcher says
+            self.mixed_precision = "no"
         if self.fsdp and "auto_wrap_policy" not in self.fsdp_config:
             # As accelerate_configs/fsdp2_bf16.yaml. Layer by layer, accelerate would shard DeiT-Ti's patch projection
             # twice, which torch refuses.

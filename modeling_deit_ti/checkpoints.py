@@ -51,13 +51,16 @@ def save_settings(checkpoint: str | Path, settings: dict) -> None:
     Path(checkpoint, SETTINGS_FILE).write_text(json.dumps(settings, indent=2) + "\n")
 
 
+def settings_of(checkpoint: str | Path) -> dict:
+    """The settings of the run that wrote a checkpoint; empty if an older version wrote it."""
+    file = Path(checkpoint, SETTINGS_FILE)
+    return json.loads(file.read_text()) if file.is_file() else {}
+
+
 def changed_settings(checkpoint: str | Path, settings: dict) -> list[str]:
     """How the run that wrote a checkpoint differs from one with these settings: a phrase for each setting."""
-    file = Path(checkpoint, SETTINGS_FILE)
-    if not file.is_file():  # written by an older version
-        return []
-    before, now = json.loads(file.read_text()), json.loads(json.dumps(settings))
-    names = [name for name in before | now if before.get(name) != now.get(name)]
+    before, now = settings_of(checkpoint), json.loads(json.dumps(settings))
+    names = [name for name in before | now if before and before.get(name) != now.get(name)]
     return [f"{name} {before.get(name)}, not {now.get(name)}" for name in names]
 
 

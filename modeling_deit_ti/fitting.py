@@ -35,14 +35,14 @@ from .data import ImageData
 from .data.inputs import make_image_processor
 from .errors import UserError, first_line
 from .interop import load_student
-from .runs import build_network, build_trainer, run_settings, train_and_save
+from .runs import build_network, build_trainer, resume_precision, run_settings, train_and_save
 from .teacher import Teacher, match_labels, teacher_folder_name
 
 
 logger = logging.getLogger(__name__)
 
 # Bump when the way of fitting changes in code: teachers that were fitted the old way are then not reused.
-FITTING_VERSION = 2
+FITTING_VERSION = 3
 RECIPE_FILE = "teacher_recipe.json"
 FLAG = "--teacher_model_name_or_path"
 SHOWN_OF_RECIPE = ("num_train_epochs", "optim", "learning_rate", "batch_size", "crop", "horizontal_flip", "precision")
@@ -82,14 +82,16 @@ def prepare_teacher(args: Arguments, data: ImageData, image_processor) -> tuple[
         raise UserError(
             f"The teacher {name} cannot take images of {image_size}x{image_size} pixels ({first_line(error)})."
         ) from error
-    recipe = json.loads(Path(path, RECIPE_FILE).read_text()) if fitted else {}
+    # The results after the recipe: they know the precision that was taken.
+    files = (RECIPE_FILE, "all_results.json") if fitted else ()
+    facts = {name: value for file in files for name, value in json.loads(Path(path, file).read_text()).items()}
     record = TeacherRecord(
         name=name,
         source="timm" if is_timm else "local" if os.path.isdir(name) else "hub",
         fitted=fitted,
         image_size=image_size,
         num_parameters=sum(parameter.numel() for parameter in model.parameters()),
-        hyperparameters={key: recipe[key] for key in SHOWN_OF_RECIPE if key in recipe},
+        hyperparameters={key: facts[key] for key in SHOWN_OF_RECIPE if key in facts},
     )
     return teacher, record, path
 
@@ -118,6 +120,8 @@ def _fit(args: Arguments, pretrained: PreTrainedModel | None, source: str, data:
     # All that decides what a fitted teacher is.
     recipe = run_settings(run, data) | {"teacher": name, "pretrained": pretrained is not None}
     recipe["version"] = FITTING_VERSION
+    if run.training.has_automatic_precision:
+        recipe["precision"] = "automatic"  # it serves other machines, too
     folder = Path(args.teacher.teacher_output_dir) / teacher_folder_name(name, data.name, recipe)
     run.training.output_dir = str(folder)
     folder.mkdir(parents=True, exist_ok=True)
@@ -141,6 +145,7 @@ def _fit(args: Arguments, pretrained: PreTrainedModel | None, source: str, data:
             if checkpoint is not None:
                 logger.info(f"Teacher: an earlier run was interrupted while fitting it; resuming from {checkpoint}")
             distributed_type = PartialState().distributed_type  # without FSDP or DeepSpeed, which a Trainer brings
+            resume_precision(run.training, checkpoint)
             trainer = build_trainer(run, data, network, image_processor)
             if is_main:
                 (folder / RECIPE_FILE).write_text(json.dumps(recipe, indent=2, default=str) + "\n")

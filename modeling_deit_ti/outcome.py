@@ -23,6 +23,7 @@ from .data.decoding import read_image
 from .errors import StorageError, first_line
 from .interop import export_onnx, save_timm, save_transformers
 from .modeling_deit_ti import DeiTTiForImageClassification
+from .precision import NAMES
 from .trainer import DistillationTrainer
 
 
@@ -77,7 +78,7 @@ def describe_run(
     }
     if images.streaming:
         hyperparameters |= {"streaming": True, "shuffle_buffer_size": images.shuffle_buffer_size}
-    hyperparameters |= {"precision": training.mixed_precision, "num_processes": training.world_size}
+    hyperparameters |= {"precision": NAMES[training.mixed_precision], "num_processes": training.world_size}
     # `accelerate launch` leaves its settings in the environment.
     launcher = ["accelerate", "launch"] if "ACCELERATE_MIXED_PRECISION" in os.environ else ["python"]
     return RunRecord(
@@ -123,7 +124,7 @@ def summary(trainer: DistillationTrainer, teacher: TeacherRecord | None, metrics
     remote_code = ", trust_remote_code=True" if trainer.is_deit_ti else ""
     lines += [
         "",
-        f"Trained in {time}, {metrics['train_samples_per_second']:.0f} images/s{cached}.",
+        f"Trained in {time}, {metrics['train_samples_per_second']:.0f} images/s in {metrics['precision']}{cached}.",
         f"The model, its card (README.md) and its curves are in {folder}",
         *([f"The teacher is in {metrics['teacher_path']}"] if teacher is not None else []),
         "",

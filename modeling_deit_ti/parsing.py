@@ -48,6 +48,8 @@ class _Parser(HfArgumentParser):
         for action in self._actions:
             if action.type is float:
                 action.type = number
+            elif action.type is string_to_bool and action.nargs is None:  # a flag that is true, false or undecided
+                action.nargs, action.const = "?", True
         self.add_argument("--config", help="A YAML file that sets any of the flags; the command line wins.")
 
     def error(self, message: str):
@@ -175,9 +177,7 @@ def fitting_flags(args: Arguments) -> list[str]:
     # Without what is the default anyway: these flags are the command in the teacher's card.
     defaults = {entry.name: entry.default for group in GROUPS for entry in dataclasses.fields(group)}
     given = vars(args.images) | recipe
-    return parser.flags(
-        {name: value for name, value in given.items() if value != defaults[name] and value is not False}
-    )
+    return parser.flags({name: value for name, value in given.items() if value != defaults[name]})
 
 
 def _own_recipe(teacher: TeacherArguments, parser: _Parser) -> dict:

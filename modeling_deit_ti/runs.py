@@ -2,8 +2,9 @@
 
 from transformers import PreTrainedModel, set_seed
 
-from .arguments import Arguments
+from .arguments import Arguments, DistillationTrainingArguments
 from .card import TeacherRecord
+from .checkpoints import settings_of
 from .classifiers import check_takes_images, label_maps, new_timm_classifier
 from .configuration_deit_ti import DeiTTiConfig
 from .data import ImageData
@@ -12,6 +13,7 @@ from .errors import UserError, first_line
 from .interop import load_student
 from .modeling_deit_ti import DeiTTiForImageClassification
 from .outcome import save_exports, write_reports
+from .precision import NAMES, automatic_precision, is_faster_in_eager_attention
 from .teacher import Teacher
 from .teacher_cache import TeacherCache
 from .trainer import DistillationTrainer
@@ -77,6 +79,15 @@ def run_settings(args: Arguments, data: ImageData) -> dict:
     return settings
 
 
+def resume_precision(training: DistillationTrainingArguments, checkpoint: str | None) -> None:
+    """Unless the user says otherwise, a resumed run is computed as its checkpoint was, whatever suits this device."""
+    if checkpoint is None or not training.has_automatic_precision:
+        return
+    precision = settings_of(checkpoint).get("precision")
+    if precision is not None and (precision != "fp16" or training.device.type == "cuda"):
+        training.mixed_precision, training.has_automatic_precision = precision, False
+
+
 def build_trainer(
     args: Arguments,
     data: ImageData,
@@ -97,11 +108,18 @@ def build_trainer(
     Raises:
         UserError: if the images cannot be augmented as asked, or the Trainer refuses a flag.
     """
-    train_images, augment = make_train_images(data, args.augmentation, image_processor, args.training.device.type)
+    training = args.training
+    if training.has_automatic_precision:
+        training.mixed_precision = automatic_precision(training.device, network)
+    if isinstance(network, DeiTTiForImageClassification):
+        num_tokens = network.deit_ti.embeddings.position_embeddings.shape[1]
+        if is_faster_in_eager_attention(training.device, training.mixed_precision, num_tokens):
+            network.set_attn_implementation("eager")
+    train_images, augment = make_train_images(data, args.augmentation, image_processor, training.device.type)
     try:
         return DistillationTrainer(
             model=network,
-            args=args.training,
+            args=training,
             teacher=teacher,
             teacher_cache=teacher_cache,
             settings=run_settings(args, data),
@@ -125,7 +143,7 @@ def train_and_save(
     """Trains and evaluates, and writes all that a run leaves; returns the metrics of `all_results.json`."""
     train = trainer.train(resume_from_checkpoint=checkpoint).metrics
     evaluation = trainer.evaluate(EvalImages(data.evaluation, trainer.processing_class))
-    metrics = train | evaluation
+    metrics = train | evaluation | {"precision": NAMES[trainer.args.mixed_precision]}
     if teacher is not None:
         metrics |= {"teacher_accuracy": teacher.accuracy, "teacher_path": teacher_path}
     if trainer.teacher_cache is not None:

@@ -53,7 +53,8 @@ class Teacher(nn.Module):
             # In float32: bicubic interpolation has no half precision on the CPU.
             pixel_values = F.interpolate(pixel_values.float(), size, mode="bicubic", antialias=True)
         pixel_values = pixel_values.to(self.scale.dtype, memory_format=torch.channels_last)
-        logits = self.model(pixel_values=pixel_values).logits.float()
+        with torch.autocast(pixel_values.device.type, enabled=False):  # in its own precision, not the student's
+            logits = self.model(pixel_values=pixel_values).logits.float()
         return logits if self.label_order is None else logits[:, self.label_order]
 
 

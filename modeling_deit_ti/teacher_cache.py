@@ -28,6 +28,7 @@ from .arguments import Arguments
 from .data import ImageData
 from .data.sampling import TrainSampler
 from .errors import UserError, first_line
+from .precision import teacher_dtype
 from .teacher import Teacher, digest_of, teacher_folder_name
 
 
@@ -217,7 +218,7 @@ def _recipe(args: Arguments, teacher: Teacher, data: ImageData, image_processor)
         "image_std": list(image_processor.image_std),
         "augmentation": vars(args.augmentation) | {"crop": args.augmentation.crop_at(image_size)},
         "device": training.device.type,
-        "precision": training.mixed_precision,
+        "precision": str(teacher_dtype(teacher, training.device, training.mixed_precision)),
         "tf32": training.tf32,
         "compile": None if compilation.backend == DynamoBackend.NO else compilation.to_kwargs(),
         "deepspeed": training.deepspeed_plugin is not None,  # rounds the images to its own precision

@@ -19,6 +19,7 @@ from .data.streaming import UnreadableRow
 from .distillation import DistillMode, LossParts, distillation_loss, label_loss
 from .interruption import Interrupted, StopRequest, name_of
 from .modeling_deit_ti import DeiTTiForImageClassification
+from .precision import teacher_dtype
 
 
 METRIC = Path(__file__).parent / "metrics" / "top_k_accuracy.py"
@@ -159,7 +160,7 @@ class DistillationTrainer(Trainer):
         self.teacher_cache = teacher_cache
         self.settings = settings
         if teacher is not None:
-            dtype = {"fp16": torch.float16, "bf16": torch.bfloat16}.get(self.args.mixed_precision, torch.float32)
+            dtype = teacher_dtype(teacher, self.args.device, self.args.mixed_precision)
             teacher.to(self.args.device, dtype, memory_format=torch.channels_last)
             # As accelerate compiles the student: for training alone, since the last batch of an evaluation is smaller.
             compile_options = self.accelerator.state.dynamo_plugin
@@ -169,6 +170,8 @@ class DistillationTrainer(Trainer):
                 self.training_teacher = lambda pixel_values: compiled(pixel_values).clone()
         # Any other model has one head to train, whatever else it returns.
         self.is_deit_ti = isinstance(self.model, DeiTTiForImageClassification)
+        if not (self.is_deit_ti or self.is_fsdp_enabled):  # FSDP takes contiguous weights alone
+            self.model.to(memory_format=torch.channels_last)
         self.readouts = self.args.readouts
         self.teacher_accuracy: float | None = None
         self.metric = evaluate.load(str(METRIC), keep_in_memory=True)

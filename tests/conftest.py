@@ -18,6 +18,9 @@ os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["TOKENIZERS_PARALLELISM"] = "false"
 os.environ["MPLBACKEND"] = "Agg"
 
+# The same arithmetic on every CPU: float32, unless a test asks for another.
+os.environ["ONEDNN_MAX_CPU_ISA"] = "AVX512_CORE"
+
 import torch  # noqa: E402  (after the settings above)
 
 

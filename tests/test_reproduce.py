@@ -142,7 +142,7 @@ def test_a_student_is_trained_after_its_teacher(finished):
     assert (teacher["architecture"], hard["architecture"]) == ("test_resnet", "deit_ti")
     assert [rows["hard"][name] for name in ("mode", "teacher_targets", "readout")] == ["hard", "hard", "class"]
     for fact in (teacher, hard):
-        assert fact["test_images"] == 359 and fact["train_images"] == 128 and fact["precision"] == "no"
+        assert fact["test_images"] == 359 and fact["train_images"] == 128 and fact["precision"] == "float32"
         assert fact["top5"] > fact["top1"] and fact["seconds"] > 0 and fact["images_per_second"] > 0
         assert "torch" in fact["versions"] and "CPU core" in fact["device"] and fact["commit"]
     assert rows["soft"]["state"] == "not yet run" and rows["soft"]["top1"] is None and rows["soft"]["runs"] == []

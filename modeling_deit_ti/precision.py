@@ -1,0 +1,77 @@
+"""What a network is computed in, where nobody has said: asked of the device, not timed, so always the same."""
+
+import os
+import platform
+from functools import cache
+from pathlib import Path
+
+import torch
+from torch import nn
+
+
+# By Trainer's and accelerate's names for a mixed precision. Theirs for float32 is "no".
+HALF_DTYPES = {"fp16": torch.float16, "bf16": torch.bfloat16}
+NAMES = {"no": "float32", "fp16": "float16", "bf16": "bfloat16"}
+# Attention that is written out keeps its matrix of probabilities for the backward pass. At 258 tokens it is still
+# faster in bfloat16; longer sequences were not measured.
+MAX_EAGER_TOKENS = 258
+
+
+def automatic_precision(device: torch.device | str, network: nn.Module | None = None) -> str:
+    """
+    `"bf16"` on GPUs from compute capability 8.0 and on CPUs that are faster in it, `"fp16"` on older GPUs, else
+    `"no"`, which is float32. On a CPU, a `network` with depthwise convolutions is faster in float32
+    (EfficientNet-Lite0 trained at 114 images/s, against 56 in bfloat16).
+    """
+    kind = torch.device(device).type
+    if kind == "cuda":
+        return "bf16" if torch.cuda.get_device_capability(device) >= (8, 0) else "fp16"
+    is_fast = kind == "cpu" and cpu_is_fast_in_bfloat16() and (network is None or not has_depthwise(network))
+    return "bf16" if is_fast else "no"
+
+
+def autocast(device: torch.device | str, precision: str) -> torch.autocast:
+    """torch's own, for `"fp16"`, `"bf16"` or `"no"`."""
+    dtype = HALF_DTYPES.get(precision)
+    return torch.autocast(torch.device(device).type, dtype, enabled=dtype is not None)
+
+
+def cpu_is_fast_in_bfloat16() -> bool:
+    """
+    Whether matrix products are faster in bfloat16: with AMX, or with AVX512_BF16 on AMD's CPUs (Zen 5: 790 GFLOP/s on
+    two cores, against 206 in float32). Intel's AVX512_BF16 alone is slower (Emerald Rapids without AMX: 165, against
+    305). Not where `ONEDNN_MAX_CPU_ISA` may have hidden the instructions from torch.
+    """
+    if "ONEDNN_MAX_CPU_ISA" in os.environ:
+        return False
+    return torch.cpu._is_amx_tile_supported() or (torch.cpu._is_avx512_bf16_supported() and _is_amd())
+
+
+@cache
+def _is_amd() -> bool:
+    try:
+        vendor = Path("/proc/cpuinfo").read_text()
+    except OSError:  # not Linux
+        vendor = platform.processor()
+    return "AuthenticAMD" in vendor
+
+
+def has_depthwise(network: nn.Module) -> bool:
+    """Whether some of its convolutions look at a single channel each."""
+    return any(isinstance(part, nn.Conv2d) and 1 < part.groups == part.in_channels for part in network.modules())
+
+
+def teacher_dtype(teacher: nn.Module, device: torch.device | str, precision: str) -> torch.dtype:
+    """What a frozen teacher computes in, beside a student that trains in `precision`."""
+    on_cpu = torch.device(device).type == "cpu"
+    return torch.float32 if on_cpu and has_depthwise(teacher) else HALF_DTYPES.get(precision, torch.float32)
+
+
+def is_faster_in_eager_attention(device: torch.device | str, precision: str, num_tokens: int) -> bool:
+    """
+    Whether transformers' `attn_implementation="eager"` trains faster than torch's fused attention. For CPUs the fused
+    one is slow in bfloat16, above all backwards: a step at 32/4 takes 1.3 (Emerald Rapids) to 1.9 times as long
+    (Zen 5). In float32 it is slower on AMD's CPUs alone, by 7 to 14%.
+    """
+    on_cpu = torch.device(device).type == "cpu"
+    return on_cpu and num_tokens <= MAX_EAGER_TOKENS and (precision == "bf16" or _is_amd())
