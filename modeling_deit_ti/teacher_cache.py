@@ -9,6 +9,9 @@ Everything random in a training image follows from the run's seed, the epoch and
 
 A row is trusted only if it names the very images at hand and its checksum is right. So a file may be cut off, damaged
 or shared by several processes and runs at any time: what is wrong is computed again.
+
+Training does not wait for a GPU to copy its logits: they are written a step or two later, at the latest at the end of
+the epoch or of the run. A process that is killed before has to compute them again.
 """
 
 import hashlib
@@ -30,6 +33,7 @@ from .data.sampling import TrainSampler
 from .errors import UserError, first_line
 from .precision import teacher_dtype
 from .teacher import Teacher, digest_of, teacher_folder_name
+from .transfer import HostCopy, to_device
 
 
 logger = logging.getLogger(__name__)
@@ -69,6 +73,8 @@ class TeacherCache:
         self._salt = zlib.crc32(digest_of(recipe).encode())
         self._is_off = False
         self._opened: tuple[TrainSampler | None, int] = None, -1
+        # Rows of the open file, their tags, which images of their batch they are, and the logits of all the batch.
+        self._unwritten: list[tuple[np.ndarray, np.ndarray, np.ndarray, HostCopy]] = []
 
     @property
     def share_read(self) -> float:
@@ -86,7 +92,7 @@ class TeacherCache:
             pixel_values (`torch.Tensor` of shape `(B, 3, height, width)`): as the student sees them.
             seeds (`np.ndarray` of shape `(B,)`): of the images; they say where the batch is in the sampler's epoch.
         """
-        logits = np.zeros((len(seeds), *self._record["logits"].shape), dtype=np.float16)
+        stored = np.zeros((len(seeds), *self._record["logits"].shape), dtype=np.float16)
         is_stored = np.zeros(len(seeds), dtype=bool)
         if not self._is_off:
             try:
@@ -94,26 +100,41 @@ class TeacherCache:
                 rows, tags = self._locate(seeds)
                 records = self._records[rows]
                 is_stored = (records["tag"] == tags) & (records["checksum"] == self._checksums(records))
-                logits[is_stored] = records["logits"][is_stored]
+                stored[is_stored] = records["logits"][is_stored]
             except (OSError, ValueError) as error:
                 self._turn_off(error)
         missing = ~is_stored
         self.num_read += int(is_stored.sum())
         self.num_computed += int(missing.sum())
-        if missing.any():
+        device = pixel_values.device
+        if not missing.any():
+            logits = to_device(torch.from_numpy(stored), device).float()
+        else:
             exact = teacher(pixel_values)
-            computed = exact.half().cpu().numpy()
-            if not np.isfinite(computed).all():
-                return exact
-            # What is stored stays: all runs use the same numbers for it, whichever batch computes it again.
-            logits[missing] = computed[missing]
+            logits = exact.half()
+            fits = logits.isfinite().all()
             if not self._is_off:
-                self._store(rows[missing], tags[missing], logits[missing])
-        return torch.from_numpy(logits).to(pixel_values.device).float()
+                self._unwritten.append((rows[missing], tags[missing], missing, HostCopy(logits)))
+            if is_stored.any():
+                # What is stored stays: all runs use the same numbers for it, whichever batch computes it again.
+                is_missing, known = (to_device(torch.from_numpy(values), device) for values in (missing, stored))
+                logits = torch.where(is_missing[:, None], logits, known)
+            logits = torch.where(fits, logits.float(), exact)
+        self.flush(wait=False)
+        return logits
+
+    def flush(self, wait: bool = True) -> None:
+        """Writes what is still to be written; if not to `wait` for a GPU, only what it has copied."""
+        while self._unwritten and (wait or self._unwritten[0][-1].is_there):
+            rows, tags, missing, copy = self._unwritten.pop(0)
+            logits = copy.read().numpy()
+            if not self._is_off and np.isfinite(logits).all():
+                self._store(rows, tags, logits[missing])
 
     def _open_epoch(self, sampler: TrainSampler) -> None:
         if self._opened == (sampler, sampler.epoch):
             return
+        self.flush()  # to the file that is open, or before it is read again
         indices, seeds = np.array(list(sampler), dtype=np.int64).T
         order = np.argsort(seeds)
         self._seeds, self._indices = seeds[order], indices[order]

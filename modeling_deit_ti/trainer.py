@@ -1,5 +1,6 @@
 """`DistillationTrainer`: transformers' `Trainer` with a teacher in its loss."""
 
+import math
 import os
 import time
 from pathlib import Path
@@ -20,6 +21,7 @@ from .distillation import DistillMode, LossParts, distillation_loss, label_loss
 from .interruption import Interrupted, StopRequest, name_of
 from .modeling_deit_ti import DeiTTiForImageClassification
 from .precision import teacher_dtype
+from .transfer import HostCopy
 
 
 METRIC = Path(__file__).parent / "metrics" / "top_k_accuracy.py"
@@ -73,9 +75,8 @@ class _RunCallback(TrainerCallback):
             control.should_save, self.save_at_epoch_end = False, True
         # A checkpoint does not keep the sums of what is not logged yet.
         control.should_log = control.should_log or control.should_save
-        # A GPU lags behind: reading its latest loss would wait for it, the one before is ready.
-        is_behind = args.device.type != "cpu" and not control.should_log
-        self.trainer.check_losses(state.global_step - 1 if is_behind else state.global_step)
+        # These wait for a GPU anyway, and an evaluation may end in a checkpoint, too: of the best step so far.
+        self.trainer.check_losses(wait=control.should_log or control.should_evaluate)
         self.trainer.count_overflow()
 
     def on_epoch_end(self, args, state, control, **kwargs):
@@ -87,7 +88,7 @@ class _RunCallback(TrainerCallback):
         control.should_save = control.should_save or self.save_at_epoch_end
         self.save_at_epoch_end = False
         control.should_log = control.should_log or control.should_save
-        self.trainer.check_losses(state.global_step)
+        self.trainer.check_losses()
 
     def on_train_end(self, args, state, control, **kwargs):
         self._is_told_to_stop()  # in the last evaluation, after which there is no step to stop at
@@ -180,7 +181,8 @@ class DistillationTrainer(Trainer):
         self.add_callback(self.run_callback)
         self._step_sums: dict[str, torch.Tensor] = {}
         self._steps_summed = 0
-        self._unchecked_losses: list[tuple[int, float, dict[str, torch.Tensor]]] = []
+        # Step, learning rate, names of the loss's terms, the values of the loss and its terms.
+        self._unchecked_losses: list[tuple[int, float, list[str], HostCopy]] = []
         self.loss_scale: torch.Tensor | float = 1.0  # of fp16, after the last step
         self._overflows: torch.Tensor | int = 0
 
@@ -195,7 +197,11 @@ class DistillationTrainer(Trainer):
             Interrupted: after a SIGTERM or Ctrl-C, once the step is finished and a checkpoint written.
         """
         with self.stop_request:
-            output = super().train(*args, **kwargs)
+            try:
+                output = super().train(*args, **kwargs)
+            finally:
+                if self.teacher_cache is not None:
+                    self.teacher_cache.flush()
         if self.run_callback.stopped_by:
             step = self.state.global_step
             checkpoint = os.path.join(self.args.output_dir, f"checkpoint-{step}")
@@ -264,8 +270,8 @@ class DistillationTrainer(Trainer):
         terms = {"label_loss": parts.label_loss, "distillation_loss": parts.distillation_loss}
         terms = {name: value.detach() for name, value in terms.items() if value is not None}
         if self.optimizer is not None and not self.args.logging_nan_inf_filter:
-            losses = {"loss": parts.loss.detach(), **terms}
-            self._unchecked_losses.append((self.state.global_step + 1, self._get_learning_rate(), losses))
+            losses = HostCopy(torch.stack([parts.loss.detach(), *terms.values()]))
+            self._unchecked_losses.append((self.state.global_step + 1, self._get_learning_rate(), [*terms], losses))
         if teacher_logits is not None:
             terms["teacher_agreement"] = (logits.argmax(dim=-1) == teacher_logits.argmax(dim=-1)).float().mean()
         for name, value in terms.items():
@@ -277,19 +283,22 @@ class DistillationTrainer(Trainer):
         names = super().get_decay_parameter_names(model)
         return [name for name in names if not name.endswith(("_token", "position_embeddings", "pos_embed"))]
 
-    def check_losses(self, last_step: int) -> None:
-        """Raises a `FloatingPointError` if a loss of the steps up to this one, counted from 1, is not finite."""
-        due = [entry for entry in self._unchecked_losses if entry[0] <= last_step]
-        self._unchecked_losses = [entry for entry in self._unchecked_losses if entry[0] > last_step]
-        if not due or torch.stack([parts["loss"] for _, _, parts in due]).isfinite().all():
-            return
-        step, learning_rate, parts = next(entry for entry in due if not entry[2]["loss"].isfinite())
-        facts = ", ".join(f"{name} {value.item():.4g}" for name, value in parts.items() if name != "loss")
-        raise FloatingPointError(
-            f"The loss is {parts['loss'].item()} at step {step} ({facts}, learning rate {learning_rate:.4g}). The "
-            f"checkpoints in {self.args.output_dir} are from earlier steps. Try a lower --learning_rate, a longer "
-            "--warmup_steps, or --bf16 instead of --fp16."
-        )
+    def check_losses(self, wait: bool = True) -> None:
+        """
+        Raises a `FloatingPointError` if a loss so far is not finite. If not to `wait` for a GPU, a later call checks
+        the losses that it has not copied yet.
+        """
+        while self._unchecked_losses and (wait or self._unchecked_losses[0][-1].is_there):
+            step, learning_rate, names, losses = self._unchecked_losses.pop(0)
+            loss, *terms = losses.read().tolist()
+            if math.isfinite(loss):
+                continue
+            facts = ", ".join(f"{name} {value:.4g}" for name, value in zip(names, terms, strict=True))
+            raise FloatingPointError(
+                f"The loss is {loss} at step {step} ({facts}, learning rate {learning_rate:.4g}). The checkpoints in "
+                f"{self.args.output_dir} are from earlier steps. Try a lower --learning_rate, a longer "
+                "--warmup_steps, or --bf16 instead of --fp16."
+            )
 
     def count_overflow(self) -> None:
         """Counts the steps that fp16's scaler skips because a gradient overflowed: it then lowers its scale."""

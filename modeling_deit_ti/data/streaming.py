@@ -364,7 +364,13 @@ class StreamedBatches(torch.utils.data.IterableDataset):
         )
         # Declared as one process, so that accelerate neither reads all images in each nor reads in the first for all.
         return prepare_data_loader(
-            loader, args.device, num_processes=1, process_index=0, put_on_device=True, dispatch_batches=False
+            loader,
+            args.device,
+            num_processes=1,
+            process_index=0,
+            put_on_device=True,
+            dispatch_batches=False,
+            non_blocking=args.accelerator_config.non_blocking,
         )
 
     def set_epoch(self, epoch: int) -> None:
