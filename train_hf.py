@@ -18,7 +18,7 @@ import datasets
 from modeling_deit_ti import preflight
 from modeling_deit_ti.arguments import Arguments
 from modeling_deit_ti.data import ImageData, load_images
-from modeling_deit_ti.data.inputs import EvalImages, make_image_processor
+from modeling_deit_ti.data.inputs import make_image_processor
 from modeling_deit_ti.errors import (
     EXIT_INTERRUPTED,
     EXIT_USER_ERROR,
@@ -32,7 +32,14 @@ from modeling_deit_ti.fitting import prepare_teacher
 from modeling_deit_ti.interruption import Interrupted, interrupt_on_signals
 from modeling_deit_ti.outcome import push, summary
 from modeling_deit_ti.parsing import parse_arguments
-from modeling_deit_ti.runs import build_network, build_trainer, resume_precision, run_settings, train_and_save
+from modeling_deit_ti.runs import (
+    build_network,
+    build_trainer,
+    evaluation_images,
+    resume_precision,
+    run_settings,
+    train_and_save,
+)
 from modeling_deit_ti.teacher import check_better_than_chance
 from modeling_deit_ti.teacher_cache import make_teacher_cache
 
@@ -72,7 +79,7 @@ def main() -> None:
     # 5. Trainer, and whether the teacher knows anything
     trainer = build_trainer(args, data, student, image_processor, teacher, teacher_cache)
     if teacher is not None:
-        teacher_record.accuracy = trainer.measure_teacher(EvalImages(data.evaluation, image_processor))
+        teacher_record.accuracy = trainer.measure_teacher(evaluation_images(trainer, data))
         if is_main:
             name, accuracy = teacher_record.name, teacher_record.accuracy
             print(f"Teacher: {name} is right on {accuracy:.2%} of the split {data.eval_split}")

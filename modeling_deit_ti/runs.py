@@ -1,6 +1,6 @@
 """A run from its arguments: the network, its trainer, its training. The student's, the teacher's, anybody's."""
 
-from transformers import PreTrainedModel, set_seed
+from transformers import PreTrainedModel, TrainerCallback, set_seed
 
 from .arguments import Arguments, DistillationTrainingArguments
 from .card import TeacherRecord
@@ -132,6 +132,28 @@ def build_trainer(
         raise UserError(str(error)) from error
 
 
+def evaluation_images(trainer: DistillationTrainer, data: ImageData) -> EvalImages:
+    """All images to evaluate on: those of the trainer, which it has prepared already, unless they are a subset."""
+    is_all = len(trainer.eval_dataset) == len(data.evaluation)
+    return trainer.eval_dataset if is_all else EvalImages(data.evaluation, trainer.processing_class)
+
+
+class _LatestEvaluation(TrainerCallback):
+    """Remembers the latest evaluation of this process."""
+
+    metrics: dict | None = None
+    step: int | None = None
+
+    def on_evaluate(self, args, state, control, metrics, **kwargs):
+        self.metrics, self.step = metrics, state.global_step
+
+    def holds_for(self, trainer: DistillationTrainer) -> bool:
+        """Whether another one, after training, would measure the same weights in the same precision."""
+        args = trainer.args
+        is_changed = args.load_best_model_at_end or args.fp16_full_eval or args.bf16_full_eval
+        return self.step == trainer.state.global_step and not is_changed
+
+
 def train_and_save(
     trainer: DistillationTrainer,
     args: Arguments,
@@ -141,8 +163,15 @@ def train_and_save(
     teacher_path: str | None = None,
 ) -> dict:
     """Trains and evaluates, and writes all that a run leaves; returns the metrics of `all_results.json`."""
+    latest = _LatestEvaluation()
+    trainer.add_callback(latest)
     train = trainer.train(resume_from_checkpoint=checkpoint).metrics
-    evaluation = trainer.evaluate(EvalImages(data.evaluation, trainer.processing_class))
+    images = evaluation_images(trainer, data)
+    if images is trainer.eval_dataset and latest.holds_for(trainer):
+        evaluation = latest.metrics
+        trainer.log(evaluation)  # the log ends with the results, whether or not they were measured in training
+    else:
+        evaluation = trainer.evaluate(images)
     metrics = train | evaluation | {"precision": NAMES[trainer.args.mixed_precision]}
     if teacher is not None:
         metrics |= {"teacher_accuracy": teacher.accuracy, "teacher_path": teacher_path}

@@ -15,6 +15,7 @@ from transformers import PreTrainedModel, Trainer, TrainerCallback
 from transformers.trainer_utils import EvalPrediction, rotate_checkpoints
 
 from .checkpoints import save_settings, seal
+from .data.inputs import normalised
 from .data.sampling import TrainSampler, collate_images
 from .data.streaming import UnreadableRow
 from .distillation import DistillMode, LossParts, distillation_loss, label_loss
@@ -122,7 +123,7 @@ class DistillationTrainer(Trainer):
 
     Args:
         args ([`DistillationTrainingArguments`])
-        train_dataset (`inputs.TrainImages` or `streaming.StreamedImages`)
+        train_dataset (`inputs.TrainImages` or `streaming.StreamedImages`), eval_dataset (`inputs.EvalImages`)
         augment (`Callable`): from a batch's `pixel_values`, labels and seeds to augmented `pixel_values` and labels,
             as `inputs.DeviceAugmentation`.
         teacher (`Callable`, *optional*): from `pixel_values` as the student sees them to logits `(B, num_labels)`, as
@@ -220,7 +221,19 @@ class DistillationTrainer(Trainer):
 
     def get_train_dataloader(self) -> DataLoader:
         """As `Trainer`'s; a stream's batches are already those of this process."""
-        return self.train_order.loader(self.args) if self.train_dataset.is_streamed else super().get_train_dataloader()
+        if self.train_dataset.is_streamed:
+            return self.train_order.loader(self.args)
+        if self.train_dataset.batches is None:
+            return super().get_train_dataloader()
+        return self._loader_without_workers(self.train_dataset, self._train_batch_size, self.train_order)
+
+    def _loader_without_workers(
+        self, images: Dataset, batch_size: int, sampler: TrainSampler | None = None
+    ) -> DataLoader:
+        """For images that only have to be copied: taking over a worker's copy costs as much, and starting it more."""
+        pin_memory = self.args.dataloader_pin_memory
+        loader = DataLoader(images, batch_size, sampler=sampler, collate_fn=collate_images, pin_memory=pin_memory)
+        return self.accelerator.prepare(loader)
 
     def get_batch_samples(self, epoch_iterator, num_batches, device):
         """As `Trainer`'s. Raises `UnreadableRow` if a streamed row cannot be trained on."""
@@ -381,6 +394,20 @@ class DistillationTrainer(Trainer):
 
     # ---- Evaluation ----
 
+    def get_eval_dataloader(self, eval_dataset: Dataset | None = None) -> DataLoader:
+        """As `Trainer`'s; its images stay uint8, a quarter of the bytes, until `_prepare_inputs` normalises them."""
+        images = (self.eval_dataset if eval_dataset is None else eval_dataset).cropped
+        if not images.are_kept:
+            return super().get_eval_dataloader(images)
+        return self._loader_without_workers(images, self.args.eval_batch_size)
+
+    def _prepare_inputs(self, inputs: dict) -> dict:
+        """As `Trainer`'s, with the images of an evaluation normalised where the model is."""
+        pixel_values = inputs["pixel_values"]
+        if pixel_values.dtype == torch.uint8 and "seeds" not in inputs:  # with seeds: those that `augment` takes
+            inputs = inputs | {"pixel_values": normalised(pixel_values, self.processing_class)}
+        return super()._prepare_inputs(inputs)
+
     def _ranked_labels(self, logits: torch.Tensor | tuple[torch.Tensor, ...], labels: torch.Tensor) -> torch.Tensor:
         """The five likeliest labels of each read-out, (B, read-outs, 5): all that is kept of an evaluated batch."""
         readouts = [logits if isinstance(logits, torch.Tensor) else logits[0]]
@@ -403,7 +430,8 @@ class DistillationTrainer(Trainer):
         """Top-1 accuracy of the teacher on `images` (default: `eval_dataset`), as the student sees them."""
         hits = []
         for inputs in self.get_eval_dataloader(images):
-            predicted = self.teacher(inputs["pixel_values"].to(self.args.device)).argmax(dim=-1)
-            hits.append(self.accelerator.gather_for_metrics(predicted == inputs["labels"].to(self.args.device)))
+            inputs = self._prepare_inputs(inputs)
+            predicted = self.teacher(inputs["pixel_values"]).argmax(dim=-1)
+            hits.append(self.accelerator.gather_for_metrics(predicted == inputs["labels"]))
         self.teacher_accuracy = torch.cat(hits).double().mean().item()
         return self.teacher_accuracy

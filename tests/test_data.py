@@ -16,7 +16,7 @@ from timm.data.constants import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from torch.utils.data import DataLoader
 
 from modeling_deit_ti.arguments import AugmentationArguments, ImageArguments, ModelArguments
-from modeling_deit_ti.data import ImageData, load_images
+from modeling_deit_ti.data import ImageData, inputs, load_images
 from modeling_deit_ti.data.decoding import read_image, to_rgb
 from modeling_deit_ti.data.inputs import (
     EvalImages,
@@ -493,6 +493,34 @@ def test_evaluation_images_fetched_whole_are_what_the_shipped_processor_makes_of
         expected = processor(read_image(split[index]), return_tensors="pt")["pixel_values"][0]
         torch.testing.assert_close(batch["pixel_values"][position], expected, atol=0, rtol=0)
     assert batch["labels"].tolist() == [split[index]["label"] for index in [5, 0, 3]]
+
+
+@pytest.mark.parametrize("is_kept", [True, False])
+@pytest.mark.parametrize(("image_size", "parts"), [(8, {}), (48, {})])
+def test_evaluation_images_are_prepared_once_if_they_fit_into_memory(monkeypatch, image_size, parts, is_kept):
+    split = load("digits", max_eval_samples=23).evaluation
+    processor = image_processor(image_size, **parts)
+    expected = processor([read_image(row) for row in split], return_tensors="pt")["pixel_values"]
+    prepared, resize = [], type(processor).resize
+
+    def counted(self, image, *args, **kwargs):
+        prepared.append(len(image))
+        return resize(self, image, *args, **kwargs)
+
+    monkeypatch.setattr(type(processor), "resize", counted)
+    if not is_kept:
+        monkeypatch.setattr(inputs, "MAX_KEPT_BYTES", 23 * 3 * image_size**2 - 1)
+    images = EvalImages(split, processor)
+    passes = (range(23), range(23), [22, 5, 5, 0], [21, 22, 0, 1])  # the last: what several processes fill up with
+    for rows, size in zip(passes, (10, 7, 4, 4), strict=True):
+        loader = DataLoader(images, batch_size=size, sampler=rows, collate_fn=collate_images)
+        batches = list(loader)
+        torch.testing.assert_close(
+            torch.cat([batch["pixel_values"] for batch in batches]), expected[list(rows)], atol=0, rtol=0
+        )
+        assert torch.cat([batch["labels"] for batch in batches]).tolist() == [split[row]["label"] for row in rows]
+    assert sum(prepared) == (23 if is_kept else 23 + 23 + 4 + 4)
+    assert images.cropped[3]["pixel_values"].dtype == torch.uint8
 
 
 def test_images_of_several_sizes_are_evaluated_one_by_one():

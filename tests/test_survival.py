@@ -104,7 +104,8 @@ FITTING = {
     "while a checkpoint's weights are written": (WRITE_WEIGHTS, 2, "half"),
     "before a checkpoint is sealed": (SEAL, 1, "before"),
     "in the evaluation after an epoch": (EVALUATION, 3, "after"),
-    "after its last checkpoint, in the closing evaluation": (EVALUATION, 7, "after"),
+    "after its last checkpoint": ("transformers.Trainer.save_state", 1, "before"),
+    "resumed at its last step, in the closing evaluation": (EVALUATION, 1, "after"),
     "while the finished model is written": (WRITE_WEIGHTS, 1, "half"),
     "while its card is written": ("modeling_deit_ti.outcome.write_model_card", 1, "before"),
     "before all_results.json": ("transformers.Trainer.save_metrics", 3, "before"),
@@ -156,7 +157,7 @@ def kill_and_resume(folder: Path, moments: dict) -> list[str]:
 
 def test_killed_again_and_again_while_the_teacher_is_fitted(reference, tmp_path):
     said = kill_and_resume(tmp_path, FITTING)
-    assert ["resuming from" in output for output in said] == [False, *[True] * 8, False, False]
+    assert ["resuming from" in output for output in said] == [False, *[True] * 9, False, False]
     assert not list((tmp_path / "teachers").glob("*/checkpoint-*"))
     assert_same_end(reference, tmp_path)
 

@@ -13,7 +13,7 @@ import yaml
 from building import FOUR_STEPS, arguments
 from PIL import Image
 from safetensors.torch import load_file
-from transformers import AutoImageProcessor, AutoModelForImageClassification, pipeline
+from transformers import AutoImageProcessor, AutoModelForImageClassification, Trainer, pipeline
 
 import train_hf
 from modeling_deit_ti.arguments import ImageArguments
@@ -165,6 +165,56 @@ def test_the_cnn_baseline_goes_through_the_same_code(monkeypatch, tmp_path):
     assert results["eval_accuracy"] > 0.5 and "teacher_accuracy" not in results
     classify = pipeline("image-classification", str(tmp_path / "cnn"))
     assert len(classify(Image.open(tmp_path / "cnn" / "example.png"), top_k=10)) == 10
+
+
+@pytest.mark.parametrize(
+    ("flags", "evaluations"),
+    [
+        (["--eval_strategy=epoch"], 2),  # of two epochs, four steps each
+        (["--eval_strategy=no"], 1),
+        (["--eval_strategy=steps", "--eval_steps=3"], 3),  # after steps 3, 6 and 8
+        (["--eval_strategy=steps", "--eval_steps=4"], 2),
+        (["--max_validation_samples=50"], 3),
+        (["--max_validation_samples=100"], 2),
+        (["--load_best_model_at_end"], 3),
+        (["--bf16_full_eval", "--use_cpu"], 3),
+    ],
+)
+def test_the_results_take_an_evaluation_of_their_own_only_if_training_has_not_done_it(
+    monkeypatch, tmp_path, flags, evaluations
+):
+    counted, evaluation_loop = [], Trainer.evaluation_loop
+
+    def count(self, *args, **kwargs):
+        counted.append(self.state.global_step)
+        return evaluation_loop(self, *args, **kwargs)
+
+    monkeypatch.setattr(Trainer, "evaluation_loop", count)
+    command = [*FOUR_STEPS, "--distill_mode=none", "--model_name_or_path=test_resnet", f"--output_dir={tmp_path}"]
+    command += ["--num_train_epochs=2", "--learning_rate=2e-2", *flags]
+    in_process(monkeypatch, *command)
+    assert len(counted) == evaluations and counted[-1] == 8
+    results = json.loads((tmp_path / "eval_results.json").read_text())
+    assert set(results) == {
+        *("eval_loss", "eval_accuracy", "eval_accuracy_top5", "epoch"),
+        *("eval_runtime", "eval_samples_per_second", "eval_steps_per_second"),
+    }
+    images = results["eval_runtime"] * results["eval_samples_per_second"]
+    assert images == pytest.approx(100, rel=0.02) and results["epoch"] == 2
+    log = json.loads((tmp_path / "trainer_state.json").read_text())["log_history"]
+    assert log[-1] == {**results, "step": 8} and "train_runtime" in log[-2]
+
+    # Ended before its results were written, and resumed at its last step: this process has measured nothing yet.
+    (tmp_path / "all_results.json").unlink()
+    counted.clear()
+    in_process(monkeypatch, *command, "--resume_from_checkpoint=True")
+    assert counted == [8]
+    again = json.loads((tmp_path / "eval_results.json").read_text())
+    assert [again[name] for name in ("eval_loss", "eval_accuracy")] == [
+        results[name] for name in ("eval_loss", "eval_accuracy")
+    ]
+    resumed = json.loads((tmp_path / "trainer_state.json").read_text())["log_history"]
+    assert [set(entry) for entry in resumed] == [set(entry) for entry in log]
 
 
 def test_training_goes_on_from_a_finished_model(finished, teachers, monkeypatch, tmp_path):

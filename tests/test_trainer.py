@@ -21,7 +21,8 @@ from transformers import TrainerCallback, TrainingArguments
 from modeling_deit_ti import DeiTTiForImageClassification
 from modeling_deit_ti.arguments import ImageArguments
 from modeling_deit_ti.checkpoints import flaw_of
-from modeling_deit_ti.data import load_images
+from modeling_deit_ti.data import inputs, load_images
+from modeling_deit_ti.data.decoding import read_image
 from modeling_deit_ti.distillation import distillation_loss
 from modeling_deit_ti.errors import UserError
 from modeling_deit_ti.interruption import Interrupted
@@ -168,6 +169,23 @@ def test_the_teachers_accuracy_is_measured_on_every_evaluation_image(digits, tmp
     assert trainer.measure_teacher() == pytest.approx((predicted == labels).float().mean().item())
 
 
+def test_in_evaluation_pixels_are_normalised_where_the_model_is(digits, tmp_path):
+    trainer = make_trainer(digits, tmp_path, per_device_eval_batch_size=16)
+    assert all(batch["pixel_values"].dtype == torch.uint8 for batch in trainer.get_eval_dataloader())
+    seen = {"student": [], "teacher": []}
+    trainer.model.register_forward_pre_hook(
+        lambda module, args, kwargs: seen["student"].append(kwargs["pixel_values"]), with_kwargs=True
+    )
+    trainer.teacher.register_forward_pre_hook(lambda module, args: seen["teacher"].append(args[0]))
+    trainer.measure_teacher()
+    trainer.evaluate()
+    trainer.evaluate()
+    images = [read_image(row) for row in digits.evaluation]
+    expected = trainer.processing_class(images, return_tensors="pt")["pixel_values"]
+    assert torch.equal(torch.cat(seen["teacher"]), expected)
+    assert torch.equal(torch.cat(seen["student"]), torch.cat([expected, expected]))
+
+
 def test_in_bf16_the_teacher_runs_in_bf16_as_well(digits, tmp_path):
     trainer = make_trainer(digits, tmp_path, bf16=True, use_cpu=True)
     assert next(trainer.teacher.parameters()).dtype == torch.bfloat16
@@ -218,6 +236,20 @@ def test_time_and_rate_of_a_resumed_run_are_those_of_the_whole(digits, tmp_path)
     metrics = make_trainer(digits, tmp_path, **recipe).train(resume_from_checkpoint=tmp_path / "checkpoint-4").metrics
     assert 1000 < metrics["train_runtime"] < 1100
     assert metrics["train_samples_per_second"] == pytest.approx(8 * 16 / metrics["train_runtime"], rel=1e-2)
+
+
+@pytest.mark.parametrize(
+    ("augment_on", "kept_bytes", "workers"),
+    [("device", 2**20, (0, 0)), ("loader", 2**20, (2, 0)), ("device", 0, (0, 2))],
+)
+def test_workers_are_for_images_that_take_work(digits, tmp_path, monkeypatch, augment_on, kept_bytes, workers):
+    monkeypatch.setattr(inputs, "MAX_KEPT_BYTES", kept_bytes)
+    options = {"dataloader_num_workers": 2, "dataloader_prefetch_factor": 3, "dataloader_persistent_workers": True}
+    trainer = make_trainer(digits, tmp_path, augment_on=augment_on, **options)
+    train, evaluation = trainer.get_train_dataloader(), trainer.get_eval_dataloader()
+    assert (train.num_workers, evaluation.num_workers) == workers
+    assert [len(loader) for loader in (train, evaluation)] == [4, 1]
+    assert trainer.args.dataloader_num_workers == 2  # as it was given, in what the run leaves
 
 
 def test_tokens_positions_norms_and_biases_do_not_decay(digits, tmp_path):

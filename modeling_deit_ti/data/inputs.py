@@ -1,5 +1,6 @@
 """Checked images become what the model takes: augmented for training, and as it is shipped for evaluation."""
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -26,6 +27,8 @@ from .streaming import StreamedImages
 # Up to this height and width, of the images and of the model's input, a CPU augments whole batches faster than timm
 # does their images; far above it is slower (results/augment_on.md).
 MAX_CPU_BATCH_AUGMENTATION_SIZE = 64
+# Evaluation images that take more, resized and cropped, are prepared anew in each evaluation.
+MAX_KEPT_BYTES = 2 * 2**30
 
 
 def make_image_processor(
@@ -189,22 +192,70 @@ class TrainImages(_Images):
 
 
 class EvalImages(_Images):
-    """Images as the image processor, which ships with the model, prepares them."""
+    """Images as the image processor, which ships with the model, prepares them; `cropped`: not yet normalised."""
+
+    def __init__(self, dataset: Dataset, image_processor):
+        super().__init__(dataset, in_batches=False)
+        self.cropped = CroppedImages(dataset, image_processor)
+
+    def __getitems__(self, indices: list[int]) -> dict:
+        batch = self.cropped.__getitems__(indices)
+        return batch | {"pixel_values": normalised(batch["pixel_values"], self.cropped.image_processor)}
+
+
+class CroppedImages(_Images):
+    """
+    Images as the image processor resizes and crops them: uint8, with their labels. Those that are decoded, of one size
+    and fit into `MAX_KEPT_BYTES` are prepared once, and kept in memory for later evaluations.
+    """
 
     def __init__(self, dataset: Dataset, image_processor):
         super().__init__(dataset, in_batches=common_size(dataset) is not None)
         self.image_processor = image_processor
+        self.shape = (len(dataset), 3, image_processor.crop_size["height"], image_processor.crop_size["width"])
+        self.are_kept = self.batches is not None and math.prod(self.shape) <= MAX_KEPT_BYTES
+        self.is_prepared = np.zeros(len(dataset), bool)
 
-    def __getitems__(self, indices: list[int]) -> dict:
+    @cached_property
+    def kept(self) -> torch.Tensor:
+        """`(rows, 3, height, width)`. Rows that are never asked for, as another process's, take no memory."""
+        return torch.empty(self.shape, dtype=torch.uint8)
+
+    def __getitems__(self, indices: Sequence[int]) -> dict:
+        if not self.are_kept:
+            return self._prepared(indices)
+        indices = np.asarray(indices)
+        missing = indices[~self.is_prepared[indices]]
+        if len(missing) > 0:
+            self.kept[missing] = self._prepared(missing)["pixel_values"]
+            self.is_prepared[missing] = True
+        rows = slice(indices[0], indices[0] + len(indices))  # as an evaluation reads them: no copy is needed
+        if not np.array_equal(indices, np.arange(rows.start, rows.stop)):
+            rows = torch.from_numpy(indices)
+        return {"pixel_values": self.kept[rows], "labels": self.batches.labels[rows]}
+
+    def _prepared(self, indices: Sequence[int]) -> dict:
         if self.batches is not None:  # the processor makes the same of tensors, without a detour through PIL
             batch = self.batches.fetch(indices)
-            return batch | {"pixel_values": self._processed(batch["pixel_values"])}
-        rows = self.dataset.__getitems__(indices)
-        pixel_values = self._processed([read_image(row) for row in rows])
-        return {"pixel_values": pixel_values, "labels": torch.tensor([row["label"] for row in rows])}
+            images = batch["pixel_values"]
+        else:
+            rows = self.dataset.__getitems__(indices)
+            batch = {"labels": torch.tensor([row["label"] for row in rows])}
+            images = [read_image(row) for row in rows]
+        cropped = self.image_processor(images, do_rescale=False, do_normalize=False, return_tensors="pt")
+        return batch | {"pixel_values": cropped["pixel_values"]}
 
-    def _processed(self, images: torch.Tensor | list[PILImage.Image]) -> torch.Tensor:
-        return self.image_processor(images, return_tensors="pt")["pixel_values"]
+
+def normalised(images: torch.Tensor, image_processor) -> torch.Tensor:
+    """Resized and cropped images `(B, 3, height, width)`, uint8 on any device, to the image processor's float32."""
+    return image_processor.rescale_and_normalize(
+        images,
+        image_processor.do_rescale,
+        image_processor.rescale_factor,
+        image_processor.do_normalize,
+        tuple(image_processor.image_mean),  # hashable: it keeps them as tensors
+        tuple(image_processor.image_std),
+    )
 
 
 # ---- Both ----
