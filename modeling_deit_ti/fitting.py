@@ -35,7 +35,14 @@ from .data import ImageData
 from .data.inputs import make_image_processor
 from .errors import UserError, first_line
 from .interop import load_student
-from .runs import build_network, build_trainer, resume_precision, run_settings, train_and_save
+from .runs import (
+    build_network,
+    build_trainer,
+    resume_precision,
+    run_settings,
+    settle_precision,
+    train_and_save,
+)
 from .teacher import Teacher, match_labels, teacher_folder_name
 
 
@@ -139,6 +146,7 @@ def _fit(args: Arguments, pretrained: PreTrainedModel | None, source: str, data:
                 network = _with_labels(pretrained, source, data.label_names, args.teacher.trust_remote_code)
                 batch_size = min(run.training.train_batch_size, len(data.train))
                 check_takes_images(network, name, run.model.image_size, batch_size)
+                settle_precision(run.training, network)
             if is_main:
                 (folder / "all_results.json").unlink(missing_ok=True)  # of another recipe, or of none
             (checkpoint,) = broadcast_object_list([last_complete(folder)])

@@ -32,6 +32,7 @@ def build_network(args: Arguments, data: ImageData, image_processor) -> tuple[Pr
         network = new_timm_classifier(model.model_name_or_path, data.label_names, model.image_size, image_processor)
         batch_size = min(training.train_batch_size, len(data.train))
         check_takes_images(network, model.model_name_or_path, model.image_size, batch_size)
+        settle_precision(training, network)
         return network, []
     config = DeiTTiConfig(
         image_size=model.image_size,
@@ -79,6 +80,12 @@ def run_settings(args: Arguments, data: ImageData) -> dict:
     return settings
 
 
+def settle_precision(training: DistillationTrainingArguments, network: PreTrainedModel) -> None:
+    """Unless the user says otherwise, a CNN is trained in what suits it, not only the device."""
+    if training.has_automatic_precision:
+        training.mixed_precision = automatic_precision(training.device, network)
+
+
 def resume_precision(training: DistillationTrainingArguments, checkpoint: str | None) -> None:
     """Unless the user says otherwise, a resumed run is computed as its checkpoint was, whatever suits this device."""
     if checkpoint is None or not training.has_automatic_precision:
@@ -109,8 +116,6 @@ def build_trainer(
         UserError: if the images cannot be augmented as asked, or the Trainer refuses a flag.
     """
     training = args.training
-    if training.has_automatic_precision:
-        training.mixed_precision = automatic_precision(training.device, network)
     if isinstance(network, DeiTTiForImageClassification):
         num_tokens = network.deit_ti.embeddings.position_embeddings.shape[1]
         if is_faster_in_eager_attention(training.device, training.mixed_precision, num_tokens):

@@ -13,7 +13,7 @@ from modeling_deit_ti.classifiers import new_timm_classifier
 from modeling_deit_ti.data import load_images
 from modeling_deit_ti.parsing import fitting_flags
 from modeling_deit_ti.precision import automatic_precision, is_faster_in_eager_attention, teacher_dtype
-from modeling_deit_ti.runs import build_trainer, resume_precision
+from modeling_deit_ti.runs import build_network, build_trainer, resume_precision
 from modeling_deit_ti.teacher import Teacher
 
 
@@ -195,3 +195,14 @@ def test_a_cnn_trains_with_its_channels_last_and_is_saved_as_ever(tmp_path):
     loaded = type(trainer.model).from_pretrained(tmp_path / "run")
     for name, weight in loaded.state_dict().items():
         torch.testing.assert_close(weight, trainer.model.state_dict()[name], rtol=0, atol=0)
+
+
+def test_a_cnns_own_precision_is_settled_before_the_key_of_its_teachers_cache(cpu, tmp_path):
+    cpu("amx")
+    flags = DIGITS_FLAGS | {"distill_mode": "soft", "output_dir": tmp_path}
+    taken = {}
+    for name in ("efficientnet_lite0", TINY_CNN):
+        args = arguments(**flags, model_name_or_path=name)
+        build_network(args, load_images(args.images), image_processor(32))
+        taken[name] = args.training.mixed_precision
+    assert taken == {"efficientnet_lite0": "no", TINY_CNN: "bf16"}
