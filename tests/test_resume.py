@@ -48,6 +48,8 @@ def stopped(tmp_path_factory) -> Path:
         (["--validation_from_train=true"], "images "),
         (["--model_name_or_path=resnet18"], "model_name_or_path deit_ti, not resnet18"),
         (["--patch_size=8"], "patch_size 16, not 8"),
+        (["--optim=muon"], "optim adamw_torch_fused, not muon"),
+        (["--position_init=normal"], "position_init sincos, not normal"),
     ],
     ids=lambda value: value[0].strip("-") if isinstance(value, list) else "",
 )
