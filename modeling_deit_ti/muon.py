@@ -182,13 +182,13 @@ def orthogonalize(matrices: torch.Tensor, steps: int, dtype: torch.dtype) -> tor
     x = (matrices.mT if is_tall else matrices).to(dtype)  # (B, rows, columns), no more rows than columns
     x = x / x.norm(dim=(1, 2), keepdim=True).clamp(min=1e-7)
     coefficients = [*COEFFICIENTS, *[COEFFICIENTS[-1]] * (steps - len(COEFFICIENTS))][:steps]
-    gram, product = x @ x.mT, None
     if dtype == torch.float32 and steps <= len(COEFFICIENTS) and x.shape[2] >= 2 * x.shape[1]:
         # All steps but the last product happen among the rows, on X X^T: a third fewer operations for a DeiT-Ti. The
         # rounding grows from step to step, too much for bfloat16 or more steps.
+        gram, factor, product = x @ x.mT, None, None
         for a, b, c in coefficients:
-            if product is not None:
-                gram = factor @ gram @ factor  # noqa: F821 (of the step before)
+            if factor is not None:  # that of the step before
+                gram = factor @ gram @ factor
             factor = torch.baddbmm(gram, gram, gram, beta=b, alpha=c)
             factor.diagonal(dim1=1, dim2=2).add_(a)
             product = factor if product is None else factor @ product
