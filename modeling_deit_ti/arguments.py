@@ -8,12 +8,14 @@ from typing import Literal, NamedTuple
 import torch
 from transformers import TrainingArguments
 from transformers.hf_argparser import HfArg
+from transformers.training_args import OptimizerNames
 from transformers.utils import is_torch_tf32_available
 
 from .classifiers import is_timm_architecture
 from .configuration_deit_ti import READOUTS
 from .distillation import MODES, resolve_mode
 from .errors import UserError
+from .muon import muon_options
 from .precision import HALF_DTYPES, automatic_precision
 
 
@@ -152,6 +154,15 @@ class ModelArguments:
     image_size: int = HfArg(default=224, help="Height and width of the network's input, in pixels.")
     patch_size: int = HfArg(default=16, help="Height and width of a patch, in pixels.")
     drop_path_rate: float = HfArg(default=0.1, help="Stochastic depth of the last block.")
+    position_init: Literal["sincos", "normal"] = HfArg(
+        default="sincos",
+        help="How the position embeddings of a deit_ti from scratch start: as sines and cosines of rows and columns, "
+        "or as DeiT's small normal values.",
+    )
+    attention_init: Literal["normal", "mimetic"] = HfArg(
+        default="normal",
+        help="How the attention of a deit_ti from scratch starts: `mimetic`, as it looks in trained networks.",
+    )
     eval_crop_ratio: float | None = HfArg(
         default=None,
         help="Evaluation resizes the shorter edge to image_size / ratio and takes the centre. Default: as "
@@ -168,6 +179,11 @@ class ModelArguments:
         check_at_least(self, image_size=2, patch_size=1)  # torch cannot resize to a single pixel
         check(self, "drop_path_rate", lambda rate: 0 <= rate < 1, "at least 0 and below 1")
         check(self, "eval_crop_ratio", lambda ratio: 0 < ratio <= 1, "above 0 and at most 1")
+
+    @property
+    def is_new_deit_ti(self) -> bool:
+        """Whether to train a DeiT-Ti from scratch."""
+        return self.model_name_or_path == "deit_ti"
 
     @property
     def is_timm_architecture(self) -> bool:
@@ -225,21 +241,36 @@ class DistillationTrainingArguments(TrainingArguments):
     distill_mode: str = HfArg(
         default="none", help="What teaches which head; see the README's table.", metadata={"choices": list(MODES)}
     )
-    teacher_targets: Literal["hard", "soft"] | None = HfArg(
-        default=None, help="What the token modes learn from the teacher: its decision or its distribution."
+    teacher_targets: Literal["hard", "soft", "standardized"] | None = HfArg(
+        default=None,
+        help="What is learned from the teacher: its decision, its distribution, or its distribution after its logits "
+        "and the student's are brought to mean 0 and deviation 1. Default: the mode's.",
     )
     single_token: bool = HfArg(
         default=False,
         help="Modes class and distill: a network with that token alone, taught by the labels or the teacher.",
     )
     distillation_alpha: float | None = HfArg(default=None, help="Teacher's weight, 0 to 1. Default: the mode's.")
-    distillation_temperature: float | None = HfArg(default=None, help="Temperature of soft targets. Default: 3.")
+    distillation_temperature: float | None = HfArg(
+        default=None, help="Temperature of soft or standardized targets. Default: 3 or 2."
+    )
 
     per_device_train_batch_size: int = HfArg(default=128, help="Training batch size of each device.")
     per_device_eval_batch_size: int = HfArg(default=256, help="Evaluation batch size of each device.")
     num_train_epochs: float = HfArg(default=20.0, help="Number of training epochs.")
     learning_rate: float = HfArg(
         default=5e-4, help="Peak learning rate. (The paper's rule is 5e-4 x batch / 512, for 300 epochs.)"
+    )
+    optim: str = HfArg(
+        default=TrainingArguments.default_optim,
+        help="`muon`: Muon for the matrices inside the network and AdamW for all else, with learning rates on AdamW's "
+        "scale; or any of transformers' optimizers.",
+        metadata={"choices": [*(optimizer.value for optimizer in OptimizerNames), "muon"]},
+    )
+    optim_args: str | None = HfArg(
+        default=None,
+        help="Options of the optimizer, as name=value,name=value. Of muon: momentum, ns_steps, and adamw_lr_scale, "
+        "the learning rate of what AdamW trains in multiples of --learning_rate.",
     )
     weight_decay: float = HfArg(default=0.05, help="Of all weights except biases, norms, tokens and positions.")
     lr_scheduler_type: str = HfArg(default="cosine", help="Learning rate schedule.")
@@ -302,12 +333,20 @@ class DistillationTrainingArguments(TrainingArguments):
         if self.tf32 is None and is_torch_tf32_available():
             self.tf32 = True
         has_default_accelerator_config = self.accelerator_config is None
+        is_muon = self.optim == "muon"
+        if is_muon:
+            muon_options(self.optim_args)
+            self.optim = self.default_optim  # transformers takes its own alone
         super().__post_init__()
         self.has_automatic_precision = is_unsaid and precision == "no" and self.deepspeed_plugin is None
         if self.has_automatic_precision:
             self.mixed_precision = automatic_precision(self.device)
         elif not (is_unsaid or self.fp16 or self.bf16):  # turned off, whatever the launcher says
             self.mixed_precision = "no"
+        if is_muon:
+            self.optim = "muon"
+            if self.deepspeed_plugin is not None:
+                raise UserError("--optim muon needs whole matrices, which DeepSpeed takes apart: use another --optim.")
         if self.fsdp and "auto_wrap_policy" not in self.fsdp_config:
             # As accelerate_configs/fsdp2_bf16.yaml. Layer by layer, accelerate would shard DeiT-Ti's patch projection
             # twice, which torch refuses.
@@ -381,4 +420,6 @@ class Arguments(NamedTuple):
         shown = {name: getattr(self.training, name) for name in HYPERPARAMETERS}
         if self.training.max_steps < 0:
             del shown["max_steps"]  # epochs decide
+        if self.model.is_new_deit_ti:
+            shown |= {name: getattr(self.model, name) for name in ("position_init", "attention_init")}
         return shown | vars(self.augmentation) | {"crop": self.augmentation.crop_at(self.model.image_size)}

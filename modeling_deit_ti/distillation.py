@@ -21,9 +21,10 @@ class DistillMode:
         tokens (`tuple[str, ...]`): the student's learned tokens, each with a head.
         readout (`str`): the head the student predicts with, or `"both"` for the mean of their logits.
         teacher_targets (`str`, *optional*): `"hard"` for its argmax (equation 3), `"soft"` for its distribution
-            (equation 2), `None` if the mode has no teacher.
+            (equation 2), `"standardized"` for the distribution of its standardised logits, `None` if the mode has no
+            teacher.
         alpha (`float`): weight of the teacher's term; the labels' has `1 - alpha`.
-        temperature (`float`): temperature T of the soft term.
+        temperature (`float`): temperature T of the soft or standardized term.
     """
 
     name: str
@@ -49,12 +50,14 @@ class DistillMode:
         return {"distill_mode": self.name, "tokens": list(self.tokens), "readout": self.readout}
 
 
+# The default temperature of each kind of targets; of standardized ones as in their paper (section 5).
+TEMPERATURES = {"hard": 1.0, "soft": 3.0, "standardized": 2.0}
 # Table 3 of the paper: `class`, `distill` and `both` are one trained network, read out in three ways.
 MODES = {
     mode.name: mode
     for mode in (
         DistillMode("none", ("class",), "class", None, 0.0),
-        DistillMode("soft", ("class",), "class", "soft", 0.1, 3.0),
+        DistillMode("soft", ("class",), "class", "soft", 0.1, TEMPERATURES["soft"]),
         DistillMode("hard", ("class",), "class", "hard", 0.5),
         DistillMode("class", ("class", "distillation"), "class", "hard", 0.5),
         DistillMode("distill", ("class", "distillation"), "distillation", "hard", 0.5),
@@ -77,9 +80,10 @@ def resolve_mode(
     Args:
         single_token (`bool`, *optional*, defaults to `False`): for `class` and `distill`: a network with that token
             alone. `class` then learns from the labels only, `distill` from the teacher only.
-        teacher_targets (`str`, *optional*): `"hard"` or `"soft"`, for the token modes.
+        teacher_targets (`str`, *optional*): `"hard"`, `"soft"` or `"standardized"` for the token modes; for mode
+            `soft` one of the last two.
         alpha (`float`, *optional*): weight of the teacher's term, 0 to 1.
-        temperature (`float`, *optional*): temperature of the soft term, above 0.
+        temperature (`float`, *optional*): temperature of the soft or standardized term, above 0.
 
     Raises:
         ValueError: if the mode is unknown, or an option is out of range or has no meaning in that mode.
@@ -99,19 +103,20 @@ def resolve_mode(
         for option, value in given.items():
             if value is not None:
                 raise ValueError(f"{option} has no meaning in {setting}: it has no teacher.")
-    if teacher_targets not in (None, "hard", "soft"):
-        raise ValueError(f"teacher_targets must be hard or soft, not {teacher_targets!r}.")
+    if teacher_targets not in (None, *TEMPERATURES):
+        raise ValueError(f"teacher_targets must be one of {', '.join(TEMPERATURES)}, not {teacher_targets!r}.")
     if teacher_targets not in (None, mode.teacher_targets):
-        if name in ("soft", "hard"):
-            raise ValueError(f"teacher_targets {teacher_targets} contradicts mode {name}: use mode {teacher_targets}.")
-        mode = replace(mode, teacher_targets=teacher_targets, temperature=MODES[teacher_targets].temperature)
+        fitting_mode = "hard" if teacher_targets == "hard" else "soft"
+        if name in ("soft", "hard") and name != fitting_mode:
+            raise ValueError(f"teacher_targets {teacher_targets} contradicts mode {name}: use mode {fitting_mode}.")
+        mode = replace(mode, teacher_targets=teacher_targets, temperature=TEMPERATURES[teacher_targets])
     if alpha is not None:
         if not 0 <= alpha <= 1:
             raise ValueError(f"distillation_alpha must be between 0 and 1, not {alpha}.")
         mode = replace(mode, alpha=alpha)
     if temperature is not None:
-        if mode.teacher_targets != "soft":
-            raise ValueError("distillation_temperature only has a meaning with soft teacher targets.")
+        if mode.teacher_targets == "hard":
+            raise ValueError("distillation_temperature only has a meaning with soft or standardized teacher targets.")
         if temperature <= 0:
             raise ValueError(f"distillation_temperature must be above 0, not {temperature}.")
         mode = replace(mode, temperature=temperature)
@@ -152,6 +157,20 @@ def soft_distillation_loss(logits: torch.Tensor, teacher_logits: torch.Tensor, t
     )
 
 
+def standardized_distillation_loss(
+    logits: torch.Tensor, teacher_logits: torch.Tensor, temperature: float
+) -> torch.Tensor:
+    """
+    The soft loss of `(B, K)` logits that are first standardised, z = (logits - mean) / deviation, over the K labels of
+    each image: the student need not match the size of the teacher's logits. "Logit standardization in knowledge
+    distillation" (Sun et al., 2024, algorithm 1), whose loss has the factor T^2, too. The deviation divides by K, as
+    the paper's; the authors' code divides by K - 1.
+    """
+    # A layer norm without weights; the epsilon only matters where all logits are the same.
+    standardized = (F.layer_norm(x.float(), x.shape[-1:], eps=1e-10) for x in (logits, teacher_logits))
+    return soft_distillation_loss(*standardized, temperature)
+
+
 def distillation_loss(
     mode: DistillMode,
     class_logits: torch.Tensor | None,
@@ -178,7 +197,8 @@ def distillation_loss(
     if mode.teacher_targets == "hard":
         on_teacher = hard_distillation_loss(student_logits, teacher_logits)
     else:
-        on_teacher = soft_distillation_loss(student_logits, teacher_logits, mode.temperature)
+        loss = soft_distillation_loss if mode.teacher_targets == "soft" else standardized_distillation_loss
+        on_teacher = loss(student_logits, teacher_logits, mode.temperature)
     if on_labels is None:
         return LossParts(on_teacher, None, on_teacher)
     return LossParts((1 - mode.alpha) * on_labels + mode.alpha * on_teacher, on_labels, on_teacher)

@@ -135,6 +135,8 @@ def _check_combinations(args: Arguments) -> None:
             f"--model_name_or_path {model.model_name_or_path} has one head, but --distill_mode "
             f"{training.distill_mode} needs a class and a distillation token: use deit_ti, or mode none, soft or hard."
         )
+    if model.attention_init != "normal" and not model.is_new_deit_ti:
+        raise UserError("--attention_init is for a deit_ti from scratch; any other model comes with its own start.")
     if model.image_size % model.patch_size and not model.is_timm_architecture:
         raise UserError(
             f"--patch_size {model.patch_size} does not divide --image_size {model.image_size}: use a multiple, such "

@@ -13,6 +13,7 @@ from transformers.integrations import get_reporting_integration_callbacks
 from .arguments import Arguments, DistillationTrainingArguments
 from .checkpoints import changed_settings, checkpoints_of, flaw_of, last_complete
 from .errors import UserError, check_writable, first_line
+from .muon import make_muon
 
 
 def checkpoint_to_resume(args: DistillationTrainingArguments) -> str | None:
@@ -122,11 +123,15 @@ def check_folders(args: Arguments) -> None:
 def check_training(args: DistillationTrainingArguments, student: PreTrainedModel) -> None:
     """Raises a `UserError` if what the Trainer only makes after a teacher is fitted refuses its flags."""
     number = [torch.nn.Parameter(torch.zeros(1))]
-    flags = f"--optim {args.optim.value}, with --learning_rate, --weight_decay, --adam_* and --optim_args"
+    name = "muon" if args.optim == "muon" else args.optim.value
+    flags = f"--optim {name}, with --learning_rate, --weight_decay, --adam_* and --optim_args"
     try:
-        kind, options = Trainer.get_optimizer_cls_and_kwargs(args, student)
-        if kind in vars(torch.optim).values():
-            kind(number, weight_decay=args.weight_decay, **options)
+        if name == "muon":
+            make_muon(student, [], args)
+        else:
+            kind, options = Trainer.get_optimizer_cls_and_kwargs(args, student)
+            if kind in vars(torch.optim).values():
+                kind(number, weight_decay=args.weight_decay, **options)
         flags = f"--lr_scheduler_type {args.lr_scheduler_type.value}, with --lr_scheduler_kwargs"
         optimizer = torch.optim.SGD(number, args.learning_rate)
         get_scheduler(args.lr_scheduler_type, optimizer, 1, 2, args.lr_scheduler_kwargs)

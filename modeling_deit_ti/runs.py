@@ -10,6 +10,7 @@ from .configuration_deit_ti import DeiTTiConfig
 from .data import ImageData
 from .data.inputs import EvalImages, make_train_images
 from .errors import UserError, first_line
+from .initialization import start_from_mimetic_attention, start_from_sincos_positions
 from .interop import load_student
 from .modeling_deit_ti import DeiTTiForImageClassification
 from .outcome import save_exports, write_reports
@@ -41,15 +42,20 @@ def build_network(args: Arguments, data: ImageData, image_processor) -> tuple[Pr
         **label_maps(data.label_names),
         **training.mode.network,
     )
-    if model.model_name_or_path != "deit_ti":
+    if not model.is_new_deit_ti:
         return load_student(model.model_name_or_path, config)
     try:
-        return DeiTTiForImageClassification(config), []
+        network = DeiTTiForImageClassification(config)
     except (RuntimeError, TypeError, OverflowError) as error:
         raise UserError(
             f"--image_size {model.image_size} --patch_size {model.patch_size}: so many patches do not fit into memory "
             f"({first_line(error)})."
         ) from error
+    if model.position_init == "sincos":
+        start_from_sincos_positions(network)
+    if model.attention_init == "mimetic":
+        start_from_mimetic_attention(network)
+    return network, []
 
 
 def run_settings(args: Arguments, data: ImageData) -> dict:

@@ -21,6 +21,7 @@ from .data.streaming import UnreadableRow
 from .distillation import DistillMode, LossParts, distillation_loss, label_loss
 from .interruption import Interrupted, StopRequest, name_of
 from .modeling_deit_ti import DeiTTiForImageClassification
+from .muon import make_muon
 from .precision import teacher_dtype
 from .transfer import HostCopy
 
@@ -290,6 +291,12 @@ class DistillationTrainer(Trainer):
         for name, value in terms.items():
             self._step_sums[name] = self._step_sums.get(name, 0) + value
         self._steps_summed += 1
+
+    def create_optimizer(self, *args, **kwargs) -> torch.optim.Optimizer:
+        """As `Trainer`'s, which does not know Muon."""
+        if self.args.optim == "muon" and self.optimizer is None:
+            self.optimizer = make_muon(self.model, self.get_decay_parameter_names(self.model), self.args)
+        return super().create_optimizer(*args, **kwargs)
 
     def get_decay_parameter_names(self, model) -> list[str]:
         """As DeiT's `no_weight_decay`: tokens and positions do not decay either."""

@@ -377,6 +377,8 @@ MISTAKES = {
     "unknown optimizer": (nothing, ["--optim=adams"], ["--optim", "invalid choice: 'adams'"]),
     "optimizer not installed": (nothing, ["--optim=adamw_bnb_8bit"], ["--optim adamw_bnb_8bit", "bitsandbytes"]),
     "optimizer arguments": (nothing, ["--optim_args=x"], ["--optim_args"]),
+    "muon's arguments": (nothing, ["--optim=muon", "--optim_args=beta=1"], ["--optim_args beta=1", "ns_steps=5"]),
+    "muon, beta above 1": (nothing, ["--optim=muon", "--adam_beta1=2"], ["--optim muon", "Invalid beta parameter"]),
     "unknown schedule": (nothing, ["--lr_scheduler_type=square"], ["square is not a valid SchedulerType"]),
     "schedule without its argument": (
         nothing,

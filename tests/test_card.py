@@ -57,6 +57,8 @@ VARIANTS = {
     "class, single token": {"name": "class", "single_token": True},
     "distill, single token": {"name": "distill", "single_token": True},
     "both, soft teacher": {"name": "both", "teacher_targets": "soft"},
+    "soft, standardized": {"name": "soft", "teacher_targets": "standardized"},
+    "both, standardized": {"name": "both", "teacher_targets": "standardized"},
     "both, alpha 0": {"name": "both", "alpha": 0.0},
     "distill, alpha 1": {"name": "distill", "alpha": 1.0},
 }
@@ -192,6 +194,9 @@ def test_loss_equations_are_those_of_the_paper():
     assert loss_equation(MODES["soft"]) == (
         "loss = 0.9 CE(class, y) + 0.1 3^2 KL(softmax(teacher / 3) || softmax(class / 3))"
     )
+    assert loss_equation(resolve_mode("soft", teacher_targets="standardized")) == (
+        "loss = 0.9 CE(class, y) + 0.1 2^2 KL(softmax(z(teacher) / 2) || softmax(z(class) / 2))"
+    )
     assert loss_equation(MODES["hard"]) == "loss = 0.5 CE(class, y) + 0.5 CE(class, argmax teacher)"
     assert loss_equation(MODES["both"]) == "loss = 0.5 CE(class, y) + 0.5 CE(distillation, argmax teacher)"
     assert loss_equation(resolve_mode("distill", single_token=True)) == "loss = CE(distillation, argmax teacher)"
@@ -208,6 +213,14 @@ def test_every_read_out_stands_beside_the_published_row(tmp_path):
     assert soft["both heads, mean of logits (predicts)"][-1] == "69.19 %"
     for name, published in (("none", "67.69 %"), ("soft", "68.85 %"), ("hard", "40.19 %")):
         assert results_table(render(make_record(MODES[name]), tmp_path))["class head"][-1] == published
+
+
+def test_standardized_targets_are_explained_and_stand_beside_no_published_row(tmp_path):
+    content = render(make_record(resolve_mode("soft", teacher_targets="standardized")), tmp_path)
+    assert "z brings the logits of each image to mean 0 and standard deviation 1" in content
+    assert "| teacher's targets | standardized |" in content and "| temperature | 2 |" in content
+    assert "published baseline" not in str(results_table(content))
+    assert "z brings" not in render(make_record(MODES["soft"]), tmp_path)
 
 
 @pytest.mark.parametrize(

@@ -71,6 +71,40 @@ def test_soft_targets_replace_the_token_modes_hard_term_at_temperature_three(nam
     )
 
 
+def standardize(logits):
+    return (logits - logits.mean(axis=-1, keepdims=True)) / logits.std(axis=-1, keepdims=True)
+
+
+@pytest.mark.parametrize(
+    ("name", "alpha", "student"), [("soft", 0.1, CLASS), ("class", 0.5, DISTILLATION), ("both", 0.5, DISTILLATION)]
+)
+def test_standardized_targets_compare_z_scores_at_temperature_two(name, alpha, student):
+    loss, _, teacher_part = computed(resolve_mode(name, teacher_targets="standardized"))
+    expected = kl(standardize(TEACHER), standardize(student), 2.0)
+    assert teacher_part == pytest.approx(expected, rel=1e-6)
+    assert loss == pytest.approx((1 - alpha) * cross_entropy(CLASS, LABELS, 0.1) + alpha * expected, rel=1e-6)
+
+
+def test_standardized_targets_ask_for_no_shift_or_scale_of_the_logits():
+    mode = resolve_mode("soft", teacher_targets="standardized", alpha=1.0, temperature=1.5)
+    logits, teacher = torch.tensor(CLASS), torch.tensor(TEACHER)
+    loss = distillation_loss(mode, logits, None, None, teacher).loss
+    assert loss.item() == pytest.approx(kl(standardize(TEACHER), standardize(CLASS), 1.5), rel=1e-6)
+    scales, shifts = torch.tensor([[0.1], [1], [5], [20]]), torch.tensor([[3], [0], [-40], [1]])
+    for changed in ((logits * scales + shifts, teacher), (logits, teacher * scales + shifts)):
+        torch.testing.assert_close(distillation_loss(mode, changed[0], None, None, changed[1]).loss, loss)
+    same_opinion = distillation_loss(mode, teacher * scales + shifts, None, None, teacher)
+    assert same_opinion.loss.item() == pytest.approx(0, abs=1e-6)
+
+
+def test_standardized_logits_that_are_all_the_same_have_a_finite_loss_and_gradient():
+    mode = resolve_mode("soft", teacher_targets="standardized", alpha=1.0)
+    logits = torch.ones(4, 6, requires_grad=True)
+    loss = distillation_loss(mode, logits, None, None, torch.tensor(TEACHER)).loss
+    loss.backward()
+    assert loss.isfinite() and logits.grad.isfinite().all()
+
+
 @pytest.mark.parametrize("temperature", [1.0, 2.5, 10.0])
 def test_temperature_softens_both_sides_and_scales_by_its_square(temperature):
     mode = resolve_mode("soft", alpha=1.0, temperature=temperature)
@@ -148,9 +182,11 @@ def test_half_precision_logits_give_a_float32_loss():
         ("none", {"teacher_targets": "soft"}, "it has no teacher"),
         ("hard", {"teacher_targets": "soft"}, "use mode soft"),
         ("soft", {"teacher_targets": "hard"}, "use mode hard"),
-        ("both", {"teacher_targets": "firm"}, "hard or soft"),
+        ("hard", {"teacher_targets": "standardized"}, "use mode soft"),
+        ("none", {"teacher_targets": "standardized"}, "it has no teacher"),
+        ("both", {"teacher_targets": "firm"}, "hard, soft, standardized"),
         ("both", {"alpha": 1.5}, "between 0 and 1"),
-        ("both", {"temperature": 2.0}, "with soft teacher targets"),
+        ("both", {"temperature": 2.0}, "with soft or standardized teacher targets"),
         ("soft", {"temperature": 0.0}, "above 0"),
         ("class", {"single_token": True, "alpha": 0.5}, "its loss has a single term"),
         ("distill", {"single_token": True, "alpha": 0.5}, "its loss has a single term"),

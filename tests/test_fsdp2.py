@@ -94,3 +94,16 @@ def test_what_is_saved_loads_in_another_process_with_the_code_that_comes_with_it
 def test_the_fsdp_flag_shards_the_student_though_a_teacher_was_fitted_without_it(tmp_path):
     launch(tmp_path, "cpu_two_processes", "--fsdp", "--num_train_epochs=1")
     assert is_sharded(tmp_path / "run")
+
+
+def test_muon_takes_the_steps_of_one_process_and_resumes_from_its_sharded_state(tmp_path):
+    flags = ["--distill_mode=none", "--optim=muon", "--optim_args=adamw_lr_scale=2", "--learning_rate=2e-3"]
+    whole = launch(tmp_path / "whole", "fsdp2_bf16", *flags) / "run"
+    alone = [*FLAGS, *flags, "--per_device_train_batch_size=32", "--bf16", f"--output_dir={tmp_path / 'alone'}"]
+    ended = run(*alone)
+    assert ended.returncode == 0, ended.stderr
+    assert is_sharded(whole)
+    assert losses_of(whole) == pytest.approx(losses_of(tmp_path / "alone"), rel=2e-3)
+    resumed = launch(tmp_path / "resumed", "fsdp2_bf16", *flags, f"--resume_from_checkpoint={whole / 'checkpoint-2'}")
+    assert losses_of(resumed / "run") == losses_of(whole)
+    assert (resumed / "run" / "model.safetensors").read_bytes() == (whole / "model.safetensors").read_bytes()

@@ -48,6 +48,8 @@ def stopped(tmp_path_factory) -> Path:
         (["--validation_from_train=true"], "images "),
         (["--model_name_or_path=resnet18"], "model_name_or_path deit_ti, not resnet18"),
         (["--patch_size=8"], "patch_size 16, not 8"),
+        (["--optim=muon"], "optim adamw_torch_fused, not muon"),
+        (["--position_init=normal"], "position_init sincos, not normal"),
     ],
     ids=lambda value: value[0].strip("-") if isinstance(value, list) else "",
 )
@@ -71,3 +73,19 @@ def test_what_does_not_decide_a_run_may_differ(stopped):
     ended = run(*FLAGS, *flags, f"--output_dir={stopped}", "--resume_from_checkpoint=True")
     assert ended.returncode == 0, ended.stderr
     assert json.loads((stopped / "all_results.json").read_text())["epoch"] == 2
+
+
+@pytest.mark.parametrize("flags", [["--optim=muon", "--optim_args=momentum=0.9"]], ids=["muon"])
+def test_a_killed_run_ends_bit_by_bit_as_one_that_was_not(flags, tmp_path):
+    fault = {"function": "modeling_deit_ti.trainer.DistillationTrainer.compute_loss", "call": 9}
+    endings = {"whole": None, "killed": fault}
+    for name, fault in endings.items():
+        ended = run(*FLAGS, *flags, f"--output_dir={tmp_path / name}", fault=fault)
+        assert ended.returncode == (0 if fault is None else -signal.SIGKILL), ended.stderr
+    ended = run(*FLAGS, *flags, f"--output_dir={tmp_path / 'killed'}", "--resume_from_checkpoint=True")
+    assert ended.returncode == 0, ended.stderr
+    whole, killed = tmp_path / "whole", tmp_path / "killed"
+    assert (whole / "model.safetensors").read_bytes() == (killed / "model.safetensors").read_bytes()
+    logs = [json.loads((folder / "trainer_state.json").read_text())["log_history"] for folder in (whole, killed)]
+    losses = [[(entry.get("loss"), entry.get("eval_loss")) for entry in log] for log in logs]
+    assert losses[0] == losses[1]

@@ -148,6 +148,8 @@ def baseline_row(record: RunRecord, readout: str) -> float | None:
         return None
     if record.architecture != "deit_ti":
         return PUBLISHED_BASELINE.get(record.architecture) if mode.name == "none" else None
+    if mode.teacher_targets == "standardized":
+        return None
     if mode.name in ("none", "soft", "hard"):
         return PUBLISHED_BASELINE[mode.name]
     return PUBLISHED_BASELINE.get(f"both, {mode.teacher_targets} teacher" if readout == "both" else readout)
@@ -162,17 +164,20 @@ def confidence_interval(accuracy: float, num_images: int) -> tuple[float, float]
 
 
 def loss_equation(mode: DistillMode) -> str:
-    """The training loss of a mode, with its numbers; `class`, `distillation` and `teacher` are logits, `y` labels."""
+    """The training loss of a mode, with its numbers; `class`, `distillation` and `teacher` are logits, `y` labels; `z`
+    standardises logits."""
     if not mode.has_teacher:
         return "loss = CE(class, y)"
-    head = "distillation" if "distillation" in mode.tokens else "class"
+    teacher, head = "teacher", "distillation" if "distillation" in mode.tokens else "class"
+    if mode.teacher_targets == "standardized":
+        teacher, head = f"z({teacher})", f"z({head})"
     if mode.teacher_targets == "hard":
         on_teacher = f"CE({head}, argmax teacher)"
     elif mode.temperature == 1:
-        on_teacher = f"KL(softmax(teacher) || softmax({head}))"
+        on_teacher = f"KL(softmax({teacher}) || softmax({head}))"
     else:
         t = f"{mode.temperature:g}"
-        on_teacher = f"{t}^2 KL(softmax(teacher / {t}) || softmax({head} / {t}))"
+        on_teacher = f"{t}^2 KL(softmax({teacher} / {t}) || softmax({head} / {t}))"
     if not mode.needs_labels:
         return f"loss = {on_teacher}"
     return f"loss = {1 - mode.alpha:g} CE(class, y) + {mode.alpha:g} {on_teacher}"

@@ -1,0 +1,148 @@
+"""How a network from scratch starts: the formulas, and that the command applies them to such a network alone."""
+
+import math
+
+import numpy as np
+import pytest
+import torch
+from building import TINY_CNN, arguments, image_processor
+
+from modeling_deit_ti.arguments import ImageArguments
+from modeling_deit_ti.data import load_images
+from modeling_deit_ti.errors import UserError
+from modeling_deit_ti.initialization import sincos_positions, start_from_mimetic_attention
+from modeling_deit_ti.runs import build_network, run_settings
+
+
+@pytest.fixture(scope="module")
+def digits():
+    return load_images(ImageArguments("digits", max_train_samples=64, max_eval_samples=50))
+
+
+def network(digits, folder, **flags):
+    defaults = {"output_dir": folder, "dataset_name": "digits", "image_size": 32, "patch_size": 8}
+    args = arguments(**defaults | flags)
+    return build_network(args, digits, image_processor(32))[0]
+
+
+def positions_of(model) -> torch.Tensor:
+    return model.deit_ti.embeddings.position_embeddings.detach()
+
+
+# ---- Positions ----
+
+
+def test_positions_are_sines_and_cosines_of_column_and_row():
+    positions = sincos_positions(side=3, width=8).numpy()
+    for row in range(3):
+        for column in range(3):
+            expected = [
+                wave(place / 10_000 ** (index / 2))
+                for place in (column, row)
+                for wave in (math.sin, math.cos)
+                for index in range(2)
+            ]
+            np.testing.assert_allclose(positions[3 * row + column], expected, atol=1e-6)
+
+
+def test_positions_are_as_large_as_sines_are_and_closest_to_their_neighbours():
+    positions = sincos_positions(side=8, width=192)
+    assert positions.shape == (64, 192)
+    assert positions.square().mean().sqrt().item() == pytest.approx(0.5**0.5, abs=1e-6)
+    distances = torch.cdist(positions, positions)[27]  # row 3, column 3
+    assert set(distances.argsort()[1:5].tolist()) == {19, 26, 28, 35}
+
+
+@pytest.mark.parametrize(("mode", "tokens"), [("none", 1), ("both", 2)])
+def test_a_new_deit_ti_starts_with_them_and_its_tokens_at_zero(digits, tmp_path, mode, tokens):
+    positions = positions_of(network(digits, tmp_path, distill_mode=mode))
+    assert positions[:, :tokens].count_nonzero() == 0
+    assert torch.equal(positions[0, tokens:], sincos_positions(4, 192))
+
+
+def test_nothing_else_starts_otherwise_and_normal_positions_are_as_before(digits, tmp_path):
+    new = network(digits, tmp_path, distill_mode="both").state_dict()
+    normal = network(digits, tmp_path, distill_mode="both", position_init="normal").state_dict()
+    differing = [name for name in new if not torch.equal(new[name], normal[name])]
+    assert differing == ["deit_ti.embeddings.position_embeddings"]
+    assert normal[differing[0]].std().item() == pytest.approx(0.02, rel=0.05)
+
+
+def test_a_network_that_starts_from_another_keeps_its_positions(digits, tmp_path):
+    source = network(digits, tmp_path, position_init="normal")
+    source.save_pretrained(tmp_path / "source")
+    student = network(digits, tmp_path, model_name_or_path=tmp_path / "source")
+    assert torch.equal(positions_of(student), positions_of(source))
+
+
+# ---- Attention ----
+
+
+def products(layer) -> tuple[torch.Tensor, torch.Tensor]:
+    """W_query W_key^T of each head, `(H, D, D)`, and W_value W_projection, for images as rows."""
+    query, key, value = layer.attention.qkv.weight.detach().view(3, 3, 64, 192)
+    return query.mT @ key, value.reshape(192, 192).T @ layer.attention.projection.weight.detach().T
+
+
+def test_mimetic_products_have_the_papers_diagonals(digits, tmp_path):
+    model = network(digits, tmp_path, attention_init="mimetic")
+    # The mean diagonal of the closest matrix of rank 64 to 0.7 Z + 0.7 I, computed on its own.
+    generator = np.random.default_rng(0)
+    left, values, right = np.linalg.svd(
+        0.7 * generator.normal(size=(20, 192, 192)) / 192**0.5 + 0.7 * np.eye(192), full_matrices=False
+    )
+    closest = (left[:, :, :64] * values[:, None, :64]) @ right[:, :64]
+    expected = np.trace(closest, axis1=1, axis2=2).mean() / 192
+    for layer in model.deit_ti.layers:
+        query_key, value_projection = products(layer)
+        diagonals = query_key.diagonal(dim1=1, dim2=2).mean(dim=1)
+        torch.testing.assert_close(diagonals, torch.full((3,), expected, dtype=torch.float32), atol=0.02, rtol=0)
+        assert value_projection.diagonal().mean().item() == pytest.approx(-0.4, abs=0.01)
+        others = (value_projection + 0.4 * torch.eye(192)).std().item()
+        assert others == pytest.approx(0.4 / 192**0.5, rel=0.02)
+        assert all(torch.linalg.matrix_rank(product) == 64 for product in query_key)
+
+
+def test_mimetic_factors_are_the_closest_of_their_rank(digits, tmp_path, monkeypatch):
+    noise = torch.randn(4, 192, 192, generator=torch.Generator().manual_seed(1)) * 192**-0.5
+    drawn = iter(noise)
+    monkeypatch.setattr("modeling_deit_ti.initialization._noise", lambda width: next(drawn))
+    model = network(digits, tmp_path)
+    del model.deit_ti.layers[1:]
+    start_from_mimetic_attention(model)
+    query_key, value_projection = products(model.deit_ti.layers[0])
+    for head in range(3):
+        whole = 0.7 * noise[head] + 0.7 * torch.eye(192)
+        error = torch.linalg.svdvals(whole - query_key[head])[0]
+        torch.testing.assert_close(error, torch.linalg.svdvals(whole)[64], atol=1e-4, rtol=0)  # Eckart-Young
+    torch.testing.assert_close(value_projection, 0.4 * noise[3] - 0.4 * torch.eye(192), atol=1e-5, rtol=0)
+
+
+def test_mimetic_attention_is_the_same_for_a_seed_and_nothing_else_changes(digits, tmp_path):
+    normal = network(digits, tmp_path).state_dict()
+    first, second, other = (
+        network(digits, tmp_path, attention_init="mimetic", seed=seed).state_dict() for seed in (42, 42, 7)
+    )
+    assert all(torch.equal(first[name], second[name]) for name in first)
+    differing = {name.split(".", 3)[-1] for name in first if not torch.equal(first[name], normal[name])}
+    assert differing == {"attention.qkv.weight", "attention.projection.weight"}
+    assert not torch.equal(
+        first["deit_ti.layers.0.attention.qkv.weight"], other["deit_ti.layers.0.attention.qkv.weight"]
+    )
+
+
+# ---- The command ----
+
+
+def test_only_a_new_deit_ti_is_recorded_with_its_start(digits, tmp_path):
+    args = arguments(output_dir=tmp_path, attention_init="mimetic", distill_mode="hard")
+    settings = run_settings(args, digits)
+    assert (settings["position_init"], settings["attention_init"]) == ("sincos", "mimetic")
+    cnn = arguments(output_dir=tmp_path, model_name_or_path=TINY_CNN)
+    assert not [name for name in (*run_settings(cnn, digits), *run_settings(args.fitting, digits)) if "_init" in name]
+
+
+@pytest.mark.parametrize("name", [TINY_CNN, "some/model"])
+def test_mimetic_attention_of_another_network_is_refused(name, tmp_path):
+    with pytest.raises(UserError, match="--attention_init is for a deit_ti from scratch"):
+        arguments(output_dir=tmp_path, model_name_or_path=name, attention_init="mimetic")
