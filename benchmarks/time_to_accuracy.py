@@ -285,7 +285,7 @@ def main(argv: list[str]) -> int:
             print(f"{row}: already finished")
             continue
         limit = setting.limit * rows[0]["curve"][-1]["minutes"] if rows else math.inf
-        print(f"{row}, at most {limit:.1f} minutes", flush=True)
+        print(f"{row}, at most {limit:.1f} minutes" if rows else row, flush=True)
         rows.append({"name": row, "failed": None} | attempt(measure, setting, row, limit))
         write_result(result_of(rows), folder)
         plot(rows, setting.targets, file.with_suffix(".png"))
