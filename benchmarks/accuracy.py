@@ -14,9 +14,9 @@ from pathlib import Path
 import numpy as np
 from huggingface_hub import RepoCard
 from matplotlib.figure import Figure
-from matplotlib.ticker import MaxNLocator, PercentFormatter
+from matplotlib.ticker import MaxNLocator
 
-from benchmarks.report import render
+from benchmarks.report import render, style_axes
 from modeling_deit_ti.arguments import Arguments
 from modeling_deit_ti.card import CURVES_FILE, PUBLISHED_BASELINE, RunRecord, curve_series
 from modeling_deit_ti.card.record import shareable
@@ -238,16 +238,9 @@ def plot_curves(curves: dict, table: dict, file: Path) -> Figure:
             axes.fill_between(epochs, accuracies.min(0), accuracies.max(0), color=row.colour, alpha=0.15, linewidth=0)
     facts = next(fact for row in table["rows"] for fact in row["runs"])  # the images are the same for all
     images = f"{facts['validation_images']:,} images of the {facts['test_split']} split"
-    axes.set_title(f"{table['budget']}: accuracy during training, {images}", loc="left")
-    axes.set(xlabel="epoch", xlim=(0, None))
+    style_axes(axes, f"{table['budget']}: accuracy during training, {images}", "epoch")
     axes.xaxis.set_major_locator(MaxNLocator(integer=True))
-    axes.yaxis.set_major_formatter(PercentFormatter(xmax=1, decimals=0, symbol=" %"))
-    axes.grid(color="#E6E6E6", linewidth=0.8)
-    axes.set_axisbelow(True)
-    axes.spines[["top", "right"]].set_visible(False)
-    # Beside the axes, where it covers no curve.
-    place = {"loc": "center left", "bbox_to_anchor": (1.01, 0.5), "alignment": "left"}
-    axes.legend(title="top-1 after the last epoch, as in the table", frameon=False, handlelength=3, **place)
+    axes.get_legend().set_title("top-1 after the last epoch, as in the table")
     figure.savefig(file)
     return figure
 

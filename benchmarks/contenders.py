@@ -1,9 +1,11 @@
-"""How each contender of throughput.py trains: ours, timm's, transformers', the published baseline's, and a bare step.
+"""How each contender trains: ours, timm's, transformers', the published baseline's, and a bare step.
 
-All take the images, the recipe, the precision and the teacher from the same arguments, parsed as train_hf.py does.
+Those of throughput.py take the images, the recipe, the precision and the teacher from the same arguments, parsed as
+train_hf.py does. In time_to_accuracy.py, timm and transformers have their own defaults instead.
 """
 
-from collections.abc import Callable
+import itertools
+from collections.abc import Callable, Iterable
 
 import timm
 import torch
@@ -12,6 +14,7 @@ from timm.data import create_loader
 from timm.data.mixup import FastCollateMixup
 from timm.loss import LabelSmoothingCrossEntropy, SoftTargetCrossEntropy
 from timm.optim import create_optimizer_v2
+from timm.scheduler import create_scheduler_v2
 from timm.task import TokenDistillationTask
 from timm.utils import NativeScaler, dispatch_clip_grad
 from torch.nn import functional as F
@@ -21,22 +24,34 @@ from torchvision.transforms import v2
 from transformers import (
     AutoModelForImageClassification,
     DeiTConfig,
+    DeiTForImageClassification,
     DeiTForImageClassificationWithTeacher,
     PrinterCallback,
     Trainer,
     TrainingArguments,
 )
 
-from benchmarks.setting import BARE, BASELINE_SIZES, DTYPES, OURS, PUBLISHED_BASELINE, TIMM, TRANSFORMERS
-from benchmarks.step_clock import StepClock
+from benchmarks.setting import (
+    BARE,
+    BASELINE_SIZES,
+    DTYPES,
+    OURS,
+    PUBLISHED_BASELINE,
+    TIMM,
+    TRANSFORMERS,
+    precision_of,
+)
+from benchmarks.step_clock import Clock
 from modeling_deit_ti.arguments import Arguments
 from modeling_deit_ti.classifiers import label_maps
 from modeling_deit_ti.data import ImageData
 from modeling_deit_ti.data.decoding import read_image
-from modeling_deit_ti.data.inputs import make_image_processor, make_train_transform
-from modeling_deit_ti.distillation import distillation_loss
+from modeling_deit_ti.data.inputs import EvalImages, make_image_processor, make_train_transform
+from modeling_deit_ti.distillation import MODES, distillation_loss
 from modeling_deit_ti.fitting import prepare_teacher
 from modeling_deit_ti.runs import build_network, build_trainer
+from modeling_deit_ti.teacher_cache import make_teacher_cache
+from modeling_deit_ti.trainer import DistillationTrainer
 
 
 # What a plain Trainer takes over from our arguments.
@@ -48,8 +63,8 @@ OF_ANY_TRAINER = (
 
 
 def autocast(args: Arguments) -> torch.autocast:
-    dtype = DTYPES.get(args.training.mixed_precision)  # none in float32
-    return torch.autocast(args.training.device.type, dtype, enabled=dtype is not None)
+    dtype = DTYPES[precision_of(args)]
+    return torch.autocast(args.training.device.type, dtype, enabled=dtype != torch.float32)
 
 
 def load_teacher(args: Arguments):
@@ -59,39 +74,44 @@ def load_teacher(args: Arguments):
 # ---- Ours ----
 
 
-def train_ours(args: Arguments, data: ImageData, clock: StepClock) -> None:
+def trainer_of_ours(args: Arguments, data: ImageData, with_cache: bool = True) -> DistillationTrainer:
+    """As train_hf.py builds it."""
     image_processor = make_image_processor(args.model, args.augmentation)
     student, _ = build_network(args, data, image_processor)
     teacher, _, _ = prepare_teacher(args, data, image_processor)
-    trainer = build_trainer(args, data, student, image_processor, teacher)
-    clock.watch(student, teacher)
+    cache = make_teacher_cache(args, teacher, data, image_processor) if with_cache else None
+    return build_trainer(args, data, student, image_processor, teacher, cache)
+
+
+def train_ours(args: Arguments, data: ImageData, clock: Clock) -> None:
+    trainer = trainer_of_ours(args, data)
+    clock.watch(trainer.model, trainer.teacher, lambda images: trainer.evaluate(images)["eval_accuracy"])
     trainer.add_callback(clock)
     trainer.remove_callback(PrinterCallback)
     trainer.train()
 
 
-def train_bare(args: Arguments, data: ImageData, clock: StepClock) -> None:
-    """The two networks of our trainer on one synthetic batch: no data, no logging, nothing else."""
+def train_bare(args: Arguments, data: ImageData, clock: Clock) -> None:
+    """
+    The networks and the optimizer of our trainer, as it has prepared them (precision, attention, memory layout,
+    compilation), on one synthetic batch: no data, no logging, nothing else.
+    """
     training, device, size = args.training, args.training.device, args.model.image_size
-    smoothing = training.label_smoothing_factor
-    image_processor = make_image_processor(args.model, args.augmentation)
-    student, _ = build_network(args, data, image_processor)
-    student.to(device).train()
-    teacher, _, _ = prepare_teacher(args, data, image_processor)
-    teacher.to(device, DTYPES.get(training.mixed_precision, torch.float32))
-    clock.watch(student, teacher)
-    network = torch.compile(student) if training.torch_compile else student
-    rates = {"lr": training.learning_rate, "weight_decay": training.weight_decay}
-    optimizer = torch.optim.AdamW(student.parameters(), **rates, fused=True)
-    scaler = torch.amp.GradScaler(device.type, enabled=training.fp16)
+    trainer = trainer_of_ours(args, data, with_cache=False)
+    student, teacher, optimizer = trainer.model.train(), trainer.training_teacher, trainer.create_optimizer()
+    clock.watch(student, trainer.teacher)
+    compile_options = trainer.accelerator.state.dynamo_plugin.to_kwargs()
+    network = torch.compile(student, **compile_options) if training.torch_compile else student
+    scaler = torch.amp.GradScaler(device.type, enabled=training.mixed_precision == "fp16")
     images = torch.randn(training.train_batch_size, 3, size, size, device=device)
     image_labels = torch.randint(len(data.label_names), (training.train_batch_size,), device=device)
-    for pixel_values, labels in clock.batches([(images, image_labels)]):
+    for pixel_values, labels in clock.batches(itertools.repeat((images, image_labels))):
+        teacher_logits = teacher(pixel_values)
         with autocast(args):
-            teacher_logits = teacher(pixel_values)
             outputs = network(pixel_values=pixel_values)
-            logits = (outputs["class_logits"], outputs["distillation_logits"])
-            loss = distillation_loss(training.mode, *logits, labels, teacher_logits, smoothing).loss
+        logits = (outputs["class_logits"].float(), outputs["distillation_logits"].float())
+        smoothing = training.label_smoothing_factor
+        loss = distillation_loss(training.mode, *logits, labels, teacher_logits, smoothing).loss
         scaler.scale(loss).backward()
         scaler.unscale_(optimizer)
         torch.nn.utils.clip_grad_norm_(student.parameters(), training.max_grad_norm)
@@ -117,13 +137,11 @@ class PilImages(torch.utils.data.Dataset):
         return self.transform(read_image(row)), row["label"]
 
 
-def train_timm(args: Arguments, data: ImageData, clock: StepClock) -> None:
-    """timm's loader, model, task, optimizer and loss scaler, in the loop of its train.py."""
+def timm_loader(images: PilImages, args: Arguments, num_labels: int, **options) -> Iterable:
+    """timm's, with the augmentation of the arguments; `options` are those of its factory that they do not have."""
     training, augmentation, size = args.training, args.augmentation, args.model.image_size
-    num_labels, smoothing = len(data.label_names), training.label_smoothing_factor
-    alphas = augmentation.mixup, augmentation.cutmix
+    alphas, smoothing = (augmentation.mixup, augmentation.cutmix), training.label_smoothing_factor
     collate = FastCollateMixup(*alphas, label_smoothing=smoothing, num_classes=num_labels) if any(alphas) else None
-    images = PilImages(data.train)
     loader = create_loader(
         images,
         input_size=(3, size, size),
@@ -132,74 +150,132 @@ def train_timm(args: Arguments, data: ImageData, clock: StepClock) -> None:
         re_prob=augmentation.random_erasing,
         re_mode="pixel",
         hflip=augmentation.horizontal_flip,
-        color_jitter=None,
         auto_augment=None if augmentation.auto_augment == "none" else augmentation.auto_augment,
-        interpolation="bicubic",
         num_workers=training.dataloader_num_workers,
         collate_fn=collate,
         pin_memory=training.dataloader_pin_memory,
         device=training.device,
+        **options,
     )
     if augmentation.crop_at(size) == "padded":  # as DeiT's code does, to what timm's factory has made
         resize = transforms.Resize((size, size), transforms.InterpolationMode.BICUBIC)
         images.transform.transforms[0] = transforms.Compose([resize, transforms.RandomCrop(size, padding=size // 8)])
+    return loader
+
+
+def train_timm(args: Arguments, data: ImageData, clock: Clock, own_defaults: bool = False) -> None:
+    """
+    timm's loader, model, task, optimizer and loss scaler, in the loop of its train.py. With `own_defaults`, that
+    script's defaults decide whatever it has no flag for here: the learning rate's schedule and the losses' weights.
+    """
+    training, num_labels = args.training, len(data.label_names)
+    smoothing = training.label_smoothing_factor
+    if own_defaults:
+        loader_options = {"color_jitter": 0.4, "interpolation": "random"}
+        loss_options = {"distill_type": "soft", "temperature": 4.0}  # both weights are 1
+        optimizer_options = {"opt": "sgd", "momentum": 0.9}
+    else:
+        loader_options = {"color_jitter": None, "interpolation": "bicubic"}
+        loss_options = {"distill_type": "hard", "task_loss_weight": 1 - training.mode.alpha}
+        optimizer_options = {"opt": "adamw"}
+    is_mixed = args.augmentation.mixup > 0 or args.augmentation.cutmix > 0
+    loader = timm_loader(PilImages(data.train), args, num_labels, **loader_options)
     student = timm.create_model(
         "deit_tiny_distilled_patch16_224",
         num_classes=num_labels,
-        img_size=size,
+        img_size=args.model.image_size,
         patch_size=args.model.patch_size,
         drop_path_rate=args.model.drop_path_rate,
     ).to(training.device)
     task = TokenDistillationTask(
         student,
         load_teacher(args).timm_model.to(training.device),
-        criterion=SoftTargetCrossEntropy() if any(alphas) else LabelSmoothingCrossEntropy(smoothing),
-        distill_type="hard",
-        task_loss_weight=1 - training.mode.alpha,
+        criterion=SoftTargetCrossEntropy() if is_mixed else LabelSmoothingCrossEntropy(smoothing),
         device=training.device,
+        **loss_options,
     )
     clock.watch(student, task.teacher)
     rates = {"lr": training.learning_rate, "weight_decay": training.weight_decay}
-    optimizer = create_optimizer_v2(student, opt="adamw", **rates)
-    scaler = NativeScaler(device=training.device.type) if training.fp16 else None
+    optimizer = create_optimizer_v2(student, **optimizer_options, **rates)
+    scheduler, epochs = None, itertools.count()
+    if own_defaults:
+        schedule = {"warmup_epochs": 5, "warmup_lr": 1e-5, "min_lr": 0.0, "cooldown_epochs": 0}
+        scheduler, num_epochs = create_scheduler_v2(
+            optimizer, "cosine", num_epochs=int(training.num_train_epochs), **schedule
+        )
+        epochs = range(num_epochs)
+    scaler = NativeScaler(device=training.device.type) if training.mixed_precision == "fp16" else None
+    clip_grad = training.max_grad_norm or None
     task.train()
     if training.torch_compile:
         task.compile()
-    for pixel_values, labels in clock.batches(loader):
-        with autocast(args):
-            loss = task(pixel_values, labels)["loss"]
-        if scaler is not None:
-            scaler(loss, optimizer, clip_grad=training.max_grad_norm, parameters=student.parameters())
-        else:
-            loss.backward()
-            dispatch_clip_grad(student.parameters(), training.max_grad_norm)
-            optimizer.step()
-        optimizer.zero_grad()
+    for epoch in epochs:
+        for pixel_values, labels in clock.batches(loader):
+            with autocast(args):
+                loss = task(pixel_values, labels)["loss"]
+            if scaler is not None:
+                scaler(loss, optimizer, clip_grad=clip_grad, parameters=student.parameters())
+            else:
+                loss.backward()
+                if clip_grad is not None:
+                    dispatch_clip_grad(student.parameters(), clip_grad)
+                optimizer.step()
+            optimizer.zero_grad()
+        if clock.is_done:
+            return
+        if scheduler is not None:
+            scheduler.step(epoch + 1)
 
 
 # ---- transformers ----
 
 
 class GuideTrainer(Trainer):
-    """The trainer of transformers' guide "Knowledge Distillation for Computer Vision", with DeiT's two-headed loss."""
+    """The trainer of transformers' guide "Knowledge Distillation for Computer Vision"."""
 
-    def __init__(self, teacher, alpha: float, **kwargs):
+    temperature, lambda_param = 5, 0.5
+
+    def __init__(self, teacher, **kwargs):
         super().__init__(**kwargs)
         self.teacher = teacher.to(self.args.device)
-        self.alpha = alpha
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
         outputs = model(pixel_values=inputs["pixel_values"])
         with torch.no_grad():
-            teacher_labels = self.teacher(pixel_values=inputs["pixel_values"]).logits.argmax(dim=-1)
-        smoothing = self.args.label_smoothing_factor
-        label_loss = F.cross_entropy(outputs.cls_logits, inputs["labels"], label_smoothing=smoothing)
-        teacher_loss = F.cross_entropy(outputs.distillation_logits, teacher_labels)
-        loss = (1 - self.alpha) * label_loss + self.alpha * teacher_loss
+            teacher_logits = self.teacher(pixel_values=inputs["pixel_values"]).logits
+        loss = self.distillation_loss(outputs, inputs["labels"], teacher_logits)
         return (loss, outputs) if return_outputs else loss
 
+    def distillation_loss(self, outputs, labels: torch.Tensor, teacher_logits: torch.Tensor) -> torch.Tensor:
+        soft_student = F.log_softmax(outputs.logits / self.temperature, dim=-1)
+        soft_teacher = F.softmax(teacher_logits / self.temperature, dim=-1)
+        teacher_loss = F.kl_div(soft_student, soft_teacher, reduction="batchmean") * self.temperature**2
+        return self.lambda_param * F.cross_entropy(outputs.logits, labels) + (1 - self.lambda_param) * teacher_loss
 
-def train_transformers(args: Arguments, data: ImageData, clock: StepClock) -> None:
+
+class TwoHeadedGuideTrainer(GuideTrainer):
+    """The same with the paper's loss for a class and a distillation token."""
+
+    def distillation_loss(self, outputs, labels: torch.Tensor, teacher_logits: torch.Tensor) -> torch.Tensor:
+        smoothing, alpha = self.args.label_smoothing_factor, MODES["both"].alpha
+        label_loss = F.cross_entropy(outputs.cls_logits, labels, label_smoothing=smoothing)
+        teacher_loss = F.cross_entropy(outputs.distillation_logits, teacher_logits.argmax(dim=-1))
+        return (1 - alpha) * label_loss + alpha * teacher_loss
+
+
+def deit_ti_of_transformers(args: Arguments, data: ImageData) -> DeiTConfig:
+    tiny = {"hidden_size": 192, "num_hidden_layers": 12, "num_attention_heads": 3, "intermediate_size": 768}
+    sizes = {"image_size": args.model.image_size, "patch_size": args.model.patch_size}
+    return DeiTConfig(**tiny, **sizes, **label_maps(data.label_names))
+
+
+def train_watched(trainer: GuideTrainer, clock: Clock) -> None:
+    clock.watch(trainer.model, trainer.teacher)
+    trainer.add_callback(clock)
+    trainer.train()
+
+
+def train_transformers(args: Arguments, data: ImageData, clock: Clock) -> None:
     """transformers' DeiT in a plain Trainer, `datasets.with_transform` image by image, torchvision's mixing."""
     augmentation, num_labels = args.augmentation, len(data.label_names)
     transform = make_train_transform(augmentation, make_image_processor(args.model, augmentation))
@@ -216,27 +292,44 @@ def train_transformers(args: Arguments, data: ImageData, clock: StepClock) -> No
         pixel_values, labels = mix(batch["pixel_values"], batch["label"])
         return {"pixel_values": pixel_values, "labels": labels}
 
-    tiny = {"hidden_size": 192, "num_hidden_layers": 12, "num_attention_heads": 3, "intermediate_size": 768}
-    sizes = {"image_size": args.model.image_size, "patch_size": args.model.patch_size}
-    config = DeiTConfig(**tiny, **sizes, **label_maps(data.label_names))
     flags = {name: getattr(args.training, name) for name in OF_ANY_TRAINER}
-    trainer = GuideTrainer(
+    trainer = TwoHeadedGuideTrainer(
         load_teacher(args),
-        args.training.mode.alpha,
-        model=DeiTForImageClassificationWithTeacher(config),
+        model=DeiTForImageClassificationWithTeacher(deit_ti_of_transformers(args, data)),
         args=TrainingArguments(dataloader_drop_last=True, remove_unused_columns=False, **flags),
         train_dataset=data.train.with_transform(preprocess),
         data_collator=collate,
     )
-    clock.watch(trainer.model, trainer.teacher)
-    trainer.add_callback(clock)
-    trainer.train()
+    train_watched(trainer, clock)
+
+
+def train_as_the_guide(args: Arguments, data: ImageData, clock: Clock) -> None:
+    """
+    transformers' DeiT as the guide trains its student: one head, images preprocessed once, the defaults of
+    `TrainingArguments` (batch 8, AdamW, learning rate 5e-5, linear), 30 epochs.
+    """
+    images = EvalImages(data.train, make_image_processor(args.model, args.augmentation))
+    rows = []  # in memory, which is faster than the guide's files
+    for start in range(0, len(images), 1000):
+        batch = images.__getitems__(list(range(start, min(start + 1000, len(images)))))
+        rows += [
+            {"pixel_values": image, "labels": label}
+            for image, label in zip(batch["pixel_values"], batch["labels"], strict=True)
+        ]
+    flags = ("output_dir", "fp16", "bf16", "use_cpu", "save_strategy", "report_to", "disable_tqdm", "logging_strategy")
+    trainer = GuideTrainer(
+        load_teacher(args),
+        model=DeiTForImageClassification(deit_ti_of_transformers(args, data)),
+        args=TrainingArguments(num_train_epochs=30, **{name: getattr(args.training, name) for name in flags}),
+        train_dataset=rows,
+    )
+    train_watched(trainer, clock)
 
 
 # ---- The published baseline ----
 
 
-def train_as_the_published_baseline(args: Arguments, data: ImageData, clock: StepClock) -> None:
+def train_as_the_published_baseline(args: Arguments, data: ImageData, clock: Clock) -> None:
     """A notebook's loop: 224x224, images transformed one by one in this process, fp32, the loss read every step."""
     training, device = args.training, args.training.device
     image_processor = make_image_processor(args.model, args.augmentation)
@@ -250,21 +343,22 @@ def train_as_the_published_baseline(args: Arguments, data: ImageData, clock: Ste
     clock.watch(student, teacher)
     optimizer = torch.optim.Adam(student.parameters(), lr=training.learning_rate)
     running_loss = 0.0
-    for pixel_values, labels in clock.batches(loader):
-        pixel_values, labels = pixel_values.to(device), labels.to(device)
-        optimizer.zero_grad()
-        outputs = student(pixel_values=pixel_values)
-        with torch.no_grad():
-            teacher_logits = teacher(pixel_values)
-        logits = (outputs["class_logits"], outputs["distillation_logits"])
-        loss = distillation_loss(training.mode, *logits, labels, teacher_logits).loss
-        loss.backward()
-        optimizer.step()
-        running_loss += loss.item()
+    while not clock.is_done:
+        for pixel_values, labels in clock.batches(loader):
+            pixel_values, labels = pixel_values.to(device), labels.to(device)
+            optimizer.zero_grad()
+            outputs = student(pixel_values=pixel_values)
+            with torch.no_grad():
+                teacher_logits = teacher(pixel_values)
+            logits = (outputs["class_logits"], outputs["distillation_logits"])
+            loss = distillation_loss(training.mode, *logits, labels, teacher_logits).loss
+            loss.backward()
+            optimizer.step()
+            running_loss += loss.item()
 
 
 # How each trains, and what its flags add to those of all.
-CONTENDERS: dict[str, tuple[Callable[[Arguments, ImageData, StepClock], None], dict]] = {
+CONTENDERS: dict[str, tuple[Callable[[Arguments, ImageData, Clock], None], dict]] = {
     BARE: (train_bare, {}),
     OURS[0]: (train_ours, {"augment_on": "loader"}),
     OURS[1]: (train_ours, {"augment_on": "device"}),

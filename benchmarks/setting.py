@@ -3,7 +3,9 @@
 import datetime
 import multiprocessing
 import os
+import re
 import sys
+import traceback
 from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
@@ -16,15 +18,18 @@ import torch
 from transformers import HfArgumentParser, TrainingArguments
 from transformers.hf_argparser import HfArg
 
-from modeling_deit_ti.arguments import check_at_least
+from modeling_deit_ti.arguments import Arguments, check_at_least
 from modeling_deit_ti.card import describe_hardware, library_versions
-from modeling_deit_ti.errors import UserError
+from modeling_deit_ti.errors import UserError, first_line
 
 
 Precision = Literal["fp32", "fp16", "bf16"]
 DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
+# Of a CPU: what decides how fast it multiplies matrices, by the names that Linux has for them.
+INSTRUCTIONS = ("avx2", "avx512f", "avx512_vnni", "avx512_bf16", "avx512_fp16", "amx_bf16", "amx_int8", "bf16")
 BARE, TIMM, TRANSFORMERS, PUBLISHED_BASELINE = "bare step", "timm", "transformers", "published baseline's loop"
 OURS = ("ours, augment on loader", "ours, augment on device")
+PEERS = (TIMM, TRANSFORMERS)
 BASELINE_SIZES = {"image_size": 224, "patch_size": 16}
 # Memory over the epochs: few images in few patches, so that an epoch takes seconds.
 MEMORY_FLAGS = {
@@ -40,13 +45,10 @@ MEMORY_FLAGS = {
 
 @dataclass
 class Setting:
-    """What is measured, and where. Whatever is left out is filled in to suit the machine, and recorded."""
+    """Where it is measured. Whatever is left out is filled in to suit the machine, and recorded."""
 
-    image_size: int = HfArg(default=32, help="Height and width of the model's input, in pixels.")
-    patch_size: int = HfArg(default=4, help="Height and width of a patch, in pixels.")
     device: Literal["auto", "cpu", "cuda"] = HfArg(default="auto", help="Where to run.")
     threads: int | None = HfArg(default=None, help="Number of CPU threads. Default: one per core.")
-    repeats: int = HfArg(default=3, help="How often each measurement is repeated.")
     output_dir: str = HfArg(default="results/throughput", help="Where the results go.")
 
     def __post_init__(self):
@@ -57,7 +59,30 @@ class Setting:
             self.device = "cuda" if has_gpu else "cpu"
         if self.threads is None:
             self.threads = cpu_count()
-        check_at_least(self, image_size=1, patch_size=1, threads=1, repeats=1)
+        check_at_least(self, threads=1)
+
+    @property
+    def half_precision(self) -> Precision:
+        """The machine's: what a user of another library would switch on."""
+        return "bf16" if self.device == "cpu" or torch.cuda.is_bf16_supported(including_emulation=False) else "fp16"
+
+    def peer_rows(self, peer: str, only: Precision | None = None) -> dict[str, tuple[str, Precision]]:
+        """A peer's rows by name, each with the peer and its precision: float32 and the machine's half."""
+        precisions = (only,) if only is not None else ("fp32", self.half_precision)
+        return {f"{peer}, {name}" if name != "fp32" else peer: (peer, name) for name in precisions}
+
+
+@dataclass
+class SpeedSetting(Setting):
+    """What is measured, at which sizes, and how often."""
+
+    image_size: int = HfArg(default=32, help="Height and width of the model's input, in pixels.")
+    patch_size: int = HfArg(default=4, help="Height and width of a patch, in pixels.")
+    repeats: int = HfArg(default=3, help="How often each measurement is repeated.")
+
+    def __post_init__(self):
+        super().__post_init__()
+        check_at_least(self, image_size=1, patch_size=1, repeats=1)
         if self.image_size % self.patch_size:
             raise UserError(f"--patch_size {self.patch_size} does not divide --image_size {self.image_size}.")
 
@@ -84,12 +109,45 @@ def in_own_process(function: Callable[..., Any], *args, environment: dict[str, s
         return process.submit(function, *args).result()
 
 
+def attempt(function: Callable[..., dict], setting: Setting, *args) -> dict:
+    """What the function returns in a fresh process, or `{"failed": why}`."""
+    threads = {"OMP_NUM_THREADS": str(setting.threads), "MKL_NUM_THREADS": str(setting.threads)}
+    try:
+        return in_own_process(function, setting, *args, environment=threads)
+    except Exception as error:  # from any library, or the process was killed
+        traceback.print_exc()
+        return {"failed": first_line(error)[:200]}
+
+
+def precision_flags(precision: Precision | None) -> dict[str, bool]:
+    """Flags of train_hf.py; none where it is left to choose."""
+    return {} if precision is None else {name: precision == name for name in ("fp16", "bf16")}
+
+
+def precision_of(args: Arguments) -> Precision:
+    return {"no": "fp32"}.get(args.training.mixed_precision, args.training.mixed_precision)
+
+
+def describe_processor() -> str | None:
+    """Its name, and those of its instructions that matter here; only Linux tells."""
+    try:
+        text = Path("/proc/cpuinfo").read_text()
+    except OSError:
+        return None
+    name = re.search(r"^model name\s*: (.+)$", text, re.MULTILINE)
+    flags = re.search(r"^(?:flags|Features)\s*: (.+)$", text, re.MULTILINE)
+    known = set(flags[1].split()) if flags else set()
+    parts = [name[1]] if name else []
+    return ", ".join(parts + [flag for flag in INSTRUCTIONS if flag in known])
+
+
 def describe_machine(device: str, *more_libraries: str) -> dict:
-    """Device and versions, as every result records them."""
+    """Device, instruction set and versions, as every result records them."""
     training_args = TrainingArguments(use_cpu=device == "cpu", report_to="none")
     return {
         "device": device,
         "hardware": describe_hardware(training_args),
+        "processor": describe_processor(),
         "versions": library_versions() | {library: version(library) for library in more_libraries},
         "date": datetime.date.today().isoformat(),
     }

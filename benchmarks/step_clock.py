@@ -1,7 +1,7 @@
 """How long the steps of a training loop take, and how much memory."""
 
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
@@ -9,6 +9,8 @@ from pathlib import Path
 import torch
 from torch.optim.optimizer import register_optimizer_step_post_hook
 from transformers import TrainerCallback
+
+from modeling_deit_ti.data.inputs import EvalImages
 
 
 PARTS = ("data", "teacher", "student", "optimizer", "other")  # of a step, in this order
@@ -23,13 +25,49 @@ def host_bytes(field: str) -> int | None:
     return int(status.partition(f"{field}:")[2].split()[0]) * 1024
 
 
-@dataclass
-class StepClock(TrainerCallback):
+class Clock(TrainerCallback):
     """
-    Times the steps of any training loop: first whole steps, undisturbed; then the parts of a few more, through hooks
-    on the networks, on `backward` and on the optimizer.
+    Watches any training loop, and says when it has seen enough. A Trainer takes it as a callback; any other loop takes
+    each epoch's batches from `batches`, until `is_done`.
+    """
 
-    Call `watch` first. A Trainer takes the clock as a callback; a loop of its own takes its batches from `batches`.
+    is_done = False
+
+    def watch(
+        self,
+        student: torch.nn.Module,
+        teacher: torch.nn.Module,
+        evaluate: Callable[[EvalImages], float] | None = None,
+    ) -> None:
+        """To be called first; `evaluate` is the loop's own way to an accuracy, if it has one."""
+        self.networks = {"student": student, "teacher": teacher}
+        self.own_evaluation = evaluate
+
+    # Of a Trainer's callback, without the arguments that only a Trainer has.
+
+    def on_epoch_begin(self, *_, **__):
+        pass
+
+    def on_step_begin(self, *_, **__):
+        pass
+
+    def batches(self, loader: Iterable) -> Iterator:
+        """An epoch, or as much of it as is watched."""
+        self.on_epoch_begin()
+        for batch in loader:
+            self.on_step_begin()
+            yield batch
+            self.on_step_end()
+            if self.is_done:
+                return
+        self.on_epoch_end()
+
+
+@dataclass
+class StepClock(Clock):
+    """
+    Times the steps: first whole steps, undisturbed; then the parts of a few more, through hooks on the networks, on
+    `backward` and on the optimizer. What lies between two epochs counts as part of the step after it.
     """
 
     device: str  # "cpu" or "cuda"
@@ -47,18 +85,9 @@ class StepClock(TrainerCallback):
         self.hooks = ExitStack()
         self.host_bytes_by_epoch: list[int] = []
 
-    def watch(self, student: torch.nn.Module, teacher: torch.nn.Module) -> None:
-        self.networks = {"student": student, "teacher": teacher}
-
-    def batches(self, loader: Iterable) -> Iterator:
-        """A batch for each step, from a loader that may have fewer."""
-        while True:
-            for batch in loader:
-                self.on_step_begin()
-                yield batch
-                self.on_step_end()
-                if self.step == self.steps:
-                    return
+    @property
+    def is_done(self) -> bool:
+        return self.step == self.steps
 
     def on_step_begin(self, *_, **__):
         if self.startup_seconds is None:
@@ -76,7 +105,7 @@ class StepClock(TrainerCallback):
             self.peak_device_bytes = torch.cuda.max_memory_reserved() if self.device == "cuda" else None
             if self.split_steps:
                 self.start_split()
-        if self.step == self.steps:
+        if self.is_done:
             self.hooks.close()
 
     def on_epoch_end(self, *_, **__):

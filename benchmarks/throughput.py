@@ -1,20 +1,23 @@
 """Training throughput side by side: this trainer, timm, transformers, the published baseline's loop, a bare step.
 
-    python benchmarks/throughput.py --image_size 32 --patch_size 4 --batch_size 128
+    python benchmarks/throughput.py --image_size 32 --patch_size 8 --batch_size 128
     python benchmarks/throughput.py --image_size 224 --patch_size 16 --batch_size 1024        # on a GPU
 
 Each measurement runs in its own process, so that start-up and peak memory are its own. The contenders take turns
 (A B C A B C), so that a machine whose speed drifts affects them all. All see the same images, decoded in memory, in
-batches of one size, with the same augmentation, teacher and precision; only the published baseline's loop has its own
-augmentation and precision. The results go to `--output_dir`; see report.py. Run nothing else on the machine meanwhile.
+batches of one size, with the same augmentation and teacher; only the published baseline's loop has its own
+augmentation. Ours and the bare step run in the precision that train_hf.py takes by itself, timm and transformers in
+float32, their default, and in a second row with the machine's half precision switched on. Ours has an empty cache for
+its teacher's logits, which it computes and stores. The results go to `--output_dir`; see report.py. Run nothing else
+on the machine meanwhile.
 """
 
+import copy
+import statistics
 import sys
 import tempfile
 import time
-import traceback
-from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Literal
 
@@ -22,19 +25,26 @@ from typing import Literal
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import torch
+from torch.nn import functional as F
+from torch.utils.flop_counter import FlopCounterMode
 from transformers import set_seed
 from transformers.hf_argparser import HfArg
 
 from benchmarks.contenders import CONTENDERS, train_ours
-from benchmarks.report import finish, spread
+from benchmarks.report import finish, make_result, spread
 from benchmarks.setting import (
+    BARE,
+    DTYPES,
     MEMORY_FLAGS,
+    PEERS,
     PUBLISHED_BASELINE,
     Precision,
-    Setting,
+    SpeedSetting,
+    attempt,
     cpu_count,
-    in_own_process,
     parse_setting,
+    precision_flags,
+    precision_of,
     run,
 )
 from benchmarks.step_clock import StepClock
@@ -42,7 +52,7 @@ from modeling_deit_ti.arguments import Arguments, check_at_least
 from modeling_deit_ti.classifiers import is_timm_architecture, new_timm_classifier
 from modeling_deit_ti.data import ImageData, load_images
 from modeling_deit_ti.data.inputs import make_image_processor
-from modeling_deit_ti.errors import UserError, first_line
+from modeling_deit_ti.errors import UserError
 from modeling_deit_ti.parsing import parse_arguments
 
 
@@ -66,11 +76,16 @@ AUGMENTATIONS = {
 
 
 @dataclass
-class ThroughputSetting(Setting):
+class ThroughputSetting(SpeedSetting):
     dataset_name: str = HfArg(default="uoft-cs/cifar10", help="A Hub id, a local folder or `digits`.")
     batch_size: int = HfArg(default=128, help="Images per step.")
     teacher: str = HfArg(default="regnetx_004", help="A timm architecture; its weights are random.")
-    precision: Precision | None = HfArg(default=None, help="Default: fp32 on the CPU, bf16 on a GPU.")
+    precision: Precision | None = HfArg(
+        default=None,
+        help="Of every row. Default: ours in what train_hf.py takes by itself, timm and transformers in fp32 and in "
+        "the machine's half precision.",
+    )
+    automatic_precision: Precision = field(init=False)  # what train_hf.py takes by itself
     recipe: Literal["paper", "light"] = HfArg(default="paper", help="The paper's augmentation, or crops and flips.")
     steps: int | None = HfArg(default=None, help="Measured steps. Default: 3 on the CPU, 50 on a GPU.")
     warmup_steps: int | None = HfArg(default=None, help="Steps before those. Default: 1 on the CPU, 10 on a GPU.")
@@ -91,7 +106,6 @@ class ThroughputSetting(Setting):
     def __post_init__(self):
         super().__post_init__()
         for name, on_cpu, on_gpu in (
-            ("precision", "fp32", "bf16"),
             ("steps", 3, 50),
             ("warmup_steps", 1, 10),
             ("split_steps", 1, 10),
@@ -106,9 +120,24 @@ class ThroughputSetting(Setting):
         if not is_timm_architecture(self.teacher):
             raise UserError(f"--teacher {self.teacher}: timm has no such architecture.")
         check_at_least(self, steps=1, warmup_steps=1, split_steps=0, batch_size=1, dataloader_num_workers=0)
+        by_itself = parse_arguments([f"--use_cpu={self.device == 'cpu'}", "--report_to=none"])
+        self.automatic_precision = precision_of(by_itself)
+
+    @property
+    def rows(self) -> dict[str, tuple[str, Precision | None]]:
+        """The rows of the table by name, each with its contender and precision; `None`: what it takes by itself."""
+        rows: dict[str, tuple[str, Precision | None]] = {}
+        for contender in self.contenders:
+            if contender in PEERS:
+                rows |= self.peer_rows(contender, only=self.precision)
+            else:
+                rows[contender] = contender, "fp32" if contender == PUBLISHED_BASELINE else self.precision
+        return rows
 
 
-def make_arguments(setting: ThroughputSetting, work_dir: str, **flags) -> Arguments:
+def make_arguments(
+    setting: ThroughputSetting, work_dir: str, precision: Precision | None = None, **flags
+) -> Arguments:
     """The arguments of a contender, from flags as train_hf.py takes them."""
     same = ("dataset_name", "image_size", "patch_size", "dataloader_num_workers", "torch_compile")
     flags = {
@@ -117,10 +146,10 @@ def make_arguments(setting: ThroughputSetting, work_dir: str, **flags) -> Argume
         **{name: getattr(setting, name) for name in same},
         "per_device_train_batch_size": setting.batch_size,
         "teacher_model_name_or_path": f"{work_dir}/teacher",
+        "teacher_output_dir": f"{work_dir}/teachers",
         "output_dir": f"{work_dir}/run",
         "use_cpu": setting.device == "cpu",
-        "fp16": setting.precision == "fp16",
-        "bf16": setting.precision == "bf16",
+        **precision_flags(precision),
         "save_strategy": "no",
         "report_to": "none",
         "disable_tqdm": True,
@@ -140,18 +169,19 @@ def main(argv: list[str]) -> int:
         args = make_arguments(setting, work_dir)
         data = load_images(args.images)  # also fills the cache that every process reads
         save_teacher(setting.teacher, args, data)
-        reports: dict[str, list[dict]] = {contender: [] for contender in setting.contenders}
+        reports: dict[str, list[dict]] = {row: [] for row in setting.rows}
         for repeat in range(setting.repeats):
             of_turn = replace(setting, split_steps=setting.split_steps if repeat == 0 else 0)
-            for contender, earlier in reports.items():
+            for row, earlier in reports.items():
                 if not any("failed" in report for report in earlier):
-                    earlier.append(attempt(measure, of_turn, work_dir, contender, time.time()))
+                    earlier.append(attempt(measure, of_turn, work_dir, row, time.time()))
         memory = attempt(measure_memory, setting, work_dir) if setting.measure_memory else {}
     # Of a local folder, its own name alone.
     setting = replace(setting, dataset_name=Path(data.name).name if data.source == "local" else data.name)
-    rows = [summary(contender, found) for contender, found in reports.items()]
+    rows = [summary(row, found) for row, found in reports.items()]
     epochs = memory.get("host_bytes_by_epoch")
-    return finish(setting, began, rows, "throughput", host_bytes_by_epoch=epochs) or int("failed" in memory)
+    result = make_result(setting, began, rows, "throughput", host_bytes_by_epoch=epochs)
+    return finish(result, setting.output_dir) or int("failed" in memory)
 
 
 def save_teacher(architecture: str, args: Arguments, data: ImageData) -> None:
@@ -162,29 +192,55 @@ def save_teacher(architecture: str, args: Arguments, data: ImageData) -> None:
     teacher.save_pretrained(args.teacher.teacher_model_name_or_path)
 
 
-def attempt(function: Callable[..., dict], setting: ThroughputSetting, *args) -> dict:
-    """What the function returns in a fresh process, or `{"failed": why}`."""
-    threads = {"OMP_NUM_THREADS": str(setting.threads), "MKL_NUM_THREADS": str(setting.threads)}
-    try:
-        return in_own_process(function, setting, *args, environment=threads)
-    except Exception as error:  # from any library, or the process was killed
-        traceback.print_exc()
-        return {"failed": first_line(error)[:200]}
-
-
-def measure(setting: ThroughputSetting, work_dir: str, contender: str, started: float) -> dict:
-    """[`StepClock.report`] of the contender."""
+def measure(setting: ThroughputSetting, work_dir: str, row: str, started: float) -> dict:
+    """[`StepClock.report`] of a row's contender, and its precision; of the bare step also what bounds it."""
     torch.set_num_threads(setting.threads)
     set_seed(0)
+    contender, precision = setting.rows[row]
     share = BASELINE_SHARE_OF_STEPS if contender == PUBLISHED_BASELINE else 1
     steps = (setting.warmup_steps, max(1, setting.steps // share), setting.split_steps)
     clock = StepClock(setting.device, setting.batch_size, started, *steps)
     train, flags = CONTENDERS[contender]
-    args = make_arguments(setting, work_dir, **flags, max_steps=clock.steps, eval_strategy="no")
-    train(args, load_images(args.images), clock)
-    report = clock.report()
-    print(f"{contender}: {report['images_per_second']:.1f} images/s", flush=True)
+    with tempfile.TemporaryDirectory(dir=work_dir) as empty:  # for the teacher's logits
+        flags = {**flags, "max_steps": clock.steps, "eval_strategy": "no", "teacher_output_dir": empty}
+        args = make_arguments(setting, work_dir, precision, **flags)
+        train(args, load_images(args.images), clock)
+    report = clock.report() | {"precision": precision_of(args)}
+    if contender == BARE:
+        report |= step_flops(**clock.networks, args=args) | {"product_flops_per_second": product_rate(args, clock)}
+    print(f"{row}: {report['images_per_second']:.1f} images/s", flush=True)
     return report
+
+
+def step_flops(student: torch.nn.Module, teacher: torch.nn.Module, args: Arguments) -> dict[str, int]:
+    """Floating-point operations per image: of the student, forward and backward, and of the teacher."""
+    size, device = args.model.image_size, args.training.device
+    image = torch.zeros(1, 3, size, size, device=device)
+    student = copy.deepcopy(student)
+    student.set_attn_implementation("eager")  # the counter does not know a CPU's fused attention
+    with FlopCounterMode(display=False) as of_student:
+        outputs = student(pixel_values=image)
+        (outputs["class_logits"].sum() + outputs["distillation_logits"].sum()).backward()
+    with FlopCounterMode(display=False) as of_teacher:
+        teacher(image)
+    return {"student_flops": of_student.get_total_flops(), "teacher_flops": of_teacher.get_total_flops()}
+
+
+def product_rate(args: Arguments, clock: StepClock) -> float:
+    """
+    Floating-point operations per second of the student's largest product alone: the tokens of a step, from 192 to 768
+    channels, in the step's precision. Median over at least a second.
+    """
+    num_tokens = (args.model.image_size // args.model.patch_size) ** 2 + len(args.training.mode.tokens)
+    options = {"device": args.training.device, "dtype": DTYPES[precision_of(args)]}
+    tokens = torch.randn(args.training.train_batch_size * num_tokens, 192, **options)
+    weight, bias = torch.randn(768, 192, **options), torch.randn(768, **options)
+    seconds: list[float] = []
+    while len(seconds) < 20 or sum(seconds) < 1:
+        began = clock.now()
+        F.linear(tokens, weight, bias)
+        seconds.append(clock.now() - began)
+    return 2 * tokens.numel() * len(weight) / statistics.median(seconds)
 
 
 def measure_memory(setting: ThroughputSetting, work_dir: str) -> dict:
@@ -197,16 +253,18 @@ def measure_memory(setting: ThroughputSetting, work_dir: str) -> dict:
     return {"host_bytes_by_epoch": clock.host_bytes_by_epoch}
 
 
-def summary(contender: str, reports: list[dict]) -> dict:
+def summary(name: str, reports: list[dict]) -> dict:
     """A row of the table: the spread over a contender's processes."""
     failed = reports[-1].get("failed")
-    row = {"name": contender, "failed": failed}
+    row = {"name": name, "failed": failed}
     if failed:
         return row
-    for name in ("images_per_second", "step_ms", "startup_seconds", "peak_host_bytes", "peak_device_bytes"):
-        values = [report[name] for report in reports]
-        row[name] = None if None in values else spread(values)
-    return row | {"split_ms": reports[0]["split_ms"]}
+    spreads = ("images_per_second", "step_ms", "startup_seconds", "peak_host_bytes", "peak_device_bytes")
+    for key in (*spreads, *(["product_flops_per_second"] if "product_flops_per_second" in reports[0] else [])):
+        values = [report[key] for report in reports]
+        row[key] = None if None in values else spread(values)
+    once = ("split_ms", "precision", "student_flops", "teacher_flops")
+    return row | {key: reports[0][key] for key in once if key in reports[0]}
 
 
 if __name__ == "__main__":

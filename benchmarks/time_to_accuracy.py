@@ -1,0 +1,323 @@
+"""How many minutes of training a DeiT-Ti needs to reach an accuracy: with this project, timm and transformers.
+
+    python benchmarks/time_to_accuracy.py --teacher outputs/teachers/FOLDER
+
+The teacher is one that train_hf.py has fitted with the recipe and `--validation_from_train true`.
+
+Ours has a recipe of its own; timm and transformers have the defaults of timm's train.py and of transformers' guide, in
+float32 and, in a second row, with the machine's half precision switched on. All learn from the same images and the
+same fitted teacher, and are judged on images held out from training. Each trains in its own process. The results are
+written after each; the same command goes on with those that are missing. Run nothing else on the machine meanwhile.
+"""
+
+import json
+import math
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, field
+from functools import partial
+from pathlib import Path
+
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+import torch
+import yaml
+from matplotlib.figure import Figure
+from transformers import TimmWrapperForImageClassification, set_seed
+from transformers.hf_argparser import HfArg
+
+from benchmarks.contenders import autocast, train_as_the_guide, train_ours, train_timm
+from benchmarks.report import file_name, finish, make_result, style_axes, write_result
+from benchmarks.setting import (
+    TIMM,
+    TRANSFORMERS,
+    Precision,
+    Setting,
+    attempt,
+    parse_setting,
+    precision_flags,
+    precision_of,
+    run,
+)
+from benchmarks.step_clock import Clock
+from modeling_deit_ti.arguments import Arguments, check, check_at_least
+from modeling_deit_ti.card.record import folder_name
+from modeling_deit_ti.data import ImageData, load_images
+from modeling_deit_ti.data.inputs import EvalImages, make_image_processor
+from modeling_deit_ti.errors import UserError
+from modeling_deit_ti.fitting import prepare_teacher
+from modeling_deit_ti.parsing import parse_arguments
+
+
+OURS = "ours"
+# The defaults of timm's train.py, as far as train_hf.py has flags for them; see `train_timm` for the others.
+TIMM_DEFAULTS = {
+    "distill_mode": "both",
+    "per_device_train_batch_size": 128,
+    "learning_rate": 0.05,  # 0.1 x batch / 256
+    "weight_decay": 2e-5,
+    "max_grad_norm": 0,
+    "num_train_epochs": 300,
+    "label_smoothing_factor": 0.1,
+    "drop_path_rate": 0,
+    "crop": "resized",
+    "auto_augment": "none",
+    "random_erasing": 0,
+    "mixup": 0,
+    "cutmix": 0,
+}
+CONTENDERS: dict[str, tuple[Callable[[Arguments, ImageData, Clock], None], dict]] = {
+    OURS: (train_ours, {}),
+    TIMM: (partial(train_timm, own_defaults=True), TIMM_DEFAULTS),
+    TRANSFORMERS: (train_as_the_guide, {"distill_mode": "soft", "crop": "none"}),
+}
+
+
+@dataclass
+class TimeSetting(Setting):
+    teacher: str | None = HfArg(
+        default=None,
+        help="Required: the folder of a teacher that train_hf.py has fitted, with --validation_from_train true.",
+    )
+    recipe: str = HfArg(default="recipes/cifar10_quick.yaml", help="Ours; its images and sizes are those of all.")
+    dataset_name: str | None = HfArg(default=None, help="As train_hf.py takes it. Default: the recipe's.")
+    targets: list[float] = HfArg(default_factory=lambda: [0.6, 0.7], help="Accuracies to reach, from 0 to 1.")
+    limit: float = HfArg(default=3.0, help="The others stop after so many times our own time to the highest target.")
+    every_minutes: float = HfArg(default=2.0, help="Evaluate after each epoch, and so often within it.")
+    contenders: list[str] = HfArg(
+        default_factory=lambda: list(CONTENDERS),
+        help="Which to run; ours always runs.",
+        metadata={"choices": list(CONTENDERS)},
+    )
+    image_size: int = field(init=False)  # as the recipe has it
+    patch_size: int = field(init=False)
+
+    def __post_init__(self):
+        super().__post_init__()
+        if self.teacher is None or not Path(self.teacher).is_dir():
+            raise UserError(f"--teacher {self.teacher}: name the folder of a teacher that train_hf.py has fitted.")
+        check_at_least(self, limit=0)
+        check(self, "every_minutes", lambda minutes: minutes > 0, "above 0")
+        self.targets = sorted(self.targets)
+        ours = parse_arguments([f"--config={self.recipe}", f"--use_cpu={self.device == 'cpu'}"])
+        self.dataset_name = self.dataset_name or ours.images.dataset_name
+        self.image_size, self.patch_size = ours.model.image_size, ours.model.patch_size
+
+    @property
+    def rows(self) -> dict[str, tuple[str, Precision | None]]:
+        """The rows of the table by name, each with its contender and precision; `None`: what it takes by itself."""
+        rows: dict[str, tuple[str, Precision | None]] = {OURS: (OURS, None)}
+        for peer in (TIMM, TRANSFORMERS):
+            rows |= self.peer_rows(peer) if peer in self.contenders else {}
+        return rows
+
+    def shown(self) -> dict:
+        """What decides the rows, for the results; of folders the last part alone."""
+        values = {name: value for name, value in asdict(self).items() if name not in ("contenders", "output_dir")}
+        is_folder = Path(self.dataset_name).is_dir()
+        dataset_name = folder_name(self.dataset_name) if is_folder else self.dataset_name
+        teacher, recipe = folder_name(self.teacher), folder_name(self.recipe)
+        return values | {"teacher": teacher, "recipe": recipe, "dataset_name": dataset_name}
+
+
+def make_arguments(setting: TimeSetting, work_dir: str, contender: str, precision: Precision | None) -> Arguments:
+    """A contender's, from flags as train_hf.py takes them. The images are those of our recipe, for all."""
+    images = vars(parse_arguments([f"--config={setting.recipe}", f"--use_cpu={setting.device == 'cpu'}"]).images)
+    flags = {"config": setting.recipe} if contender == OURS else {"patch_size": setting.patch_size}
+    flags |= {name: value for name, value in images.items() if value is not None}
+    flags |= CONTENDERS[contender][1] | precision_flags(precision)
+    flags |= {
+        "dataset_name": setting.dataset_name,
+        "validation_from_train": True,
+        "image_size": setting.image_size,
+        "teacher_model_name_or_path": setting.teacher,
+        "teacher_num_train_epochs": 0,  # it is fitted
+        "teacher_output_dir": f"{work_dir}/teachers",
+        "output_dir": f"{work_dir}/run",
+        "use_cpu": setting.device == "cpu",
+        "eval_strategy": "no",
+        "save_strategy": "no",
+        "report_to": "none",
+        "disable_tqdm": True,
+    }
+    return parse_arguments([f"--{name}={value}" for name, value in flags.items()])
+
+
+# ---- Measurement ----
+
+
+class AccuracyClock(Clock):
+    """
+    The accuracy of the watched student over the minutes of its training, in `curve`. The clock stands while it
+    evaluates: after each epoch, and every `every_minutes` within one. It is done at the accuracy `target` or after
+    `limit_minutes`.
+    """
+
+    def __init__(self, args: Arguments, data: ImageData, target: float, every_minutes: float, limit_minutes: float):
+        self.args, self.target = args, target
+        self.every_minutes, self.limit_minutes = every_minutes, limit_minutes
+        self.images = EvalImages(data.evaluation, make_image_processor(args.model, args.augmentation))
+        self.images_per_epoch = len(data.train)
+        self.began: float | None = None
+        self.paused = 0.0  # seconds
+        self.images_seen = 0
+        self.curve: list[dict] = []
+
+    @property
+    def minutes(self) -> float:
+        return (self.now() - self.began - self.paused) / 60
+
+    def now(self) -> float:
+        if self.args.training.device.type == "cuda":
+            torch.cuda.synchronize()
+        return time.monotonic()
+
+    def on_epoch_begin(self, *_, **__):
+        if self.began is None:
+            self.handle = self.networks["student"].register_forward_pre_hook(self.count, with_kwargs=True)
+            self.began = self.now()
+
+    def count(self, student: torch.nn.Module, args: tuple, kwargs: dict) -> None:
+        if student.training:
+            self.images_seen += len(args[0] if args else kwargs["pixel_values"])
+
+    def on_step_end(self, args=None, state=None, control=None, **_):
+        minutes, last = self.minutes, self.curve[-1]["minutes"] if self.curve else 0.0
+        if minutes >= min(last + self.every_minutes, self.limit_minutes):
+            self.evaluate()
+        if control is not None and self.is_done:
+            control.should_training_stop = True
+
+    def on_epoch_end(self, args=None, state=None, control=None, **_):
+        if not self.curve or self.curve[-1]["images"] < self.images_seen:  # not after the last step already
+            self.evaluate()
+        if control is not None and self.is_done:
+            control.should_training_stop = True
+
+    def evaluate(self) -> None:
+        minutes, paused = self.minutes, self.now()
+        accuracy = (self.own_evaluation or self.accuracy)(self.images)
+        epoch = self.images_seen / self.images_per_epoch
+        self.curve.append({"minutes": minutes, "epoch": epoch, "images": self.images_seen, "accuracy": accuracy})
+        print(f"{minutes:.1f} min, epoch {epoch:.2f}: {accuracy:.2%}", flush=True)
+        self.is_done = accuracy >= self.target or minutes >= self.limit_minutes
+        self.paused += self.now() - paused
+
+    @torch.no_grad()
+    def accuracy(self, images: EvalImages) -> float:
+        """Top-1 of a student of another library, in its own precision."""
+        student = self.networks["student"].eval()
+        right = 0
+        for start in range(0, len(images), 250):
+            batch = images.__getitems__(list(range(start, min(start + 250, len(images)))))
+            with autocast(self.args):
+                output = student(batch["pixel_values"].to(self.args.training.device))
+            logits = output if isinstance(output, torch.Tensor) else output.logits
+            right += (logits.argmax(dim=-1).cpu() == batch["labels"]).sum().item()
+        student.train()
+        return right / len(images)
+
+
+def measure(setting: TimeSetting, row: str, limit_minutes: float) -> dict:
+    """A row's curve, and the minutes to each target, `None` where it was not reached."""
+    torch.set_num_threads(setting.threads)
+    set_seed(0)
+    contender, precision = setting.rows[row]
+    with tempfile.TemporaryDirectory(prefix="time-to-accuracy-") as work_dir:
+        args = make_arguments(setting, work_dir, contender, precision)
+        data = load_images(args.images)
+        clock = AccuracyClock(args, data, setting.targets[-1], setting.every_minutes, limit_minutes)
+        CONTENDERS[contender][0](args, data, clock)
+    to_target = [
+        next((point["minutes"] for point in clock.curve if point["accuracy"] >= target), None)
+        for target in setting.targets
+    ]
+    return {"precision": precision_of(args), "curve": clock.curve, "minutes_to_target": to_target}
+
+
+def plot(rows: list[dict], targets: list[float], file: Path) -> Figure:
+    """Accuracy over minutes, 1500 x 900 pixels, a line per contender."""
+    figure = Figure(figsize=(10, 6), dpi=150, layout="constrained")
+    axes = figure.subplots()
+    # Okabe and Ito's colours can be told apart with any type of colour vision.
+    colours = {OURS: "#D55E00", TIMM: "#0072B2", TRANSFORMERS: "#009E73"}
+    for row in rows:
+        if row["failed"]:
+            continue
+        minutes, accuracies = ([point[key] for point in row["curve"]] for key in ("minutes", "accuracy"))
+        look = {"color": colours[row["name"].partition(",")[0]], "linestyle": "--" if "," in row["name"] else "-"}
+        marker = {"marker": "o" if len(minutes) <= 30 else None, "markersize": 3.5}
+        axes.plot(minutes, accuracies, **look, **marker, label=f"{row['name']} ({row['precision']})")
+    for target in targets:
+        axes.axhline(target, color="#777777", linestyle=":", linewidth=1.2)
+    style_axes(axes, "top-1 on images held out from training", "minutes of training")
+    figure.savefig(file)
+    return figure
+
+
+# ---- The command ----
+
+
+def main(argv: list[str]) -> int:
+    """The exit code: 1 if a contender failed."""
+    setting = parse_setting(TimeSetting, argv, __doc__.splitlines()[0])
+    began = time.monotonic()
+    ours = make_arguments(setting, "", OURS, None)
+    data = load_images(ours.images)  # also fills the cache that every process reads
+    check_teacher(ours, data)
+    facts = {
+        "recipe": yaml.safe_load(Path(setting.recipe).read_text()),
+        "train_images": len(data.train),
+        "held_out_images": len(data.evaluation),
+    }
+
+    def result_of(rows: list[dict]) -> dict:
+        return make_result(setting, began, rows, "time_to_accuracy", **facts) | {"setting": setting.shown()}
+
+    folder = Path(setting.output_dir)
+    file = folder / f"{file_name(result_of([]))}.json"
+    rows = finished_rows(file, result_of([]))
+    for row in setting.rows:
+        if row in {finished["name"] for finished in rows}:
+            print(f"{row}: already finished")
+            continue
+        limit = setting.limit * rows[0]["curve"][-1]["minutes"] if rows else math.inf
+        print(f"{row}, at most {limit:.1f} minutes" if rows else row, flush=True)
+        rows.append({"name": row, "failed": None} | attempt(measure, setting, row, limit))
+        write_result(result_of(rows), folder)
+        plot(rows, setting.targets, file.with_suffix(".png"))
+        if rows[0]["failed"]:  # nothing says how long the others may take
+            break
+    return finish(result_of(rows), setting.output_dir)
+
+
+def check_teacher(args: Arguments, data: ImageData) -> None:
+    """Raises a `UserError` for a teacher that only our trainer could use."""
+    teacher, _, name = prepare_teacher(args, data, make_image_processor(args.model, args.augmentation))
+    is_timm = isinstance(teacher.model, TimmWrapperForImageClassification)
+    is_same_size = teacher.image_size == args.model.image_size
+    if not (is_timm and is_same_size and teacher.same_normalisation and teacher.label_order is None):
+        raise UserError(
+            f"--teacher {name}: must be a timm architecture, fitted to these labels with train_hf.py at "
+            f"{args.model.image_size}x{args.model.image_size} pixels: timm and transformers neither resize images for "
+            "a teacher nor match its labels."
+        )
+
+
+def finished_rows(file: Path, result: dict) -> list[dict]:
+    """The rows that an earlier run of the same settings on the same machine has left; ours must be among them."""
+    if not file.is_file():
+        return []
+    earlier = json.loads(file.read_text())
+    same = ("hardware", "processor", "versions", "setting", "recipe", "train_images", "held_out_images")
+    if any(earlier[key] != json.loads(json.dumps(result[key])) for key in same):
+        return []
+    rows = [row for row in earlier["rows"] if not row["failed"]]
+    return rows if rows and rows[0]["name"] == OURS else []
+
+
+if __name__ == "__main__":
+    run(main)
