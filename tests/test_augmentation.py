@@ -13,6 +13,7 @@ from timm.data import create_transform
 from timm.data.auto_augment import LEVEL_TO_ARG, NAME_TO_OP, rand_augment_transform
 from timm.data.random_erasing import RandomErasing
 from timm.data.transforms import RandomResizedCropAndInterpolation
+from torch.utils._python_dispatch import TorchDispatchMode
 from torchvision.transforms import functional as TF
 
 from modeling_deit_ti.arguments import AugmentationArguments, ModelArguments
@@ -470,6 +471,27 @@ def test_an_image_does_not_depend_on_its_batch(images, crop, size):
     for parts in (1, 7):
         split = [augment(*part) for part in zip(images.split(parts), seeds.split(parts), strict=True)]
         assert torch.equal(torch.cat(split), together), parts
+
+
+class CountKernels(TorchDispatchMode):
+    """Counts what does more than describe a tensor's memory anew: on a GPU, each of these launches a kernel."""
+
+    count = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        self.count += not func.is_view
+        return func(*args, **(kwargs or {}))
+
+
+def test_a_larger_batch_launches_no_more_kernels(images):
+    """Of these operations about 240 draw the parameters; they stay on the CPU."""
+    counts = []
+    for repeats in (4, 8):
+        batch = images.repeat(repeats, 1, 1, 1)
+        with CountKernels() as kernels:
+            augmentation()(batch, torch.arange(len(batch)))
+        counts.append(kernels.count)
+    assert counts[0] == counts[1] < 720
 
 
 def test_the_seed_decides_alone(images):
