@@ -1,8 +1,8 @@
 """Training augmentation of whole uint8 batches, on the device that trains.
 
 The recipe is DeiT's, as timm's `create_transform(is_training=True, interpolation="bicubic", re_mode="pixel")` builds
-it for one PIL image. Here every step takes a batch `(B, 3, H, W)` and one set of parameters per image, so that it
-costs a few kernels for any number of images.
+it for one PIL image. Here every step takes a batch `(B, 3, H, W)` and one set of parameters per image, so that all of
+them together launch about 400 kernels for any number of images.
 
 - Everything random about an image is a function of its seed alone (a counter-based generator without state), so that
   neither batch size, workers nor processes change it.
@@ -15,13 +15,12 @@ costs a few kernels for any number of images.
 import contextlib
 import math
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from timm.data.auto_augment import rand_augment_transform
-from torchvision.transforms.v2.functional import equalize
 from transformers import DeiTImageProcessor
 
 from ..arguments import AugmentationArguments
@@ -41,15 +40,15 @@ def mix_bits(bits: torch.Tensor) -> torch.Tensor:
     return bits ^ ((bits >> 31) & (2**33 - 1))
 
 
-def random_bits(seeds: torch.Tensor, stream: int, counters: torch.Tensor) -> torch.Tensor:
-    """64 random bits, as int64, for each pair of the int64 tensors `seeds` and `counters` (broadcast together)."""
-    # Seeds are mixed first: neighbours, such as dataset indices, must not give overlapping counter sequences.
-    return mix_bits(mix_bits(seeds) + ((stream << 40) + counters + 1) * (0x9E3779B97F4A7C15 - 2**64))
+def random_bits(mixed_seeds: torch.Tensor, stream: int, counters: torch.Tensor) -> torch.Tensor:
+    """64 random bits, as int64, for each pair of `mixed_seeds` and `counters` (int64, broadcast together)."""
+    # Seeds are mixed before: neighbours, such as dataset indices, must not give overlapping counter sequences.
+    return mix_bits(mixed_seeds + (counters + ((stream << 40) + 1)) * (0x9E3779B97F4A7C15 - 2**64))
 
 
 def random_uniform(seeds: torch.Tensor, stream: int, *shape: int) -> torch.Tensor:
     """Uniform float64 numbers in [0, 1), `(B, *shape)`, for seeds `(B,)`."""
-    bits = random_bits(seeds[:, None], stream, torch.arange(math.prod(shape), device=seeds.device))
+    bits = random_bits(mix_bits(seeds)[:, None], stream, torch.arange(math.prod(shape), device=seeds.device))
     return ((bits >> 11) & (2**53 - 1)).double().mul_(2.0**-53).view(len(seeds), *shape)
 
 
@@ -114,12 +113,12 @@ def bicubic_weights(
     outputs = torch.where(flips[:, None, None], size - 1 - outputs, outputs)
     scale = extents / size
     inputs = torch.arange(length, device=starts.device, dtype=torch.float32)[None, None, :] + 0.5
-    distance = ((inputs - (starts + (outputs + 0.5) * scale)) / scale.clamp(min=1)).abs_()  # (B, size, length)
+    distance = (inputs - (starts + (outputs + 0.5) * scale)).div_(scale.clamp(min=1)).abs_()  # (B, size, length)
     # Keys' cubic, a = -1/2: one polynomial up to distance 1, another from there to 2. Both are 0 at 1, the second also
     # at 2, and clamped there: their sum is the cubic.
     near, far = distance.clamp(max=1), distance.clamp_(1, 2)
-    weights = ((1.5 * near - 2.5) * near).mul_(near).add_(1)
-    weights += ((-0.5 * far + 2.5) * far).sub_(4).mul_(far).add_(2)
+    weights = (near * 1.5).sub_(2.5).mul_(near).mul_(near).add_(1)
+    weights += (far * -0.5).add_(2.5).mul_(far).sub_(4).mul_(far).add_(2)
     weights *= (inputs > starts) & (inputs < starts + extents)
     weights /= weights.sum(dim=-1, keepdim=True)
     # Fixed point, as in Pillow, but 15 bits: 8-bit pixels times these add up exactly in float32, so that the result
@@ -146,14 +145,15 @@ def resize(images: torch.Tensor, boxes: torch.Tensor, size: int, flips: torch.Te
     `(B, 3, H, W)` to `(B, 3, size, size)` uint8; boxes `(B, 4)` in pixels; flips `(B,)` bool; all on one device.
     """
     batch, _, height, width = images.shape
-    top, left, box_height, box_width = boxes.unbind(dim=1)
-    columns = bicubic_weights(left, box_width, width, size, flips)
-    rows = bicubic_weights(top, box_height, height, size, torch.zeros_like(flips))
+    # Rows and columns at once: twice the batch. What an axis is too short for has no weight.
+    starts, extents = boxes.T.reshape(2, 2 * batch)
+    flips = torch.cat((torch.zeros_like(flips), flips))
+    rows, columns = bicubic_weights(starts, extents, max(height, width), size, flips).chunk(2)
     # Channels between rows and columns: then both products take one matrix per image.
     pixels = images.transpose(1, 2).to(torch.float32, memory_format=torch.contiguous_format)
-    pixels = torch.bmm(pixels.view(batch, height * 3, width), columns.transpose(1, 2))
+    pixels = torch.bmm(pixels.view(batch, height * 3, width), columns[..., :width].transpose(1, 2))
     pixels = pixels.add_(0.5).floor_().clamp_(0, 255)
-    pixels = torch.bmm(rows, pixels.view(batch, height, 3 * size))
+    pixels = torch.bmm(rows[..., :height], pixels.view(batch, height, 3 * size))
     pixels = pixels.add_(0.5).clamp_(0, 255)
     pixels = pixels.view(batch, size, 3, size).transpose(1, 2)
     return pixels.to(torch.uint8, memory_format=torch.contiguous_format)
@@ -174,63 +174,61 @@ def shifted_crop(images: torch.Tensor, offsets: torch.Tensor, padding: int, flip
 
 
 # ---- RandAugment's operations, as in Pillow ----
-# From `(b, 3, S, S)` uint8 images and an argument for each, `(b, 1, 1, 1)` float64, to new images.
+# Four functions share them, so that one kernel serves several operations. They change `(b, 3, S, S)` uint8 images in
+# place, sorted by operation (`counts` of each). Every image has an argument, `(b, 1, 1, 1)` float64; `fill` is the
+# colour beyond an edge, `(3, 1, 1)` uint8.
 
 
-def blend(degenerate: torch.Tensor, images: torch.Tensor, factor: torch.Tensor) -> torch.Tensor:
-    """`PIL.Image.blend`: from `degenerate` (factor 0) through the image (1) and beyond; fractions are cut off."""
-    degenerate = degenerate.float()
-    return (images - degenerate).mul_(factor.float()).add_(degenerate).clamp_(0, 255).to(torch.uint8)
+def look_up(images: torch.Tensor, counts: list[int], arguments: torch.Tensor, _: torch.Tensor) -> None:
+    """AutoContrast, Equalize, Posterize, Invert, Solarize, SolarizeAdd: a table per channel, and one gather."""
+    pixels = images.flatten(2)
+    index = pixels.long()
+    values = torch.arange(256, dtype=torch.uint8, device=images.device)
+    stretched, equalized = counts[0], counts[0] + counts[1]
+    lowest, highest = pixels[:equalized].aminmax(dim=2, keepdim=True)
+
+    low, high = lowest[:stretched].double(), highest[:stretched].double()
+    # float64, and these operations in this order: where Pillow's 255 comes out as 254.99, it cuts that off to 254.
+    # (`255 / tensor` would not do: torch multiplies by the reciprocal.)
+    scale = torch.tensor(255.0) / (high - low)
+    table = (values * scale).sub_(low * scale).clamp_(0, 255).to(torch.uint8)
+    tables = [torch.where(high > low, table, values)]
+
+    places = index[stretched:equalized]
+    histogram = torch.zeros(counts[1], 3, 256, dtype=torch.int64, device=images.device)
+    histogram.scatter_add_(2, places, histogram.new_ones(()).expand_as(places))
+    below = histogram.cumsum(dim=2).sub_(histogram)  # how many pixels have a lower value
+    step = below.gather(2, highest[stretched:].long()) // 255
+    table = (below + step // 2).div_(step.clamp(min=1), rounding_mode="floor").clamp_(max=255).to(torch.uint8)
+    tables.append(torch.where(step > 0, table, values))
+
+    bits, threshold, addend = arguments[equalized:, 0].short().split([counts[2], counts[3] + counts[4], counts[5]])
+    posterized = values & torch.bitwise_right_shift(-256, bits).to(torch.uint8)
+    solarized = torch.where(values < threshold, values, values.bitwise_not())  # inverted, where the argument is 0
+    added = torch.where(values < 128, (values + addend).clamp_(max=255).to(torch.uint8), values)
+    tables += [table.expand(-1, 3, -1) for table in (posterized, solarized, added)]
+    torch.gather(torch.cat(tables), 2, index, out=pixels)
 
 
-def grey(images: torch.Tensor) -> torch.Tensor:
-    """`PIL.Image.convert("L")`, ITU-R 601-2 luma in 16-bit fixed point: `(b, 1, S, S)` int32."""
-    red, green, blue = images.int().split(1, dim=1)
-    return (red * 19595 + green * 38470 + blue * 7471 + 2**15) >> 16
-
-
-def color(images: torch.Tensor, factor: torch.Tensor) -> torch.Tensor:
-    return blend(grey(images), images, factor)
-
-
-def contrast(images: torch.Tensor, factor: torch.Tensor) -> torch.Tensor:
-    total, pixels = grey(images).sum(dim=(1, 2, 3), keepdim=True), images[0, 0].numel()
-    return blend((2 * total + pixels) // (2 * pixels), images, factor)  # the mean, rounded half up
-
-
-def brightness(images: torch.Tensor, factor: torch.Tensor) -> torch.Tensor:
-    return (images * factor.float()).clamp_(max=255).to(torch.uint8)
-
-
-def sharpness(images: torch.Tensor, factor: torch.Tensor) -> torch.Tensor:
-    """Away from Pillow's `SMOOTH` filter: a 3x3 mean with weight 5 of 13 at its centre, the border left alone."""
-    smooth = images.float()
+def blend(images: torch.Tensor, counts: list[int], arguments: torch.Tensor, _: torch.Tensor) -> None:
+    """Brightness, Contrast, Color, Sharpness: away from black, the mean grey, the grey image and the smooth image."""
+    degenerate = images.float()
+    black, flat, grey, smooth = degenerate.split(counts)
+    # `PIL.Image.convert("L")`: ITU-R 601-2 luma in 16-bit fixed point, of which float32 holds every digit.
+    red, green, blue = degenerate[counts[0] : sum(counts[:3])].split(1, dim=1)
+    luma = (red * (19595 / 2**16)).add_(green, alpha=38470 / 2**16).add_(blue, alpha=7471 / 2**16).add_(0.5).floor_()
+    area = images.shape[2] * images.shape[3]
+    total = luma[: counts[1]].sum(dim=(1, 2, 3), keepdim=True, dtype=torch.float64)
+    flat.copy_(total.add_(area / 2).div_(area, rounding_mode="floor"))
+    grey.copy_(luma[counts[1] :])
+    black.zero_()
+    # Pillow's `SMOOTH` filter: a 3x3 mean with weight 5 of 13 at its centre, the border left alone.
     total = smooth[:, :, :-2] + smooth[:, :, 1:-1] + smooth[:, :, 2:]
     total = total[..., :-2] + total[..., 1:-1] + total[..., 2:]
     centre = smooth[:, :, 1:-1, 1:-1]
     centre.copy_(total.add_(centre, alpha=4).add_(6.5).div_(13).floor_())
-    return blend(smooth, images, factor)
-
-
-def auto_contrast(images: torch.Tensor, _: torch.Tensor) -> torch.Tensor:
-    low, high = images.amin(dim=(2, 3), keepdim=True).double(), images.amax(dim=(2, 3), keepdim=True).double()
-    # float64, and these operations in this order: where Pillow's 255 comes out as 254.99, it cuts that off to 254.
-    # (`255 / tensor` would not do: torch multiplies by the reciprocal.)
-    scale = torch.full_like(high, 255).div_(high - low)
-    stretched = (images * scale).add_(-low * scale).clamp_(0, 255).to(torch.uint8)
-    return torch.where(high > low, stretched, images)
-
-
-def posterize(images: torch.Tensor, bits: torch.Tensor) -> torch.Tensor:
-    return images & torch.bitwise_right_shift(0xFF00, bits.int()).bitwise_and_(0xFF).to(torch.uint8)
-
-
-def solarize(images: torch.Tensor, threshold: torch.Tensor) -> torch.Tensor:
-    return torch.where(images < threshold.short(), images, images.bitwise_not())
-
-
-def solarize_add(images: torch.Tensor, addend: torch.Tensor) -> torch.Tensor:
-    return torch.where(images < 128, (images.short() + addend.short()).clamp_(max=255).to(torch.uint8), images)
+    # `PIL.Image.blend`: factor 0 gives the degenerate image, 1 the image. Fractions are cut off.
+    images.copy_((images - degenerate).mul_(arguments.float()).add_(degenerate).clamp_(0, 255))
 
 
 def cubic(p0: torch.Tensor, p1: torch.Tensor, p2: torch.Tensor, p3: torch.Tensor, at: torch.Tensor) -> torch.Tensor:
@@ -244,65 +242,75 @@ def cubic(p0: torch.Tensor, p1: torch.Tensor, p2: torch.Tensor, p3: torch.Tensor
     return second.sub_(third.mul_(at)).mul_(at).add_(p2).sub_(p0).mul_(at).add_(p1)
 
 
-def slide_rows(images: torch.Tensor, shifts: torch.Tensor, fill: torch.Tensor) -> torch.Tensor:
-    """Every row moved left by its own shift `(b, 1, S or 1, 1)` in pixels, bicubic; `fill` where the image ends."""
-    _, channels, height, width = images.shape
+def slide(images: torch.Tensor, counts: list[int], arguments: torch.Tensor, fill: torch.Tensor) -> None:
+    """TranslateX, ShearX, ShearY, TranslateY: rows, or columns, move by themselves, bicubic; `fill` where they end."""
+    size, sheared, along_x = images.shape[3], slice(counts[0], sum(counts[:3])), sum(counts[:2])
+    rows = torch.cat((images[:along_x], images[along_x:].mT))
+    centres = torch.arange(0.5, size, device=images.device)
+    shifts = (arguments * size).float().repeat(1, 1, size, 1)  # to the left, in pixels: (b, 1, S, 1)
+    torch.mul(arguments[sheared].float(), centres[:, None], out=shifts[sheared])
     whole = shifts.floor()
-    # All that a row reads, its four neighbours a pixel included: (b, 1, S, width + 3).
-    columns = torch.arange(-1, width + 2, device=images.device) + whole.long()
-    pixels = images.gather(3, columns.clamp_(0, width - 1).expand(-1, channels, height, -1)).float()
-    taps = (pixels[..., i : i + width] for i in range(4))
-    slid = cubic(*taps, at=shifts - whole).clamp_(0, 255).to(torch.uint8)
-    centres = torch.arange(0.5, width, device=images.device) + shifts
-    return torch.where((centres >= 0) & (centres < width), slid, fill)
+    # All that a row reads, its four neighbours a pixel included: (b, 1, S, S + 3).
+    columns = torch.arange(-1, size + 2, device=images.device) + whole.long()
+    pixels = rows.gather(3, columns.clamp_(0, size - 1).expand(-1, 3, -1, -1)).float()
+    slid = cubic(*pixels.unfold(3, size, 1).unbind(dim=3), at=shifts - whole).clamp_(0, 255)
+    sources = centres + shifts
+    slid = torch.where((sources >= 0) & (sources < size), slid, fill)
+    images[:along_x] = slid[:along_x]
+    images[along_x:] = slid[along_x:].mT
 
 
-def shear_x(images: torch.Tensor, factor: torch.Tensor, fill: torch.Tensor) -> torch.Tensor:
-    rows = torch.arange(0.5, images.shape[2], device=images.device)[:, None]
-    return slide_rows(images, factor.float() * rows, fill)
-
-
-def translate_x(images: torch.Tensor, fraction: torch.Tensor, fill: torch.Tensor) -> torch.Tensor:
-    return slide_rows(images, (fraction * images.shape[3]).float(), fill)
-
-
-def along_y(operation: Callable[..., torch.Tensor]) -> Callable[..., torch.Tensor]:
-    return lambda images, argument, fill: operation(images.transpose(2, 3), argument, fill).transpose(2, 3)
-
-
-def rotate(images: torch.Tensor, degrees: torch.Tensor, fill: torch.Tensor) -> torch.Tensor:
-    """Counter-clockwise about the centre, bicubic over 4 x 4 neighbours."""
-    batch, channels, height, width = images.shape
+def rotate(images: torch.Tensor, _: list[int], degrees: torch.Tensor, fill: torch.Tensor) -> None:
+    """Rotate: counter-clockwise about the centre, bicubic over 4 x 4 neighbours."""
+    batch, channels, size, _ = images.shape
     radians = torch.deg2rad(degrees)
     cosine, sine = radians.cos().float(), radians.sin().float()
-    x = torch.arange(0.5 - width / 2, width / 2, device=images.device)
-    y = torch.arange(0.5 - height / 2, height / 2, device=images.device)[:, None]
-    source_x, source_y = cosine * x - sine * y + width / 2, sine * x + cosine * y + height / 2  # (b, 1, S, S)
-    left, top = (source_x - 0.5).floor(), (source_y - 0.5).floor()
-    at_x, at_y = source_x - 0.5 - left, source_y - 0.5 - top
-    neighbours = torch.arange(-1, 3, device=images.device)[:, None, None]
-    columns = (left.long() + neighbours).clamp_(0, width - 1)  # (b, 4, S, S)
-    flat, lines = images.flatten(2), []
-    for i in range(-1, 3):
-        index = columns + (top.long() + i).clamp_(0, height - 1) * width
-        pixels = flat.gather(2, index.view(batch, 1, -1).expand(-1, channels, -1)).float()
-        lines.append(cubic(*pixels.view(batch, channels, 4, height, width).unbind(dim=2), at=at_x))
-    rotated = cubic(*lines, at=at_y).clamp_(0, 255).to(torch.uint8)
-    inside = (source_x >= 0) & (source_x < width) & (source_y >= 0) & (source_y < height)
-    return torch.where(inside, rotated, fill)
+    x = torch.arange(0.5 - size / 2, size / 2, device=images.device)
+    y = x[:, None]
+    sources = torch.stack((cosine * x - sine * y, sine * x + cosine * y)).add_(size / 2)  # x and y: (2, b, 1, S, S)
+    inside = ((sources >= 0) & (sources < size)).all(dim=0)
+    positions = sources.sub_(0.5)
+    whole = positions.floor()
+    at_x, at_y = positions.sub_(whole)
+    columns, lines = (whole.long() + torch.arange(-1, 3, device=images.device)[:, None, None]).clamp_(0, size - 1)
+    index = (lines * size)[:, :, None] + columns[:, None]  # (b, 4, 4, S, S)
+    pixels = images.flatten(2).gather(2, index.view(batch, 1, -1).expand(-1, channels, -1)).float()
+    pixels = pixels.view(batch, channels, 4, 4, size, size)
+    pixels = cubic(*pixels.unbind(dim=3), at=at_x[:, :, None])
+    rotated = cubic(*pixels.unbind(dim=2), at=at_y).clamp_(0, 255)
+    images.copy_(torch.where(inside, rotated, fill))
+
+
+# Which operations a function performs, and the order that images are sorted in.
+OPERATIONS_OF = {
+    look_up: ["AutoContrast", "Equalize", "Posterize", "Invert", "Solarize", "SolarizeAdd"],
+    blend: ["Brightness", "Contrast", "Color", "Sharpness"],
+    slide: ["TranslateXRel", "ShearX", "ShearY", "TranslateYRel"],
+    rotate: ["Rotate"],
+}
+ORDER = [name for names in OPERATIONS_OF.values() for name in names]
+
+
+def apply_operations(images: torch.Tensor, counts: list[int], arguments: torch.Tensor, fill: torch.Tensor) -> None:
+    """All operations: `counts` are of those in `ORDER`."""
+    for function, names in OPERATIONS_OF.items():
+        own, counts = counts[: len(names)], counts[len(names) :]
+        batch = sum(own)
+        if batch > 0:
+            function(images[:batch], own, arguments[:batch], fill)
+        images, arguments = images[batch:], arguments[batch:]
 
 
 # ---- RandAugment (Cubuk et al. 2020, arXiv:1909.13719), timm's variant ----
 
 
 class Operation(NamedTuple):
-    """One of RandAugment's operations, and how a magnitude m (0 to 10) becomes its argument (timm's `LEVEL_TO_ARG`).
+    """How a magnitude m (0 to 10) becomes the argument of one of RandAugment's operations (timm's `LEVEL_TO_ARG`).
 
     It is start + step * m / 10, or by chance start - step * m / 10 where `random_sign` is set, within [lowest,
     highest]. If `whole`, what is added is truncated to an integer.
     """
 
-    apply: Callable[..., torch.Tensor]
     start: float = 0.0
     step: float = 0.0
     random_sign: bool = False
@@ -312,39 +320,28 @@ class Operation(NamedTuple):
 
 
 GEOMETRIC = {
-    "Rotate": Operation(rotate, step=30.0, random_sign=True),
-    "ShearX": Operation(shear_x, step=0.3, random_sign=True),
-    "ShearY": Operation(along_y(shear_x), step=0.3, random_sign=True),
-    "TranslateXRel": Operation(translate_x, step=0.45, random_sign=True),
-    "TranslateYRel": Operation(along_y(translate_x), step=0.45, random_sign=True),
+    "Rotate": Operation(step=30.0, random_sign=True),
+    **dict.fromkeys(("ShearX", "ShearY"), Operation(step=0.3, random_sign=True)),
+    **dict.fromkeys(("TranslateXRel", "TranslateYRel"), Operation(step=0.45, random_sign=True)),
 }
-UNGRADED = {
-    "AutoContrast": Operation(auto_contrast),
-    "Equalize": Operation(lambda images, _: equalize(images)),
-    "Invert": Operation(lambda images, _: images.bitwise_not()),
-}
+ENHANCEMENTS = ("Color", "Contrast", "Brightness", "Sharpness")
+UNGRADED = dict.fromkeys(("AutoContrast", "Equalize", "Invert"), Operation())
 # `inc1`: the larger the magnitude, the stronger the change (timm's `_RAND_INCREASING_TRANSFORMS`).
 INCREASING_OPERATIONS = {
     **UNGRADED,
-    "PosterizeIncreasing": Operation(posterize, start=4, step=-4, whole=True, lowest=0),
-    "SolarizeIncreasing": Operation(solarize, start=256, step=-256, whole=True, lowest=0),
-    "SolarizeAdd": Operation(solarize_add, step=110, whole=True, highest=128),
-    "ColorIncreasing": Operation(color, start=1.0, step=0.9, random_sign=True, lowest=0.1),
-    "ContrastIncreasing": Operation(contrast, start=1.0, step=0.9, random_sign=True, lowest=0.1),
-    "BrightnessIncreasing": Operation(brightness, start=1.0, step=0.9, random_sign=True, lowest=0.1),
-    "SharpnessIncreasing": Operation(sharpness, start=1.0, step=0.9, random_sign=True, lowest=0.1),
+    "PosterizeIncreasing": Operation(start=4, step=-4, whole=True, lowest=0),
+    "SolarizeIncreasing": Operation(start=256, step=-256, whole=True, lowest=0),
+    "SolarizeAdd": Operation(step=110, whole=True, highest=128),
+    **{f"{name}Increasing": Operation(1.0, step=0.9, random_sign=True, lowest=0.1) for name in ENHANCEMENTS},
     **GEOMETRIC,
 }
 # `inc0`: the ranges of the first implementations (timm's `_RAND_TRANSFORMS`).
 PLAIN_OPERATIONS = {
     **UNGRADED,
-    "Posterize": Operation(posterize, step=4, whole=True, highest=8),
-    "Solarize": Operation(solarize, step=256, whole=True, highest=256),
-    "SolarizeAdd": Operation(solarize_add, step=110, whole=True, highest=128),
-    "Color": Operation(color, start=0.1, step=1.8),
-    "Contrast": Operation(contrast, start=0.1, step=1.8),
-    "Brightness": Operation(brightness, start=0.1, step=1.8),
-    "Sharpness": Operation(sharpness, start=0.1, step=1.8),
+    "Posterize": Operation(step=4, whole=True, highest=8),
+    "Solarize": Operation(step=256, whole=True, highest=256),
+    "SolarizeAdd": Operation(step=110, whole=True, highest=128),
+    **dict.fromkeys(ENHANCEMENTS, Operation(start=0.1, step=1.8)),
     **GEOMETRIC,
 }
 
@@ -392,7 +389,7 @@ def draw_operations(settings: RandAugment, seeds: torch.Tensor) -> tuple[torch.T
         magnitude = settings.magnitude + settings.magnitude_std * normal
     magnitude = magnitude.clamp(0, settings.magnitude_max)
 
-    rules = torch.tensor([operation[1:] for operation in settings.operations.values()], dtype=torch.float64)
+    rules = torch.tensor(list(settings.operations.values()), dtype=torch.float64)
     start, step, random_sign, whole, lowest, highest = rules[chosen].unbind(dim=-1)
     change = magnitude / 10 * step
     change = torch.where(whole.bool(), change.trunc(), change)
@@ -408,17 +405,16 @@ def rand_augment(images: torch.Tensor, settings: RandAugment, seeds: torch.Tenso
     """
     chosen, arguments = draw_operations(settings, seeds)
     # Sorted by operation, the images of one are a slice: the CPU knows the slices, the device needs only the order.
-    chosen, order = chosen.sort(dim=0)
+    places = [ORDER.index(name.removesuffix("Increasing")) for name in settings.operations]
+    chosen, order = torch.tensor([*places, len(ORDER)])[chosen].sort(dim=0)
     arguments = arguments.gather(0, order)[..., None, None, None].to(images.device, non_blocking=True)
     order = order.to(images.device, non_blocking=True)
     for layer in range(settings.layers):
-        counts = chosen[:, layer].bincount(minlength=len(settings.operations) + 1).tolist()
-        groups = order[:, layer].split(counts), arguments[:, layer].split(counts)
-        # The last of the groups, one more than the operations, is of images that none is applied to.
-        for (name, operation), index, argument in zip(settings.operations.items(), *groups, strict=False):
-            if len(index) > 0:
-                beyond = (fill,) if name in GEOMETRIC else ()
-                images.index_copy_(0, index, operation.apply(images.index_select(0, index), argument, *beyond))
+        counts = chosen[:, layer].bincount(minlength=len(ORDER)).tolist()[: len(ORDER)]
+        index = order[: sum(counts), layer]  # without the images that no operation is applied to, the last ones
+        changed = images.index_select(0, index)
+        apply_operations(changed, counts, arguments[:, layer], fill)
+        images.index_copy_(0, index, changed)
     return images
 
 
@@ -444,13 +440,13 @@ def erase(
     top, left, height, width = boxes.long()[which].unbind(dim=1)
     areas = height * width
     total = int(areas.sum())
-    plan = torch.stack((which, top, left, width, areas.cumsum(0) - areas, seeds[which], areas), dim=1)
+    plan = torch.stack((which, top, left, width, areas.cumsum(0) - areas, mix_bits(seeds[which]), areas), dim=1)
     plan = plan.to(images.device, non_blocking=True)
     owner = torch.repeat_interleave(plan[:, -1], output_size=total)  # (total,): the box that an erased pixel lies in
     image, top, left, width, first, seed, _ = plan[owner].unbind(dim=1)
     place = torch.arange(total, device=images.device) - first
     bits = random_bits(seed, NOISE_STREAM, place)  # 64 per pixel: 16 per channel, and 16 to spare
-    noise = normal[torch.stack([(bits >> shift) & 0xFFFF for shift in (0, 16, 32)], dim=1)]
+    noise = normal[bits[:, None].view(torch.int16)[:, :3].long()]  # a negative index counts from the end
     images[image, :, top + place // width, left + place % width] = noise.to(images.dtype)
 
 
