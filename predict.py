@@ -22,11 +22,11 @@ from transformers.utils import logging as transformers_logging
 from modeling_deit_ti.arguments import check_at_least
 from modeling_deit_ti.classifiers import check_complete, load_classifier, load_image_processor
 from modeling_deit_ti.data.decoding import decode_image
+from modeling_deit_ti.device import PRECISION_NAMES, autocast, automatic_precision
 from modeling_deit_ti.errors import UserError, first_line
-from modeling_deit_ti.precision import NAMES, autocast, automatic_precision
 
 
-PRECISIONS = {name: precision for precision, name in NAMES.items()}
+PRECISIONS = {name: precision for precision, name in PRECISION_NAMES.items()}
 
 
 def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:

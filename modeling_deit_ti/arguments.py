@@ -13,10 +13,10 @@ from transformers.utils import is_torch_tf32_available
 
 from .classifiers import is_timm_architecture
 from .configuration_deit_ti import READOUTS
+from .device import HALF_DTYPES, automatic_precision
 from .distillation import MODES, resolve_mode
 from .errors import UserError
 from .muon import muon_options
-from .precision import HALF_DTYPES, automatic_precision
 
 
 DEFAULT_TEACHER = "regnetx_004"

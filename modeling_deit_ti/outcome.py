@@ -20,10 +20,10 @@ from .card import (
 from .card.markdown import duration
 from .data import ImageData
 from .data.decoding import read_image
+from .device import PRECISION_NAMES
 from .errors import StorageError, first_line
 from .interop import export_onnx, save_timm, save_transformers
 from .modeling_deit_ti import DeiTTiForImageClassification
-from .precision import NAMES
 from .trainer import DistillationTrainer
 
 
@@ -78,7 +78,7 @@ def describe_run(
     }
     if images.streaming:
         hyperparameters |= {"streaming": True, "shuffle_buffer_size": images.shuffle_buffer_size}
-    hyperparameters |= {"precision": NAMES[training.mixed_precision], "num_processes": training.world_size}
+    hyperparameters |= {"precision": PRECISION_NAMES[training.mixed_precision], "num_processes": training.world_size}
     # `accelerate launch` leaves its settings in the environment.
     launcher = ["accelerate", "launch"] if "ACCELERATE_MIXED_PRECISION" in os.environ else ["python"]
     return RunRecord(

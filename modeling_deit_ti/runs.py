@@ -9,12 +9,12 @@ from .classifiers import check_takes_images, label_maps, new_timm_classifier
 from .configuration_deit_ti import DeiTTiConfig
 from .data import ImageData
 from .data.inputs import EvalImages, make_train_images
+from .device import PRECISION_NAMES, automatic_precision, is_faster_in_eager_attention, keep_freed_memory
 from .errors import UserError, first_line
 from .initialization import start_from_mimetic_attention, start_from_sincos_positions
 from .interop import load_student
 from .modeling_deit_ti import DeiTTiForImageClassification
 from .outcome import save_exports, write_reports
-from .precision import NAMES, automatic_precision, is_faster_in_eager_attention
 from .teacher import Teacher
 from .teacher_cache import TeacherCache
 from .trainer import DistillationTrainer
@@ -122,6 +122,8 @@ def build_trainer(
         UserError: if the images cannot be augmented as asked, or the Trainer refuses a flag.
     """
     training = args.training
+    if training.device.type == "cpu":
+        keep_freed_memory()
     if isinstance(network, DeiTTiForImageClassification):
         num_tokens = network.deit_ti.embeddings.position_embeddings.shape[1]
         if is_faster_in_eager_attention(training.device, training.mixed_precision, num_tokens):
@@ -183,7 +185,7 @@ def train_and_save(
         trainer.log(evaluation)  # the log ends with the results, whether or not they were measured in training
     else:
         evaluation = trainer.evaluate(images)
-    metrics = train | evaluation | {"precision": NAMES[trainer.args.mixed_precision]}
+    metrics = train | evaluation | {"precision": PRECISION_NAMES[trainer.args.mixed_precision]}
     if teacher is not None:
         metrics |= {"teacher_accuracy": teacher.accuracy, "teacher_path": teacher_path}
     if trainer.teacher_cache is not None:

@@ -30,10 +30,9 @@ from accelerate.utils import DynamoBackend, TorchDynamoPlugin
 from .arguments import Arguments
 from .data import ImageData
 from .data.sampling import TrainSampler
+from .device import HostCopy, teacher_dtype, to_device
 from .errors import UserError, first_line
-from .precision import teacher_dtype
 from .teacher import Teacher, digest_of, teacher_folder_name
-from .transfer import HostCopy, to_device
 
 
 logger = logging.getLogger(__name__)

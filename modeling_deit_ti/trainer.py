@@ -18,12 +18,11 @@ from .checkpoints import save_settings, seal
 from .data.inputs import normalised
 from .data.sampling import TrainSampler, collate_images
 from .data.streaming import UnreadableRow
+from .device import HostCopy, teacher_dtype
 from .distillation import DistillMode, LossParts, distillation_loss, label_loss
 from .interruption import Interrupted, StopRequest, name_of
 from .modeling_deit_ti import DeiTTiForImageClassification
 from .muon import make_muon
-from .precision import teacher_dtype
-from .transfer import HostCopy
 
 
 METRIC = Path(__file__).parent / "metrics" / "top_k_accuracy.py"

@@ -13,9 +13,9 @@ from test_teacher_cache import Epoch, assert_same, digits, epoch, make_trainer, 
 from transformers import TrainerControl
 
 from modeling_deit_ti.data.streaming import StreamedImages
+from modeling_deit_ti.device import HostCopy
 from modeling_deit_ti.distillation import LossParts
 from modeling_deit_ti.teacher_cache import TeacherCache
-from modeling_deit_ti.transfer import HostCopy
 
 
 @pytest.fixture

@@ -1,18 +1,21 @@
-"""The precision that a run takes by itself, and what else follows from where it is computed."""
+"""What a run takes by itself to suit its device: precision, attention, memory layout, memory."""
 
 import json
+import platform
 import signal
+import subprocess
+import sys
 
 import pytest
 import torch
 from building import DIGITS, FOUR_STEPS, TINY_CNN, arguments, image_processor, tiny_student
 from real_command import run
 
-from modeling_deit_ti import DeiTTiForImageClassification, precision
+from modeling_deit_ti import DeiTTiForImageClassification, device
 from modeling_deit_ti.classifiers import new_timm_classifier
 from modeling_deit_ti.data import load_images
+from modeling_deit_ti.device import automatic_precision, is_faster_in_eager_attention, teacher_dtype
 from modeling_deit_ti.parsing import fitting_flags
-from modeling_deit_ti.precision import automatic_precision, is_faster_in_eager_attention, teacher_dtype
 from modeling_deit_ti.runs import build_network, build_trainer, resume_precision
 from modeling_deit_ti.teacher import Teacher
 
@@ -37,7 +40,7 @@ def cpu(monkeypatch):
         monkeypatch.delenv("ONEDNN_MAX_CPU_ISA", raising=False)
         monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: "amx" in instructions)
         monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: "avx512_bf16" in instructions)
-        monkeypatch.setattr(precision, "_is_amd", lambda: vendor == "AuthenticAMD")
+        monkeypatch.setattr(device, "_is_amd", lambda: vendor == "AuthenticAMD")
 
     return has
 
@@ -206,3 +209,26 @@ def test_a_cnns_own_precision_is_settled_before_the_key_of_its_teachers_cache(cp
         build_network(args, load_images(args.images), image_processor(32))
         taken[name] = args.training.mixed_precision
     assert taken == {"efficientnet_lite0": "no", TINY_CNN: "bf16"}
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="for glibc")
+def test_freed_memory_is_used_again_without_the_system():
+    program = """
+import resource, torch
+from modeling_deit_ti.device import keep_freed_memory
+
+def faults():  # pages that the system has to provide
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+    for _ in range(5):
+        torch.zeros(2**24)
+    return resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
+
+faults()
+given_back = faults()
+keep_freed_memory()
+faults()
+print(given_back, faults())
+"""
+    ended = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
+    given_back, kept = map(int, ended.stdout.split())
+    assert given_back > 10_000 and kept < 100
