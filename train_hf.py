@@ -99,6 +99,7 @@ def main() -> None:
     # 8. The Hub
     if training.push_to_hub and is_main:
         push(trainer)
+    trainer.accelerator.end_training()  # otherwise torch may abort a process of several at its exit
 
 
 def load_data(args: Arguments) -> ImageData:

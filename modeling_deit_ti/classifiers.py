@@ -13,6 +13,7 @@ from transformers import (
     AutoImageProcessor,
     AutoModelForImageClassification,
     BaseImageProcessor,
+    DeiTImageProcessor,
     PreTrainedConfig,
     PreTrainedModel,
     TimmWrapperConfig,
@@ -152,8 +153,20 @@ def input_format(
     return own_size, (-black * std).tolist(), std.tolist()
 
 
+def timm_input_format(image_processor: DeiTImageProcessor) -> dict:
+    """The part of a timm config that says what its network takes, for images as the processor makes them."""
+    image_size = image_processor.crop_size["height"]
+    return {
+        "input_size": [3, image_size, image_size],
+        "mean": list(image_processor.image_mean),
+        "std": list(image_processor.image_std),
+        "crop_pct": image_size / image_processor.size["shortest_edge"],
+        "interpolation": "bicubic",
+    }
+
+
 def new_timm_classifier(
-    architecture: str, label_names: list[str], image_size: int, image_processor: BaseImageProcessor
+    architecture: str, label_names: list[str], image_size: int, image_processor: DeiTImageProcessor
 ) -> TimmWrapperForImageClassification:
     """
     A timm network with timm's own random initialisation, as a transformers model for images of `image_size` pixels.
@@ -165,13 +178,7 @@ def new_timm_classifier(
         architecture=architecture,
         model_args=model_args,
         **label_maps(label_names),
-        pretrained_cfg={
-            "input_size": [3, image_size, image_size],
-            "mean": list(image_processor.image_mean),
-            "std": list(image_processor.image_std),
-            "crop_pct": image_size / image_processor.size["shortest_edge"],
-            "interpolation": "bicubic",
-        },
+        pretrained_cfg=timm_input_format(image_processor),
     )
     model = TimmWrapperForImageClassification(config)
     # The wrapper draws all convolutions from a normal distribution of deviation 0.02, which does not suit CNNs.

@@ -16,7 +16,7 @@ import torch
 from accelerate.state import AcceleratorState, PartialState
 from accelerate.utils import broadcast_object_list
 from filelock import FileLock
-from transformers import PreTrainedModel, set_seed
+from transformers import PreTrainedModel, TimmWrapperConfig, set_seed
 
 from .arguments import Arguments
 from .card import TeacherRecord
@@ -29,6 +29,7 @@ from .classifiers import (
     label_names,
     load_classifier,
     timm_hub_id,
+    timm_input_format,
 )
 from .configuration_deit_ti import DeiTTiConfig
 from .data import ImageData
@@ -144,6 +145,8 @@ def _fit(args: Arguments, pretrained: PreTrainedModel | None, source: str, data:
             else:
                 set_seed(run.training.seed)
                 network = _with_labels(pretrained, source, data.label_names, args.teacher.trust_remote_code)
+                if isinstance(network.config, TimmWrapperConfig):
+                    network.config.pretrained_cfg |= timm_input_format(image_processor)
                 batch_size = min(run.training.train_batch_size, len(data.train))
                 check_takes_images(network, name, run.model.image_size, batch_size)
                 settle_precision(run.training, network)

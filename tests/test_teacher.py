@@ -24,7 +24,7 @@ from transformers import (
 from modeling_deit_ti import DeiTTiConfig, DeiTTiForImageClassification
 from modeling_deit_ti.arguments import ImageArguments
 from modeling_deit_ti.checkpoints import seal
-from modeling_deit_ti.classifiers import input_format, label_maps
+from modeling_deit_ti.classifiers import input_format, label_maps, new_timm_classifier
 from modeling_deit_ti.data import load_images
 from modeling_deit_ti.data.inputs import EvalImages, make_image_processor
 from modeling_deit_ti.distillation import resolve_mode
@@ -269,6 +269,18 @@ def test_a_classifier_of_other_labels_is_fitted_from_its_weights(digits, tmp_pat
     fitted = teacher.model.vit.state_dict()
     assert all(torch.allclose(start[name], fitted[name], atol=1e-5) for name in start)
     assert teacher.model.classifier.out_features == 10
+
+
+def test_a_pretrained_timm_network_that_was_fitted_at_another_size_is_used_at_that_size_later(digits, tmp_path):
+    pretrained = new_timm_classifier(TINY_CNN, ["cat", "dog"], 48, image_processor(48))
+    pretrained.save_pretrained(tmp_path / "pretrained")
+    flags = {"teacher_num_train_epochs": 0.1, "teacher_image_size": 64}
+    fitted, record, path = prepare(digits, tmp_path, teacher_model_name_or_path=tmp_path / "pretrained", **flags)
+    assert record.fitted == "pretrained" and record.image_size == 64
+    later, record, _ = prepare(digits, tmp_path, teacher_model_name_or_path=path, teacher_num_train_epochs=0)
+    assert record.fitted is None and record.image_size == 64
+    images = torch.randn(2, 3, 32, 32, generator=torch.Generator().manual_seed(0))
+    torch.testing.assert_close(later(images), fitted(images), rtol=0, atol=0)
 
 
 @pytest.mark.parametrize(
