@@ -29,9 +29,9 @@ Rows = dict[str, tuple[str, Precision | None]]
 DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 # Of a CPU: what decides how fast it multiplies matrices, by the names that Linux has for them.
 INSTRUCTIONS = ("avx2", "avx512f", "avx512_vnni", "avx512_bf16", "avx512_fp16", "amx_bf16", "amx_int8", "bf16")
-BARE, TIMM, TRANSFORMERS, PUBLISHED_BASELINE = "bare step", "timm", "transformers", "published baseline's loop"
+BARE, PUBLISHED_BASELINE = "bare step", "published baseline's loop"
 OURS = ("ours, augment on loader", "ours, augment on device")
-PEERS = (TIMM, TRANSFORMERS)
+PEERS = ("timm", "transformers")
 BASELINE_SIZES = {"image_size": 224, "patch_size": 16}
 # Memory over the epochs: few images in few patches, so that an epoch takes seconds.
 MEMORY_FLAGS = {"augment_on": "loader", "image_size": 32, "patch_size": 16, "per_device_train_batch_size": 64}

@@ -39,8 +39,6 @@ from benchmarks.setting import (
     MEMORY_FLAGS,
     OURS,
     PUBLISHED_BASELINE,
-    TIMM,
-    TRANSFORMERS,
     Precision,
     Rows,
     SpeedSetting,
@@ -64,8 +62,8 @@ CONTENDERS: dict[str, tuple[contenders.Train, dict]] = {
     BARE: (contenders.train_bare, {}),
     OURS[0]: (contenders.train_ours, {"augment_on": "loader"}),
     OURS[1]: (contenders.train_ours, {"augment_on": "device"}),
-    TIMM: (contenders.train_timm, {}),
-    TRANSFORMERS: (contenders.train_transformers, {}),
+    "timm": (contenders.train_timm, {}),
+    "transformers": (contenders.train_transformers, {}),
     PUBLISHED_BASELINE: (contenders.train_as_the_published_baseline, BASELINE_SIZES),
 }
 BASELINE_SHARE_OF_STEPS = 3  # its steps take several times as long, so it makes a third as many

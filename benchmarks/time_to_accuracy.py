@@ -30,7 +30,7 @@ from transformers.hf_argparser import HfArg
 
 from benchmarks import contenders
 from benchmarks.report import file_name, finish, make_result, style_axes, write_result
-from benchmarks.setting import TIMM, TRANSFORMERS, Precision, Rows, Setting, attempt, parse_setting, precision_of, run
+from benchmarks.setting import Precision, Rows, Setting, attempt, parse_setting, precision_of, run
 from benchmarks.step_clock import Clock
 from modeling_deit_ti.arguments import Arguments, check, check_at_least
 from modeling_deit_ti.card.record import folder_name
@@ -61,8 +61,8 @@ TIMM_DEFAULTS = {
 # How each trains, and what its flags add to those of all.
 CONTENDERS: dict[str, tuple[contenders.Train, dict]] = {
     OURS: (contenders.train_ours, {}),
-    TIMM: (partial(contenders.train_timm, own_defaults=True), TIMM_DEFAULTS),
-    TRANSFORMERS: (contenders.train_as_the_guide, {"distill_mode": "soft", "crop": "none"}),
+    "timm": (partial(contenders.train_timm, own_defaults=True), TIMM_DEFAULTS),
+    "transformers": (contenders.train_as_the_guide, {"distill_mode": "soft", "crop": "none"}),
 }
 
 
@@ -204,7 +204,7 @@ def plot(rows: list[dict], targets: list[float], file: Path) -> Figure:
     figure = Figure(figsize=(10, 6), dpi=150, layout="constrained")
     axes = figure.subplots()
     # Okabe and Ito's colours can be told apart with any type of colour vision.
-    colours = {OURS: "#D55E00", TIMM: "#0072B2", TRANSFORMERS: "#009E73"}
+    colours = {OURS: "#D55E00", "timm": "#0072B2", "transformers": "#009E73"}
     for row in rows:
         if row["failed"]:
             continue
@@ -233,7 +233,7 @@ def main(argv: list[str]) -> int:
     facts |= {"recipe": yaml.safe_load(Path(setting.recipe).read_text()), "setting": setting.shown()}
 
     def result_of(rows: list[dict]) -> dict:
-        return make_result(setting, began, rows, "time_to_accuracy", **facts)
+        return make_result(setting, began, rows, "time_to_accuracy") | facts
 
     folder = Path(setting.output_dir)
     file = folder / f"{file_name(result_of([]))}.json"
