@@ -1,7 +1,6 @@
 """How each contender trains: ours, timm's, transformers', the published baseline's, and a bare step.
 
-Those of throughput.py take the images, the recipe, the precision and the teacher from the same arguments, parsed as
-train_hf.py does. In time_to_accuracy.py, timm and transformers have their own defaults instead.
+Each takes its arguments as train_hf.py does. In time_to_accuracy.py, timm and transformers have their own defaults.
 """
 
 import itertools
@@ -17,8 +16,9 @@ from timm.optim import create_optimizer_v2
 from timm.scheduler import create_scheduler_v2
 from timm.task import TokenDistillationTask
 from timm.utils import NativeScaler, dispatch_clip_grad
+from torch import nn
 from torch.nn import functional as F
-from torch.utils.data import default_collate
+from torch.utils.data import DataLoader, default_collate
 from torchvision import transforms
 from torchvision.transforms import v2
 from transformers import (
@@ -27,39 +27,38 @@ from transformers import (
     DeiTForImageClassification,
     DeiTForImageClassificationWithTeacher,
     PrinterCallback,
+    TimmWrapperForImageClassification,
     Trainer,
     TrainingArguments,
 )
 
-from benchmarks.setting import (
-    BARE,
-    BASELINE_SIZES,
-    DTYPES,
-    OURS,
-    PUBLISHED_BASELINE,
-    TIMM,
-    TRANSFORMERS,
-    precision_of,
-)
+from benchmarks.setting import DTYPES, Precision, Setting, precision_of
 from benchmarks.step_clock import Clock
 from modeling_deit_ti.arguments import Arguments
-from modeling_deit_ti.classifiers import label_maps
+from modeling_deit_ti.classifiers import input_format, label_maps
 from modeling_deit_ti.data import ImageData
 from modeling_deit_ti.data.decoding import read_image
 from modeling_deit_ti.data.inputs import EvalImages, make_image_processor, make_train_transform
 from modeling_deit_ti.distillation import MODES, distillation_loss
 from modeling_deit_ti.fitting import prepare_teacher
+from modeling_deit_ti.parsing import parse_arguments
 from modeling_deit_ti.runs import build_network, build_trainer
 from modeling_deit_ti.teacher_cache import make_teacher_cache
 from modeling_deit_ti.trainer import DistillationTrainer
 
 
-# What a plain Trainer takes over from our arguments.
-OF_ANY_TRAINER = (
-    *("output_dir", "per_device_train_batch_size", "max_steps", "learning_rate", "weight_decay", "max_grad_norm"),
-    *("label_smoothing_factor", "fp16", "bf16", "use_cpu", "torch_compile", "dataloader_num_workers"),
-    *("dataloader_pin_memory", "logging_strategy", "save_strategy", "report_to", "disable_tqdm"),
-)
+Train = Callable[[Arguments, ImageData, Clock], None]
+
+
+def make_arguments(setting: Setting, work_dir: str, precision: Precision | None = None, **flags) -> Arguments:
+    """A contender's, from flags as train_hf.py takes them; those given here come before those that all share."""
+    shared = {name: getattr(setting, name) for name in ("dataset_name", "image_size", "patch_size")}
+    shared |= {"output_dir": f"{work_dir}/run", "teacher_output_dir": f"{work_dir}/teachers"}
+    shared |= {"use_cpu": setting.device == "cpu", "disable_tqdm": True}
+    shared |= {"eval_strategy": "no", "save_strategy": "no", "report_to": "none"}
+    if precision is not None:
+        shared |= {name: precision == name for name in ("fp16", "bf16")}
+    return parse_arguments([f"--{name}={value}" for name, value in (shared | flags).items()])
 
 
 def autocast(args: Arguments) -> torch.autocast:
@@ -67,8 +66,34 @@ def autocast(args: Arguments) -> torch.autocast:
     return torch.autocast(args.training.device.type, dtype, enabled=dtype != torch.float32)
 
 
-def load_teacher(args: Arguments):
+def eval_batches(images: EvalImages, batch_size: int) -> DataLoader:
+    """With a generator of its own: looking at images does not change how a training goes on."""
+    return DataLoader(images, batch_size, collate_fn=dict, generator=torch.Generator())
+
+
+def load_teacher(args: Arguments) -> TimmWrapperForImageClassification:
+    """As it is."""
     return AutoModelForImageClassification.from_pretrained(args.teacher.teacher_model_name_or_path).eval()
+
+
+class ResizedImages(nn.Module):
+    """A classifier for images of another size than its own, as a user of timm or transformers has to write it."""
+
+    def __init__(self, classifier: nn.Module, image_size: int):
+        super().__init__()
+        self.classifier, self.image_size = classifier, image_size
+
+    def forward(self, pixel_values: torch.Tensor):
+        size = (self.image_size, self.image_size)
+        return self.classifier(F.interpolate(pixel_values, size, mode="bicubic", antialias=True))
+
+
+def load_peers_teacher(args: Arguments, of_timm: bool = False) -> nn.Module:
+    """The teacher as transformers or timm has it, with the student's images in its own size."""
+    teacher = load_teacher(args)
+    image_size, *_ = input_format(teacher, args.teacher.teacher_model_name_or_path)
+    classifier = teacher.timm_model if of_timm else teacher
+    return classifier if image_size == args.model.image_size else ResizedImages(classifier, image_size)
 
 
 # ---- Ours ----
@@ -83,12 +108,15 @@ def trainer_of_ours(args: Arguments, data: ImageData, with_cache: bool = True) -
     return build_trainer(args, data, student, image_processor, teacher, cache)
 
 
-def train_ours(args: Arguments, data: ImageData, clock: Clock) -> None:
-    trainer = trainer_of_ours(args, data)
-    clock.watch(trainer.model, trainer.teacher, lambda images: trainer.evaluate(images)["eval_accuracy"])
+def train_watched(trainer: Trainer, clock: Clock) -> None:
+    clock.watch(trainer.model, trainer.teacher)
     trainer.add_callback(clock)
     trainer.remove_callback(PrinterCallback)
     trainer.train()
+
+
+def train_ours(args: Arguments, data: ImageData, clock: Clock) -> None:
+    train_watched(trainer_of_ours(args, data), clock)
 
 
 def train_bare(args: Arguments, data: ImageData, clock: Clock) -> None:
@@ -100,8 +128,8 @@ def train_bare(args: Arguments, data: ImageData, clock: Clock) -> None:
     trainer = trainer_of_ours(args, data, with_cache=False)
     student, teacher, optimizer = trainer.model.train(), trainer.training_teacher, trainer.create_optimizer()
     clock.watch(student, trainer.teacher)
-    compile_options = trainer.accelerator.state.dynamo_plugin.to_kwargs()
-    network = torch.compile(student, **compile_options) if training.torch_compile else student
+    options = trainer.accelerator.state.dynamo_plugin.to_kwargs()
+    network = torch.compile(student, **options) if training.torch_compile else student
     scaler = torch.amp.GradScaler(device.type, enabled=training.mixed_precision == "fp16")
     images = torch.randn(training.train_batch_size, 3, size, size, device=device)
     image_labels = torch.randint(len(data.label_names), (training.train_batch_size,), device=device)
@@ -168,8 +196,7 @@ def train_timm(args: Arguments, data: ImageData, clock: Clock, own_defaults: boo
     timm's loader, model, task, optimizer and loss scaler, in the loop of its train.py. With `own_defaults`, that
     script's defaults decide whatever it has no flag for here: the learning rate's schedule and the losses' weights.
     """
-    training, num_labels = args.training, len(data.label_names)
-    smoothing = training.label_smoothing_factor
+    training, num_labels, smoothing = args.training, len(data.label_names), args.training.label_smoothing_factor
     if own_defaults:
         loader_options = {"color_jitter": 0.4, "interpolation": "random"}
         loss_options = {"distill_type": "soft", "temperature": 4.0}  # both weights are 1
@@ -189,7 +216,7 @@ def train_timm(args: Arguments, data: ImageData, clock: Clock, own_defaults: boo
     ).to(training.device)
     task = TokenDistillationTask(
         student,
-        load_teacher(args).timm_model.to(training.device),
+        load_peers_teacher(args, of_timm=True).to(training.device),
         criterion=SoftTargetCrossEntropy() if is_mixed else LabelSmoothingCrossEntropy(smoothing),
         device=training.device,
         **loss_options,
@@ -200,9 +227,8 @@ def train_timm(args: Arguments, data: ImageData, clock: Clock, own_defaults: boo
     scheduler, epochs = None, itertools.count()
     if own_defaults:
         schedule = {"warmup_epochs": 5, "warmup_lr": 1e-5, "min_lr": 0.0, "cooldown_epochs": 0}
-        scheduler, num_epochs = create_scheduler_v2(
-            optimizer, "cosine", num_epochs=int(training.num_train_epochs), **schedule
-        )
+        num_epochs = int(training.num_train_epochs)
+        scheduler, num_epochs = create_scheduler_v2(optimizer, "cosine", num_epochs=num_epochs, **schedule)
         epochs = range(num_epochs)
     scaler = NativeScaler(device=training.device.type) if training.mixed_precision == "fp16" else None
     clip_grad = training.max_grad_norm or None
@@ -269,10 +295,11 @@ def deit_ti_of_transformers(args: Arguments, data: ImageData) -> DeiTConfig:
     return DeiTConfig(**tiny, **sizes, **label_maps(data.label_names))
 
 
-def train_watched(trainer: GuideTrainer, clock: Clock) -> None:
-    clock.watch(trainer.model, trainer.teacher)
-    trainer.add_callback(clock)
-    trainer.train()
+def arguments_of_any_trainer(args: Arguments, *names: str, **options) -> TrainingArguments:
+    """What a plain Trainer takes over from our arguments: these, the device, the precision, and what it writes."""
+    names += ("use_cpu", "fp16", "bf16", "disable_tqdm")
+    names += ("output_dir", "save_strategy", "report_to", "logging_strategy")
+    return TrainingArguments(**{name: getattr(args.training, name) for name in names}, **options)
 
 
 def train_transformers(args: Arguments, data: ImageData, clock: Clock) -> None:
@@ -292,11 +319,12 @@ def train_transformers(args: Arguments, data: ImageData, clock: Clock) -> None:
         pixel_values, labels = mix(batch["pixel_values"], batch["label"])
         return {"pixel_values": pixel_values, "labels": labels}
 
-    flags = {name: getattr(args.training, name) for name in OF_ANY_TRAINER}
+    recipe = ("per_device_train_batch_size", "max_steps", "learning_rate", "weight_decay", "max_grad_norm")
+    recipe += ("label_smoothing_factor", "torch_compile", "dataloader_num_workers", "dataloader_pin_memory")
     trainer = TwoHeadedGuideTrainer(
-        load_teacher(args),
+        load_peers_teacher(args),
         model=DeiTForImageClassificationWithTeacher(deit_ti_of_transformers(args, data)),
-        args=TrainingArguments(dataloader_drop_last=True, remove_unused_columns=False, **flags),
+        args=arguments_of_any_trainer(args, *recipe, dataloader_drop_last=True, remove_unused_columns=False),
         train_dataset=data.train.with_transform(preprocess),
         data_collator=collate,
     )
@@ -309,18 +337,15 @@ def train_as_the_guide(args: Arguments, data: ImageData, clock: Clock) -> None:
     `TrainingArguments` (batch 8, AdamW, learning rate 5e-5, linear), 30 epochs.
     """
     images = EvalImages(data.train, make_image_processor(args.model, args.augmentation))
-    rows = []  # in memory, which is faster than the guide's files
-    for start in range(0, len(images), 1000):
-        batch = images.__getitems__(list(range(start, min(start + 1000, len(images)))))
-        rows += [
-            {"pixel_values": image, "labels": label}
-            for image, label in zip(batch["pixel_values"], batch["labels"], strict=True)
-        ]
-    flags = ("output_dir", "fp16", "bf16", "use_cpu", "save_strategy", "report_to", "disable_tqdm", "logging_strategy")
+    rows = [  # in memory, which is faster than the guide's files
+        {"pixel_values": image, "labels": label}
+        for batch in eval_batches(images, 1000)
+        for image, label in zip(batch["pixel_values"], batch["labels"], strict=True)
+    ]
     trainer = GuideTrainer(
-        load_teacher(args),
+        load_peers_teacher(args),
         model=DeiTForImageClassification(deit_ti_of_transformers(args, data)),
-        args=TrainingArguments(num_train_epochs=30, **{name: getattr(args.training, name) for name in flags}),
+        args=arguments_of_any_trainer(args, num_train_epochs=30),
         train_dataset=rows,
     )
     train_watched(trainer, clock)
@@ -336,7 +361,7 @@ def train_as_the_published_baseline(args: Arguments, data: ImageData, clock: Clo
     resize = transforms.Resize((args.model.image_size, args.model.image_size))
     normalize = transforms.Normalize(image_processor.image_mean, image_processor.image_std)
     images = PilImages(data.train, transforms.Compose([resize, transforms.ToTensor(), normalize]))
-    loader = torch.utils.data.DataLoader(images, training.train_batch_size, shuffle=True, drop_last=True)
+    loader = DataLoader(images, training.train_batch_size, shuffle=True, drop_last=True)
     student, _ = build_network(args, data, image_processor)
     student.to(device).train()
     teacher = load_teacher(args).timm_model.to(device)
@@ -355,14 +380,3 @@ def train_as_the_published_baseline(args: Arguments, data: ImageData, clock: Clo
             loss.backward()
             optimizer.step()
             running_loss += loss.item()
-
-
-# How each trains, and what its flags add to those of all.
-CONTENDERS: dict[str, tuple[Callable[[Arguments, ImageData, Clock], None], dict]] = {
-    BARE: (train_bare, {}),
-    OURS[0]: (train_ours, {"augment_on": "loader"}),
-    OURS[1]: (train_ours, {"augment_on": "device"}),
-    TIMM: (train_timm, {}),
-    TRANSFORMERS: (train_transformers, {}),
-    PUBLISHED_BASELINE: (train_as_the_published_baseline, BASELINE_SIZES),
-}

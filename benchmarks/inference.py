@@ -12,8 +12,9 @@ import statistics
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 
 
@@ -21,9 +22,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import onnxruntime
 import torch
-from onnxruntime.quantization import CalibrationDataReader, quantize_dynamic, quantize_static
+from onnxruntime.quantization import quantize_dynamic
 from onnxruntime.quantization.shape_inference import quant_pre_process
-from onnxruntime.transformers.optimizer import optimize_model
 from torch import nn
 from transformers import AutoImageProcessor, set_seed
 from transformers.hf_argparser import HfArg
@@ -35,7 +35,6 @@ from modeling_deit_ti.arguments import ImageArguments, check_at_least
 from modeling_deit_ti.card.record import folder_name
 from modeling_deit_ti.data import load_images
 from modeling_deit_ti.data.inputs import EvalImages
-from modeling_deit_ti.data.sampling import random_rows
 from modeling_deit_ti.distillation import MODES
 from modeling_deit_ti.errors import UserError, first_line
 from modeling_deit_ti.interop import export_onnx, to_timm, to_transformers
@@ -46,18 +45,6 @@ Predict = Callable[[torch.Tensor], torch.Tensor]  # images to logits
 TOLERANCE = 1e-3
 LOW_PRECISION_TOLERANCES = {"bfloat16": 0.1, "int8": 0.5}  # by a word in the name; only without labelled images
 LARGEST_LOSS = 0.01  # of accuracy, at lower precision
-CALIBRATION_IMAGES = 128
-# Products with weights alone: in those of attention, rounding loses accuracy and gains no time.
-QUANTIZED = {"op_types_to_quantize": ["MatMul", "Gemm"], "extra_options": {"MatMulConstBOnly": True}}
-
-
-@dataclass
-class Images:
-    """What the models are given, `(N, 3, size, size)`: labelled or random images, and some for scales of int8."""
-
-    pixel_values: torch.Tensor
-    labels: torch.Tensor | None
-    calibration: torch.Tensor
 
 
 # ---- Models ----
@@ -68,6 +55,8 @@ def logits_of(model: nn.Module) -> Predict:
 
 
 def with_autocast(model: nn.Module) -> Predict:
+    """In bfloat16, as predict.py has it."""
+
     def predict(images: torch.Tensor) -> torch.Tensor:
         with torch.autocast(images.device.type, torch.bfloat16):
             return model(pixel_values=images).logits
@@ -75,67 +64,22 @@ def with_autocast(model: nn.Module) -> Predict:
     return predict
 
 
-def with_bfloat16_weights(model: DeiTTiForImageClassification) -> Predict:
-    copy = DeiTTiForImageClassification(model.config).to(model.device, torch.bfloat16).eval()
-    copy.load_state_dict(model.state_dict())
-    return lambda images: copy(pixel_values=images.bfloat16()).logits
-
-
-def exported(model: DeiTTiForImageClassification, folder: Path) -> Path:
-    """The model as an ONNX file."""
-    file = folder / "model.onnx"
-    if not file.exists():
-        export_onnx(model, file)
-    return file
-
-
-def fused(model: DeiTTiForImageClassification, folder: Path) -> Path:
-    """With the fusions that ONNX Runtime has for transformers: here of layer norms and GELUs, but not of attention."""
-    file = folder / "fused.onnx"
-    config = model.config
-    sizes = {"num_heads": config.num_attention_heads, "hidden_size": config.hidden_size}
-    optimize_model(str(exported(model, folder)), model_type="vit", opt_level=0, **sizes).save_model_to_file(str(file))
-    return file
-
-
-def shaped(model: DeiTTiForImageClassification, folder: Path) -> Path:
-    """With the shapes that quantization asks for."""
-    file = folder / "shaped.onnx"
-    if not file.exists():
-        quant_pre_process(str(exported(model, folder)), str(file))
-    return file
-
-
-def dynamic_int8(model: DeiTTiForImageClassification, folder: Path) -> Path:
-    """Weights in int8; activations, too, with the scales of each batch."""
-    file = folder / "dynamic.onnx"
-    quantize_dynamic(shaped(model, folder), file, **QUANTIZED)
-    return file
-
-
-def static_int8(model: DeiTTiForImageClassification, folder: Path, calibration: torch.Tensor) -> Path:
-    """Weights in int8, each channel with a scale of its own; activations with those of the calibration images."""
-
-    class Reader(CalibrationDataReader):
-        def __init__(self):
-            self.batches: Iterator[torch.Tensor] = iter(calibration.split(16))
-
-        def get_next(self) -> dict | None:
-            batch = next(self.batches, None)
-            return None if batch is None else {"pixel_values": batch.numpy()}
-
-    file = folder / "static.onnx"
-    quantize_static(shaped(model, folder), file, Reader(), per_channel=True, **QUANTIZED)
-    return file
-
-
-def onnx_session(file: Path, setting: SpeedSetting) -> Predict:
+def onnx_session(model: DeiTTiForImageClassification, setting: SpeedSetting, int8: bool = False) -> Predict:
+    """In ONNX Runtime; with `int8`, weights and what they are multiplied with, by scales of each batch."""
     provider = "CUDAExecutionProvider" if setting.device == "cuda" else "CPUExecutionProvider"
     if provider not in onnxruntime.get_available_providers():
         raise UserError(f"this onnxruntime has no {provider}")
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = setting.threads
-    session = onnxruntime.InferenceSession(str(file), options, providers=[provider])
+    with tempfile.TemporaryDirectory(prefix="inference-") as folder:
+        file = Path(folder, "model.onnx")
+        export_onnx(model, file)
+        if int8:
+            quant_pre_process(str(file), str(file))  # the shapes that quantization asks for
+            # In the products of attention, without weights, rounding loses accuracy and gains no time.
+            only_weights = {"op_types_to_quantize": ["MatMul", "Gemm"], "extra_options": {"MatMulConstBOnly": True}}
+            quantize_dynamic(file, file, **only_weights)
+        session = onnxruntime.InferenceSession(str(file), options, providers=[provider])
 
     def predict(images: torch.Tensor) -> torch.Tensor:
         (logits,) = session.run(["logits"], {"pixel_values": images.cpu().numpy()})
@@ -144,18 +88,14 @@ def onnx_session(file: Path, setting: SpeedSetting) -> Predict:
     return predict
 
 
-# From the native model, the setting, an empty folder and calibration images.
-MAKERS: dict[str, Callable[[DeiTTiForImageClassification, SpeedSetting, Path, torch.Tensor], Predict]] = {
-    "native": lambda model, *_: logits_of(model),
-    "native, bfloat16 autocast": lambda model, *_: with_autocast(model),
-    "native, bfloat16 weights": lambda model, *_: with_bfloat16_weights(model),
-    "compiled": lambda model, *_: logits_of(torch.compile(model, dynamic=False)),
-    "transformers": lambda model, *_: logits_of(to_transformers(model)),
-    "timm": lambda model, *_: to_timm(model),
-    "ONNX Runtime": lambda model, setting, folder, _: onnx_session(exported(model, folder), setting),
-    "ONNX Runtime, fused": lambda model, setting, folder, _: onnx_session(fused(model, folder), setting),
-    "ONNX Runtime, dynamic int8": lambda model, setting, folder, _: onnx_session(dynamic_int8(model, folder), setting),
-    "ONNX Runtime, static int8": lambda model, setting, *rest: onnx_session(static_int8(model, *rest), setting),
+MAKERS: dict[str, Callable[[DeiTTiForImageClassification, SpeedSetting], Predict]] = {
+    "native": lambda model, _: logits_of(model),
+    "native, bfloat16 autocast": lambda model, _: with_autocast(model),
+    "compiled": lambda model, _: logits_of(torch.compile(model, dynamic=False)),
+    "transformers": lambda model, _: logits_of(to_transformers(model)),
+    "timm": lambda model, _: to_timm(model),
+    "ONNX Runtime": onnx_session,
+    "ONNX Runtime, dynamic int8": partial(onnx_session, int8=True),
 }
 
 
@@ -189,18 +129,19 @@ def main(argv: list[str]) -> int:
     torch.set_num_threads(setting.threads)
     began = time.monotonic()
     set_seed(0)
-    native, images = load(setting)
+    native, images, labels = load(setting)
     sizes = {"image_size": native.config.image_size, "patch_size": native.config.patch_size}
-    rows = measure(setting, make_models(setting, native, images.calibration), images)
+    rows = measure(setting, native, images, labels)
     names = {name: folder_name(value) for name in ("model", "dataset_name") if (value := getattr(setting, name))}
-    counts = {"labelled_images": len(images.pixel_values), "calibration_images": len(images.calibration)}
     setting = replace(setting, **sizes, **names)
-    return finish(make_result(setting, began, rows, "inference", "onnxruntime", "onnx", **counts), setting.output_dir)
+    result = make_result(setting, began, rows, "inference", "onnxruntime", "onnx", labelled_images=len(images))
+    return finish(result, setting.output_dir)
 
 
-def load(setting: InferenceSetting) -> tuple[DeiTTiForImageClassification, Images]:
+def load(setting: InferenceSetting) -> tuple[DeiTTiForImageClassification, torch.Tensor, torch.Tensor | None]:
     """
-    The native model and its images, random if there is no trained one.
+    The native model, images `(N, 3, size, size)` and their labels `(N,)`; random images without labels if there is no
+    trained model.
 
     Raises:
         UserError: if the model cannot be loaded, or has other labels than the images.
@@ -208,8 +149,7 @@ def load(setting: InferenceSetting) -> tuple[DeiTTiForImageClassification, Image
     if setting.model is None:
         sizes = {"image_size": setting.image_size, "patch_size": setting.patch_size}
         native = DeiTTiForImageClassification(DeiTTiConfig(**sizes, num_labels=10, **MODES["both"].network))
-        noise = torch.randn(max(setting.batch_sizes) + CALIBRATION_IMAGES, 3, *2 * [setting.image_size])
-        images = Images(noise[CALIBRATION_IMAGES:], None, noise[:CALIBRATION_IMAGES])
+        images, labels = torch.randn(max(setting.batch_sizes), 3, setting.image_size, setting.image_size), None
     else:
         try:
             native = DeiTTiForImageClassification.from_pretrained(setting.model)
@@ -219,45 +159,34 @@ def load(setting: InferenceSetting) -> tuple[DeiTTiForImageClassification, Image
         data = load_images(ImageArguments(setting.dataset_name, max_eval_samples=setting.max_eval_samples))
         if list(native.config.id2label.values()) != data.label_names:
             raise UserError(f"--dataset_name {setting.dataset_name}: its labels are not those of --model.")
-        labelled = EvalImages(data.evaluation, image_processor).__getitems__(list(range(len(data.evaluation))))
-        some = EvalImages(data.train.select(random_rows(len(data.train), CALIBRATION_IMAGES)), image_processor)
-        calibration = some.__getitems__(list(range(len(some))))["pixel_values"]
-        images = Images(labelled["pixel_values"], labelled["labels"], calibration)
-    return native.eval().to(setting.device), images
-
-
-def make_models(
-    setting: InferenceSetting, native: DeiTTiForImageClassification, calibration: torch.Tensor
-) -> dict[str, Predict | str]:
-    """Each model as a function from images to logits, or why there is none."""
-    models: dict[str, Predict | str] = {}
-    with tempfile.TemporaryDirectory(prefix="inference-") as folder:
-        for name in setting.models:
-            try:
-                models[name] = MAKERS[name](native, setting, Path(folder), calibration)
-            except Exception as error:  # from any library: the others are still measured
-                models[name] = first_line(error)
-    return models
+        batch = EvalImages(data.evaluation, image_processor).__getitems__(list(range(len(data.evaluation))))
+        images, labels = batch["pixel_values"], batch["labels"]
+    return native.eval().to(setting.device), images, labels
 
 
 # ---- Measurement ----
 
 
-@torch.inference_mode()
-def measure(setting: InferenceSetting, models: dict[str, Predict | str], images: Images) -> list[dict]:
+def measure(
+    setting: InferenceSetting, native: DeiTTiForImageClassification, images: torch.Tensor, labels: torch.Tensor | None
+) -> list[dict]:
     """A row per batch size and model: images/s, latency, accuracy, and how far its logits are from the native ones."""
-    rows = []
-    models, accuracies = dict(models), dict.fromkeys(models)
-    for name, model in models.items():
-        if images.labels is not None and not isinstance(model, str):
-            try:
-                accuracies[name] = accuracy(model, images, max(setting.batch_sizes), setting.device)
-            except Exception as error:  # from any library
-                models[name] = first_line(error)
+    rows, models, accuracies, failures = [], {}, dict.fromkeys(setting.models), dict.fromkeys(setting.models)
+    for name in setting.models:
+        try:
+            models[name] = MAKERS[name](native, setting)
+            if labels is not None:
+                accuracies[name] = accuracy(models[name], images, labels, max(setting.batch_sizes), setting.device)
+        except Exception as error:  # from any library: the others are still measured
+            failures[name] = first_line(error)
     for batch_size in setting.batch_sizes:
-        batch = images.pixel_values[torch.arange(batch_size) % len(images.pixel_values)].to(setting.device)
-        expected = models["native"](batch).float().cpu()
-        found = [compare(name, model, batch, expected, accuracies) for name, model in models.items()]
+        batch = images[torch.arange(batch_size) % len(images)].to(setting.device)
+        expected = logits(models["native"], batch)
+        facts = {"batch_size": batch_size, "largest_logit": expected.abs().max().item()}
+        found = [{"name": name, "failed": why, "accuracy": accuracies[name]} | facts for name, why in failures.items()]
+        for row in found:
+            if not row["failed"]:
+                row |= compare(row, models[row["name"]], batch, expected, accuracies["native"])
         timed = [row for row in found if not row["failed"]]
         turns = [[time_calls(models[row["name"]], batch, setting) for row in timed] for _ in range(setting.repeats)]
         for row, of_model in zip(timed, zip(*turns, strict=True), strict=True):
@@ -269,36 +198,37 @@ def measure(setting: InferenceSetting, models: dict[str, Predict | str], images:
     return rows
 
 
-def accuracy(model: Predict, images: Images, batch_size: int, device: str) -> float:
-    """Top-1 on the labelled images, in batches of one size, since a model may be compiled for each."""
-    padded = torch.arange(-(-len(images.labels) // batch_size) * batch_size) % len(images.labels)
-    batches = (images.pixel_values[rows].to(device) for rows in padded.split(batch_size))
-    logits = torch.cat([model(batch).float().cpu() for batch in batches])
-    return (logits[: len(images.labels)].argmax(dim=-1) == images.labels).float().mean().item()
+@torch.inference_mode()
+def logits(model: Predict, images: torch.Tensor) -> torch.Tensor:
+    return model(images).float().cpu()
+
+
+def accuracy(model: Predict, images: torch.Tensor, labels: torch.Tensor, batch_size: int, device: str) -> float:
+    """Top-1, in batches of one size, since a model may be compiled for each."""
+    padded = torch.arange(-(-len(labels) // batch_size) * batch_size) % len(labels)
+    predicted = torch.cat([logits(model, images[rows].to(device)).argmax(dim=-1) for rows in padded.split(batch_size)])
+    return (predicted[: len(labels)] == labels).float().mean().item()
 
 
 def compare(
-    name: str, model: Predict | str, images: torch.Tensor, expected: torch.Tensor, accuracies: dict[str, float | None]
+    row: dict, model: Predict, images: torch.Tensor, expected: torch.Tensor, native_accuracy: float | None
 ) -> dict:
-    """A model's row before it is timed; the first call also compiles and allocates."""
-    largest = expected.abs().max().item()
-    row = {"name": name, "batch_size": len(images), "failed": None, "largest_logit": largest}
-    row["accuracy"] = accuracies[name]
-    if isinstance(model, str):
-        return row | {"failed": model}
+    """What a model's first call adds to its row, before it is timed; the call also compiles and allocates."""
     try:
-        difference = (model(images).float().cpu() - expected).abs().max().item()
+        difference = (logits(model, images) - expected).abs().max().item()
     except Exception as error:  # from any library
-        return row | {"failed": first_line(error)}
-    low = [limit for word, limit in LOW_PRECISION_TOLERANCES.items() if word in name]
-    if low and row["accuracy"] is not None:
-        if row["accuracy"] < accuracies["native"] - LARGEST_LOSS:
-            row["failed"] = f"its top-1 is {row['accuracy']:.2%}, the native model's {accuracies['native']:.2%}"
-    elif difference > (low[0] if low else TOLERANCE) * largest:
-        row["failed"] = f"its logits are {difference:.1e} from the native model's"
-    return row | {"max_abs_difference": difference}
+        return {"failed": first_line(error)}
+    failed = None
+    low = [limit for word, limit in LOW_PRECISION_TOLERANCES.items() if word in row["name"]]
+    if low and native_accuracy is not None:
+        if row["accuracy"] < native_accuracy - LARGEST_LOSS:
+            failed = f"its top-1 is {row['accuracy']:.2%}, the native model's {native_accuracy:.2%}"
+    elif difference > (low[0] if low else TOLERANCE) * row["largest_logit"]:
+        failed = f"its logits are {difference:.1e} from the native model's"
+    return {"failed": failed, "max_abs_difference": difference}
 
 
+@torch.inference_mode()
 def time_calls(model: Predict, images: torch.Tensor, setting: InferenceSetting) -> list[float]:
     """Seconds of each call of a turn."""
     seconds: list[float] = []

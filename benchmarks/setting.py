@@ -24,23 +24,18 @@ from modeling_deit_ti.errors import UserError, first_line
 
 
 Precision = Literal["fp32", "fp16", "bf16"]
+# Of a table, by name: each row's contender and precision; `None`: what train_hf.py takes by itself.
+Rows = dict[str, tuple[str, Precision | None]]
 DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 # Of a CPU: what decides how fast it multiplies matrices, by the names that Linux has for them.
 INSTRUCTIONS = ("avx2", "avx512f", "avx512_vnni", "avx512_bf16", "avx512_fp16", "amx_bf16", "amx_int8", "bf16")
-BARE, TIMM, TRANSFORMERS, PUBLISHED_BASELINE = "bare step", "timm", "transformers", "published baseline's loop"
+BARE, PUBLISHED_BASELINE = "bare step", "published baseline's loop"
 OURS = ("ours, augment on loader", "ours, augment on device")
-PEERS = (TIMM, TRANSFORMERS)
+PEERS = ("timm", "transformers")
 BASELINE_SIZES = {"image_size": 224, "patch_size": 16}
 # Memory over the epochs: few images in few patches, so that an epoch takes seconds.
-MEMORY_FLAGS = {
-    "augment_on": "loader",
-    "image_size": 32,
-    "patch_size": 16,
-    "per_device_train_batch_size": 64,
-    "num_train_epochs": 8,
-    "max_train_samples": 256,
-    "max_eval_samples": 64,
-}
+MEMORY_FLAGS = {"augment_on": "loader", "image_size": 32, "patch_size": 16, "per_device_train_batch_size": 64}
+MEMORY_FLAGS |= {"num_train_epochs": 8, "max_train_samples": 256, "max_eval_samples": 64, "eval_strategy": "epoch"}
 
 
 @dataclass
@@ -61,15 +56,17 @@ class Setting:
             self.threads = cpu_count()
         check_at_least(self, threads=1)
 
-    @property
-    def half_precision(self) -> Precision:
-        """The machine's: what a user of another library would switch on."""
-        return "bf16" if self.device == "cpu" or torch.cuda.is_bf16_supported(including_emulation=False) else "fp16"
-
-    def peer_rows(self, peer: str, only: Precision | None = None) -> dict[str, tuple[str, Precision]]:
-        """A peer's rows by name, each with the peer and its precision: float32 and the machine's half."""
-        precisions = (only,) if only is not None else ("fp32", self.half_precision)
-        return {f"{peer}, {name}" if name != "fp32" else peer: (peer, name) for name in precisions}
+    def rows_of(self, contenders: list[str], only: Precision | None = None) -> Rows:
+        """Their rows. A peer has one in float32, and one in the half precision that its user would switch on."""
+        half = "bf16" if self.device == "cpu" or torch.cuda.is_bf16_supported(including_emulation=False) else "fp16"
+        rows: Rows = {}
+        for name in contenders:
+            if name in PEERS:
+                for precision in ("fp32", half) if only is None else (only,):
+                    rows[name if precision == "fp32" else f"{name}, {precision}"] = name, precision
+            else:
+                rows[name] = name, "fp32" if name == PUBLISHED_BASELINE else only
+        return rows
 
 
 @dataclass
@@ -117,11 +114,6 @@ def attempt(function: Callable[..., dict], setting: Setting, *args) -> dict:
     except Exception as error:  # from any library, or the process was killed
         traceback.print_exc()
         return {"failed": first_line(error)[:200]}
-
-
-def precision_flags(precision: Precision | None) -> dict[str, bool]:
-    """Flags of train_hf.py; none where it is left to choose."""
-    return {} if precision is None else {name: precision == name for name in ("fp16", "bf16")}
 
 
 def precision_of(args: Arguments) -> Precision:

@@ -1,16 +1,15 @@
 """How long the steps of a training loop take, and how much memory."""
 
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
+from unittest.mock import patch
 
 import torch
 from torch.optim.optimizer import register_optimizer_step_post_hook
-from transformers import TrainerCallback
-
-from modeling_deit_ti.data.inputs import EvalImages
+from transformers import TrainerCallback, TrainerControl
 
 
 PARTS = ("data", "teacher", "student", "optimizer", "other")  # of a step, in this order
@@ -31,36 +30,30 @@ class Clock(TrainerCallback):
     each epoch's batches from `batches`, until `is_done`.
     """
 
+    device: str  # "cpu" or "cuda"
     is_done = False
 
-    def watch(
-        self,
-        student: torch.nn.Module,
-        teacher: torch.nn.Module,
-        evaluate: Callable[[EvalImages], float] | None = None,
-    ) -> None:
-        """To be called first; `evaluate` is the loop's own way to an accuracy, if it has one."""
+    def watch(self, student: torch.nn.Module, teacher: torch.nn.Module) -> None:
+        """To be called first."""
         self.networks = {"student": student, "teacher": teacher}
-        self.own_evaluation = evaluate
 
-    # Of a Trainer's callback, without the arguments that only a Trainer has.
-
-    def on_epoch_begin(self, *_, **__):
-        pass
-
-    def on_step_begin(self, *_, **__):
-        pass
+    def now(self) -> float:
+        """Seconds, after all that the device still has to do."""
+        if self.device == "cuda":
+            torch.cuda.synchronize()
+        return time.perf_counter()
 
     def batches(self, loader: Iterable) -> Iterator:
         """An epoch, or as much of it as is watched."""
-        self.on_epoch_begin()
+        arguments = (None, None, TrainerControl())  # as a Trainer calls its callbacks
+        self.on_epoch_begin(*arguments)
         for batch in loader:
-            self.on_step_begin()
+            self.on_step_begin(*arguments)
             yield batch
-            self.on_step_end()
+            self.on_step_end(*arguments)
             if self.is_done:
                 return
-        self.on_epoch_end()
+        self.on_epoch_end(*arguments)
 
 
 @dataclass
@@ -70,7 +63,7 @@ class StepClock(Clock):
     `backward` and on the optimizer. What lies between two epochs counts as part of the step after it.
     """
 
-    device: str  # "cpu" or "cuda"
+    device: str
     batch_size: int
     started: float  # time.time() when the process was started
     warmup_steps: int = 0
@@ -111,11 +104,6 @@ class StepClock(Clock):
     def on_epoch_end(self, *_, **__):
         self.host_bytes_by_epoch.append(host_bytes("VmRSS"))
 
-    def now(self) -> float:
-        if self.device == "cuda":
-            torch.cuda.synchronize()
-        return time.perf_counter()
-
     def add(self, part: str) -> None:
         """Counts the time since the last mark towards that part of the step."""
         now = self.now()
@@ -137,8 +125,7 @@ class StepClock(Clock):
             original(*args, **kwargs)
             self.add("student")
 
-        torch.Tensor.backward = backward
-        self.hooks.callback(setattr, torch.Tensor, "backward", original)
+        self.hooks.enter_context(patch.object(torch.Tensor, "backward", backward))
         self.mark = self.now()
 
     def report(self) -> dict:

@@ -106,13 +106,8 @@ def main() -> None:
                     environment = {"HF_HOME": cache, "HF_HUB_OFFLINE": "1"}
                     rows[-1] |= in_own_process(train, folder, streaming, environment=environment)
                 print(rows[-1], flush=True)
-    result = {
-        **describe_machine("cpu", "pyarrow"),
-        "threads": torch.get_num_threads(),
-        "shuffle_buffer_size": BUFFER_SIZE,
-        "dataloader_num_workers": 0,
-        "rows": rows,
-    }
+    settings = {"threads": torch.get_num_threads(), "shuffle_buffer_size": BUFFER_SIZE, "dataloader_num_workers": 0}
+    result = {**describe_machine("cpu", "pyarrow"), **settings, "rows": rows}
     (RESULTS / "streaming_memory.json").write_text(json.dumps(result, indent=2) + "\n")
     (RESULTS / "streaming_memory.md").write_text(render("streaming_memory.md", result=result, batch_size=BATCH_SIZE))
 

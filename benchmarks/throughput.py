@@ -30,20 +30,21 @@ from torch.utils.flop_counter import FlopCounterMode
 from transformers import set_seed
 from transformers.hf_argparser import HfArg
 
-from benchmarks.contenders import CONTENDERS, train_ours
+from benchmarks import contenders
 from benchmarks.report import finish, make_result, spread
 from benchmarks.setting import (
     BARE,
+    BASELINE_SIZES,
     DTYPES,
     MEMORY_FLAGS,
-    PEERS,
+    OURS,
     PUBLISHED_BASELINE,
     Precision,
+    Rows,
     SpeedSetting,
     attempt,
     cpu_count,
     parse_setting,
-    precision_flags,
     precision_of,
     run,
 )
@@ -56,6 +57,15 @@ from modeling_deit_ti.errors import UserError
 from modeling_deit_ti.parsing import parse_arguments
 
 
+# How each trains, and what its flags add to those of all.
+CONTENDERS: dict[str, tuple[contenders.Train, dict]] = {
+    BARE: (contenders.train_bare, {}),
+    OURS[0]: (contenders.train_ours, {"augment_on": "loader"}),
+    OURS[1]: (contenders.train_ours, {"augment_on": "device"}),
+    "timm": (contenders.train_timm, {}),
+    "transformers": (contenders.train_transformers, {}),
+    PUBLISHED_BASELINE: (contenders.train_as_the_published_baseline, BASELINE_SIZES),
+}
 BASELINE_SHARE_OF_STEPS = 3  # its steps take several times as long, so it makes a third as many
 RECIPE = {
     "distill_mode": "both",  # the one mode that timm's task and transformers' two-headed DeiT have, too
@@ -105,12 +115,8 @@ class ThroughputSetting(SpeedSetting):
 
     def __post_init__(self):
         super().__post_init__()
-        for name, on_cpu, on_gpu in (
-            ("steps", 3, 50),
-            ("warmup_steps", 1, 10),
-            ("split_steps", 1, 10),
-            ("dataloader_num_workers", 0, min(16, cpu_count())),
-        ):
+        defaults = {"steps": (3, 50), "warmup_steps": (1, 10), "split_steps": (1, 10)}
+        for name, (on_cpu, on_gpu) in (defaults | {"dataloader_num_workers": (0, min(16, cpu_count()))}).items():
             if getattr(self, name) is None:
                 setattr(self, name, on_gpu if self.device == "cuda" else on_cpu)
         if self.torch_compile:
@@ -124,38 +130,19 @@ class ThroughputSetting(SpeedSetting):
         self.automatic_precision = precision_of(by_itself)
 
     @property
-    def rows(self) -> dict[str, tuple[str, Precision | None]]:
-        """The rows of the table by name, each with its contender and precision; `None`: what it takes by itself."""
-        rows: dict[str, tuple[str, Precision | None]] = {}
-        for contender in self.contenders:
-            if contender in PEERS:
-                rows |= self.peer_rows(contender, only=self.precision)
-            else:
-                rows[contender] = contender, "fp32" if contender == PUBLISHED_BASELINE else self.precision
-        return rows
+    def rows(self) -> Rows:
+        return self.rows_of(self.contenders, self.precision)
 
 
 def make_arguments(
     setting: ThroughputSetting, work_dir: str, precision: Precision | None = None, **flags
 ) -> Arguments:
-    """The arguments of a contender, from flags as train_hf.py takes them."""
-    same = ("dataset_name", "image_size", "patch_size", "dataloader_num_workers", "torch_compile")
-    flags = {
-        **RECIPE,
-        **AUGMENTATIONS[setting.recipe],
-        **{name: getattr(setting, name) for name in same},
-        "per_device_train_batch_size": setting.batch_size,
-        "teacher_model_name_or_path": f"{work_dir}/teacher",
-        "teacher_output_dir": f"{work_dir}/teachers",
-        "output_dir": f"{work_dir}/run",
-        "use_cpu": setting.device == "cpu",
-        **precision_flags(precision),
-        "save_strategy": "no",
-        "report_to": "none",
-        "disable_tqdm": True,
-        **flags,
-    }
-    return parse_arguments([f"--{name}={value}" for name, value in flags.items()])
+    """[`contenders.make_arguments`] with the recipe and the teacher of all."""
+    recipe = RECIPE | AUGMENTATIONS[setting.recipe] | {"per_device_train_batch_size": setting.batch_size}
+    recipe |= {name: getattr(setting, name) for name in ("dataloader_num_workers", "torch_compile")}
+    recipe["teacher_model_name_or_path"] = f"{work_dir}/teacher"
+    recipe["teacher_output_dir"] = tempfile.mkdtemp(dir=work_dir)  # no logits are stored yet
+    return contenders.make_arguments(setting, work_dir, precision, **(recipe | flags))
 
 
 # ---- Turns, each a process ----
@@ -197,14 +184,12 @@ def measure(setting: ThroughputSetting, work_dir: str, row: str, started: float)
     torch.set_num_threads(setting.threads)
     set_seed(0)
     contender, precision = setting.rows[row]
+    train, flags = CONTENDERS[contender]
     share = BASELINE_SHARE_OF_STEPS if contender == PUBLISHED_BASELINE else 1
     steps = (setting.warmup_steps, max(1, setting.steps // share), setting.split_steps)
     clock = StepClock(setting.device, setting.batch_size, started, *steps)
-    train, flags = CONTENDERS[contender]
-    with tempfile.TemporaryDirectory(dir=work_dir) as empty:  # for the teacher's logits
-        flags = {**flags, "max_steps": clock.steps, "eval_strategy": "no", "teacher_output_dir": empty}
-        args = make_arguments(setting, work_dir, precision, **flags)
-        train(args, load_images(args.images), clock)
+    args = make_arguments(setting, work_dir, precision, max_steps=clock.steps, **flags)
+    train(args, load_images(args.images), clock)
     report = clock.report() | {"precision": precision_of(args)}
     if contender == BARE:
         report |= step_flops(**clock.networks, args=args) | {"product_flops_per_second": product_rate(args, clock)}
@@ -249,22 +234,19 @@ def measure_memory(setting: ThroughputSetting, work_dir: str) -> dict:
     set_seed(0)
     args = make_arguments(setting, work_dir, **MEMORY_FLAGS)
     clock = StepClock(setting.device, args.training.train_batch_size, time.time())
-    train_ours(args, load_images(args.images), clock)
+    contenders.train_ours(args, load_images(args.images), clock)
     return {"host_bytes_by_epoch": clock.host_bytes_by_epoch}
 
 
 def summary(name: str, reports: list[dict]) -> dict:
-    """A row of the table: the spread over a contender's processes."""
-    failed = reports[-1].get("failed")
-    row = {"name": name, "failed": failed}
-    if failed:
+    """A row of the table: of its processes, the spread of what each has measured, and what the first has counted."""
+    row = {"name": name, "failed": reports[-1].get("failed")}
+    if row["failed"]:
         return row
-    spreads = ("images_per_second", "step_ms", "startup_seconds", "peak_host_bytes", "peak_device_bytes")
-    for key in (*spreads, *(["product_flops_per_second"] if "product_flops_per_second" in reports[0] else [])):
-        values = [report[key] for report in reports]
-        row[key] = None if None in values else spread(values)
-    once = ("split_ms", "precision", "student_flops", "teacher_flops")
-    return row | {key: reports[0][key] for key in once if key in reports[0]}
+    for key, first in reports[0].items():
+        is_counted = first is None or key in ("split_ms", "precision", "student_flops", "teacher_flops")
+        row[key] = first if is_counted else spread([report[key] for report in reports])
+    return row
 
 
 if __name__ == "__main__":

@@ -15,7 +15,6 @@ import math
 import sys
 import tempfile
 import time
-from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
 from functools import partial
 from pathlib import Path
@@ -29,19 +28,9 @@ from matplotlib.figure import Figure
 from transformers import TimmWrapperForImageClassification, set_seed
 from transformers.hf_argparser import HfArg
 
-from benchmarks.contenders import autocast, train_as_the_guide, train_ours, train_timm
+from benchmarks import contenders
 from benchmarks.report import file_name, finish, make_result, style_axes, write_result
-from benchmarks.setting import (
-    TIMM,
-    TRANSFORMERS,
-    Precision,
-    Setting,
-    attempt,
-    parse_setting,
-    precision_flags,
-    precision_of,
-    run,
-)
+from benchmarks.setting import Precision, Rows, Setting, attempt, parse_setting, precision_of, run
 from benchmarks.step_clock import Clock
 from modeling_deit_ti.arguments import Arguments, check, check_at_least
 from modeling_deit_ti.card.record import folder_name
@@ -69,10 +58,11 @@ TIMM_DEFAULTS = {
     "mixup": 0,
     "cutmix": 0,
 }
-CONTENDERS: dict[str, tuple[Callable[[Arguments, ImageData, Clock], None], dict]] = {
-    OURS: (train_ours, {}),
-    TIMM: (partial(train_timm, own_defaults=True), TIMM_DEFAULTS),
-    TRANSFORMERS: (train_as_the_guide, {"distill_mode": "soft", "crop": "none"}),
+# How each trains, and what its flags add to those of all.
+CONTENDERS: dict[str, tuple[contenders.Train, dict]] = {
+    OURS: (contenders.train_ours, {}),
+    "timm": (partial(contenders.train_timm, own_defaults=True), TIMM_DEFAULTS),
+    "transformers": (contenders.train_as_the_guide, {"distill_mode": "soft", "crop": "none"}),
 }
 
 
@@ -102,48 +92,32 @@ class TimeSetting(Setting):
         check_at_least(self, limit=0)
         check(self, "every_minutes", lambda minutes: minutes > 0, "above 0")
         self.targets = sorted(self.targets)
+        self.contenders = [name for name in CONTENDERS if name == OURS or name in self.contenders]
         ours = parse_arguments([f"--config={self.recipe}", f"--use_cpu={self.device == 'cpu'}"])
         self.dataset_name = self.dataset_name or ours.images.dataset_name
         self.image_size, self.patch_size = ours.model.image_size, ours.model.patch_size
 
     @property
-    def rows(self) -> dict[str, tuple[str, Precision | None]]:
-        """The rows of the table by name, each with its contender and precision; `None`: what it takes by itself."""
-        rows: dict[str, tuple[str, Precision | None]] = {OURS: (OURS, None)}
-        for peer in (TIMM, TRANSFORMERS):
-            rows |= self.peer_rows(peer) if peer in self.contenders else {}
-        return rows
+    def rows(self) -> Rows:
+        return self.rows_of(self.contenders)
 
     def shown(self) -> dict:
         """What decides the rows, for the results; of folders the last part alone."""
         values = {name: value for name, value in asdict(self).items() if name not in ("contenders", "output_dir")}
-        is_folder = Path(self.dataset_name).is_dir()
-        dataset_name = folder_name(self.dataset_name) if is_folder else self.dataset_name
-        teacher, recipe = folder_name(self.teacher), folder_name(self.recipe)
-        return values | {"teacher": teacher, "recipe": recipe, "dataset_name": dataset_name}
+        paths = [name for name in ("teacher", "recipe", "dataset_name") if Path(values[name]).exists()]
+        return values | {name: folder_name(values[name]) for name in paths}
 
 
-def make_arguments(setting: TimeSetting, work_dir: str, contender: str, precision: Precision | None) -> Arguments:
-    """A contender's, from flags as train_hf.py takes them. The images are those of our recipe, for all."""
+def make_arguments(
+    setting: TimeSetting, work_dir: str, contender: str, precision: Precision | None = None
+) -> Arguments:
+    """[`contenders.make_arguments`] with the images of our recipe, for all, and the fitted teacher."""
     images = vars(parse_arguments([f"--config={setting.recipe}", f"--use_cpu={setting.device == 'cpu'}"]).images)
-    flags = {"config": setting.recipe} if contender == OURS else {"patch_size": setting.patch_size}
-    flags |= {name: value for name, value in images.items() if value is not None}
-    flags |= CONTENDERS[contender][1] | precision_flags(precision)
-    flags |= {
-        "dataset_name": setting.dataset_name,
-        "validation_from_train": True,
-        "image_size": setting.image_size,
-        "teacher_model_name_or_path": setting.teacher,
-        "teacher_num_train_epochs": 0,  # it is fitted
-        "teacher_output_dir": f"{work_dir}/teachers",
-        "output_dir": f"{work_dir}/run",
-        "use_cpu": setting.device == "cpu",
-        "eval_strategy": "no",
-        "save_strategy": "no",
-        "report_to": "none",
-        "disable_tqdm": True,
-    }
-    return parse_arguments([f"--{name}={value}" for name, value in flags.items()])
+    flags = {name: value for name, value in images.items() if value is not None}
+    flags |= {"dataset_name": setting.dataset_name, "validation_from_train": True}
+    flags |= {"teacher_model_name_or_path": setting.teacher, "teacher_num_train_epochs": 0}  # it is fitted
+    flags |= {"config": setting.recipe} if contender == OURS else CONTENDERS[contender][1]
+    return contenders.make_arguments(setting, work_dir, precision, **flags)
 
 
 # ---- Measurement ----
@@ -157,68 +131,57 @@ class AccuracyClock(Clock):
     """
 
     def __init__(self, args: Arguments, data: ImageData, target: float, every_minutes: float, limit_minutes: float):
-        self.args, self.target = args, target
+        self.args, self.device, self.target = args, args.training.device.type, target
         self.every_minutes, self.limit_minutes = every_minutes, limit_minutes
         self.images = EvalImages(data.evaluation, make_image_processor(args.model, args.augmentation))
         self.images_per_epoch = len(data.train)
-        self.began: float | None = None
-        self.paused = 0.0  # seconds
         self.images_seen = 0
+        self.began: float | None = None  # later by the seconds of all evaluations
         self.curve: list[dict] = []
 
     @property
     def minutes(self) -> float:
-        return (self.now() - self.began - self.paused) / 60
-
-    def now(self) -> float:
-        if self.args.training.device.type == "cuda":
-            torch.cuda.synchronize()
-        return time.monotonic()
+        return (self.now() - self.began) / 60
 
     def on_epoch_begin(self, *_, **__):
         if self.began is None:
-            self.handle = self.networks["student"].register_forward_pre_hook(self.count, with_kwargs=True)
+            self.networks["student"].register_forward_pre_hook(self.count, with_kwargs=True)
             self.began = self.now()
 
     def count(self, student: torch.nn.Module, args: tuple, kwargs: dict) -> None:
         if student.training:
             self.images_seen += len(args[0] if args else kwargs["pixel_values"])
 
-    def on_step_end(self, args=None, state=None, control=None, **_):
-        minutes, last = self.minutes, self.curve[-1]["minutes"] if self.curve else 0.0
-        if minutes >= min(last + self.every_minutes, self.limit_minutes):
+    def on_step_end(self, args, state, control, **_):
+        last = self.curve[-1]["minutes"] if self.curve else 0.0
+        if self.minutes >= min(last + self.every_minutes, self.limit_minutes):
             self.evaluate()
-        if control is not None and self.is_done:
-            control.should_training_stop = True
+        control.should_training_stop |= self.is_done
 
-    def on_epoch_end(self, args=None, state=None, control=None, **_):
+    def on_epoch_end(self, args, state, control, **_):
         if not self.curve or self.curve[-1]["images"] < self.images_seen:  # not after the last step already
             self.evaluate()
-        if control is not None and self.is_done:
-            control.should_training_stop = True
+        control.should_training_stop |= self.is_done
 
     def evaluate(self) -> None:
-        minutes, paused = self.minutes, self.now()
-        accuracy = (self.own_evaluation or self.accuracy)(self.images)
-        epoch = self.images_seen / self.images_per_epoch
+        began, minutes = self.now(), self.minutes
+        accuracy, epoch = self.accuracy(), self.images_seen / self.images_per_epoch
         self.curve.append({"minutes": minutes, "epoch": epoch, "images": self.images_seen, "accuracy": accuracy})
         print(f"{minutes:.1f} min, epoch {epoch:.2f}: {accuracy:.2%}", flush=True)
         self.is_done = accuracy >= self.target or minutes >= self.limit_minutes
-        self.paused += self.now() - paused
+        self.began += self.now() - began
 
     @torch.no_grad()
-    def accuracy(self, images: EvalImages) -> float:
-        """Top-1 of a student of another library, in its own precision."""
-        student = self.networks["student"].eval()
-        right = 0
-        for start in range(0, len(images), 250):
-            batch = images.__getitems__(list(range(start, min(start + 250, len(images)))))
-            with autocast(self.args):
-                output = student(batch["pixel_values"].to(self.args.training.device))
+    def accuracy(self) -> float:
+        """Top-1 of the student, in the precision of its training."""
+        student, right = self.networks["student"].eval(), 0
+        for batch in contenders.eval_batches(self.images, 250):
+            with contenders.autocast(self.args):
+                output = student(batch["pixel_values"].to(self.device))
             logits = output if isinstance(output, torch.Tensor) else output.logits
             right += (logits.argmax(dim=-1).cpu() == batch["labels"]).sum().item()
         student.train()
-        return right / len(images)
+        return right / len(self.images)
 
 
 def measure(setting: TimeSetting, row: str, limit_minutes: float) -> dict:
@@ -231,10 +194,8 @@ def measure(setting: TimeSetting, row: str, limit_minutes: float) -> dict:
         data = load_images(args.images)
         clock = AccuracyClock(args, data, setting.targets[-1], setting.every_minutes, limit_minutes)
         CONTENDERS[contender][0](args, data, clock)
-    to_target = [
-        next((point["minutes"] for point in clock.curve if point["accuracy"] >= target), None)
-        for target in setting.targets
-    ]
+    reached = [[point["minutes"] for point in clock.curve if point["accuracy"] >= goal] for goal in setting.targets]
+    to_target = [minutes[0] if minutes else None for minutes in reached]
     return {"precision": precision_of(args), "curve": clock.curve, "minutes_to_target": to_target}
 
 
@@ -243,7 +204,7 @@ def plot(rows: list[dict], targets: list[float], file: Path) -> Figure:
     figure = Figure(figsize=(10, 6), dpi=150, layout="constrained")
     axes = figure.subplots()
     # Okabe and Ito's colours can be told apart with any type of colour vision.
-    colours = {OURS: "#D55E00", TIMM: "#0072B2", TRANSFORMERS: "#009E73"}
+    colours = {OURS: "#D55E00", "timm": "#0072B2", "transformers": "#009E73"}
     for row in rows:
         if row["failed"]:
             continue
@@ -265,17 +226,14 @@ def main(argv: list[str]) -> int:
     """The exit code: 1 if a contender failed."""
     setting = parse_setting(TimeSetting, argv, __doc__.splitlines()[0])
     began = time.monotonic()
-    ours = make_arguments(setting, "", OURS, None)
+    ours = make_arguments(setting, "", OURS)
     data = load_images(ours.images)  # also fills the cache that every process reads
     check_teacher(ours, data)
-    facts = {
-        "recipe": yaml.safe_load(Path(setting.recipe).read_text()),
-        "train_images": len(data.train),
-        "held_out_images": len(data.evaluation),
-    }
+    facts = {"train_images": len(data.train), "held_out_images": len(data.evaluation)}
+    facts |= {"recipe": yaml.safe_load(Path(setting.recipe).read_text()), "setting": setting.shown()}
 
     def result_of(rows: list[dict]) -> dict:
-        return make_result(setting, began, rows, "time_to_accuracy", **facts) | {"setting": setting.shown()}
+        return make_result(setting, began, rows, "time_to_accuracy") | facts
 
     folder = Path(setting.output_dir)
     file = folder / f"{file_name(result_of([]))}.json"
@@ -298,12 +256,10 @@ def check_teacher(args: Arguments, data: ImageData) -> None:
     """Raises a `UserError` for a teacher that only our trainer could use."""
     teacher, _, name = prepare_teacher(args, data, make_image_processor(args.model, args.augmentation))
     is_timm = isinstance(teacher.model, TimmWrapperForImageClassification)
-    is_same_size = teacher.image_size == args.model.image_size
-    if not (is_timm and is_same_size and teacher.same_normalisation and teacher.label_order is None):
+    if not (is_timm and teacher.same_normalisation and teacher.label_order is None):
         raise UserError(
-            f"--teacher {name}: must be a timm architecture, fitted to these labels with train_hf.py at "
-            f"{args.model.image_size}x{args.model.image_size} pixels: timm and transformers neither resize images for "
-            "a teacher nor match its labels."
+            f"--teacher {name}: must be a timm architecture, fitted with train_hf.py to these labels, in their order, "
+            "and to images normalised as the student's: timm and transformers match neither."
         )
 
 
@@ -313,10 +269,9 @@ def finished_rows(file: Path, result: dict) -> list[dict]:
         return []
     earlier = json.loads(file.read_text())
     same = ("hardware", "processor", "versions", "setting", "recipe", "train_images", "held_out_images")
-    if any(earlier[key] != json.loads(json.dumps(result[key])) for key in same):
-        return []
+    is_same = all(earlier[key] == json.loads(json.dumps(result[key])) for key in same)
     rows = [row for row in earlier["rows"] if not row["failed"]]
-    return rows if rows and rows[0]["name"] == OURS else []
+    return rows if is_same and rows and rows[0]["name"] == OURS else []
 
 
 if __name__ == "__main__":

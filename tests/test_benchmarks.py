@@ -16,7 +16,7 @@ from transformers import AutoImageProcessor
 from benchmarks import contenders, inference, report, step_clock, throughput, time_to_accuracy
 from modeling_deit_ti import DeiTTiConfig, DeiTTiForImageClassification
 from modeling_deit_ti.arguments import ImageArguments
-from modeling_deit_ti.classifiers import label_maps
+from modeling_deit_ti.classifiers import label_maps, new_timm_classifier
 from modeling_deit_ti.data import load_images
 from modeling_deit_ti.data.inputs import EvalImages, make_image_processor
 from modeling_deit_ti.errors import UserError
@@ -100,7 +100,7 @@ def test_bare_step_counts_its_operations(setting, work_dir):
 
 
 def test_ours_stores_its_teachers_logits_in_a_folder_that_was_empty(setting, work_dir):
-    args = throughput.make_arguments(setting, work_dir, max_steps=2, eval_strategy="no")
+    args = throughput.make_arguments(setting, work_dir, max_steps=2)
     clock = step_clock.StepClock("cpu", 4, time.time(), 1, 1, 0)
     contenders.train_ours(args, load_images(args.images), clock)
     files = list(Path(args.teacher.teacher_output_dir, "logits").glob("*/epoch-0000.bin"))
@@ -195,11 +195,11 @@ def test_inference_states_the_accuracy_of_a_trained_model_at_each_precision(tmp_
     args = parse_arguments(["--image_size=32", "--patch_size=16", "--use_cpu=true"])
     make_image_processor(args.model, args.augmentation).save_pretrained(tmp_path / "model")
     flags = f"--model {tmp_path / 'model'} --dataset_name digits --max_eval_samples 50 --device cpu --batch_sizes 1 20"
-    models = ["ONNX Runtime", "ONNX Runtime, static int8"]
+    models = ["ONNX Runtime", "ONNX Runtime, dynamic int8"]
     flags += f" --repeats 1 --seconds 0 --threads 1 --output_dir {tmp_path / 'results'} --models"
     inference.main([*flags.split(), *models])
     result = json.loads(next((tmp_path / "results").glob("inference-*.json")).read_text())
-    assert result["labelled_images"] == 50 and result["calibration_images"] == 128
+    assert result["labelled_images"] == 50
     assert (result["setting"]["model"], result["setting"]["image_size"]) == ("model", 32)
     assert [row["name"] for row in result["rows"]] == ["native", *models] * 2
     data = load_images(ImageArguments("digits", max_eval_samples=50))
@@ -211,23 +211,33 @@ def test_inference_states_the_accuracy_of_a_trained_model_at_each_precision(tmp_
 @pytest.mark.parametrize("right, failed", [(100, False), (99, False), (98, True)])
 def test_a_model_of_lower_precision_may_lose_one_point_of_accuracy(right, failed):
     images, logits = torch.zeros(1, 3, 4, 4), torch.ones(1, 10)
-    accuracies = {"native": 1.0, "ONNX Runtime, dynamic int8": right / 100}
-    row = inference.compare("ONNX Runtime, dynamic int8", lambda images: 2 * logits, images, logits, accuracies)
-    assert (row["failed"] is not None) == failed and row["max_abs_difference"] == 1
+    row = {"name": "ONNX Runtime, dynamic int8", "accuracy": right / 100, "largest_logit": 1.0}
+    found = inference.compare(row, lambda images: 2 * logits, images, logits, native_accuracy=1.0)
+    assert (found["failed"] is not None) == failed and found["max_abs_difference"] == 1
 
 
-def test_inference_does_not_time_a_model_that_predicts_something_else():
-    setting = inference.InferenceSetting(device="cpu", batch_sizes=[2], repeats=1, seconds=0.0, image_size=4)
-    images = inference.Images(torch.randn(2, 3, 4, 4), None, torch.randn(2, 3, 4, 4))
-    models = {
-        "native": lambda images: images.flatten(1)[:, :3],
-        "timm": lambda images: images.flatten(1)[:, :3] + 0.1,
-        "ONNX Runtime": "UserError: no such provider",
+def test_inference_does_not_time_a_model_that_fails_or_predicts_something_else(monkeypatch):
+    models = ["native", "transformers", "timm", "ONNX Runtime"]
+    setting = inference.InferenceSetting(
+        device="cpu", batch_sizes=[2], repeats=1, seconds=0.0, image_size=4, models=models
+    )
+
+    def no_provider(model, setting):
+        raise UserError("no such provider")
+
+    makers = {
+        "native": lambda *_: lambda images: images.flatten(1)[:, :3],
+        "timm": lambda *_: lambda images: images.flatten(1)[:, :3] + 0.1,
+        "transformers": lambda *_: lambda images: images.flatten(1) @ torch.zeros(1, 1),
+        "ONNX Runtime": no_provider,
     }
-    native, other, missing = inference.measure(setting, models, images)
+    monkeypatch.setattr(inference, "MAKERS", makers)
+    native, broken, other, missing = inference.measure(setting, None, torch.randn(2, 3, 4, 4), None)
     assert native["failed"] is None and native["max_abs_difference"] == 0
-    assert other["failed"].startswith("its logits are 1.0e-01 from") and "latency_ms" not in other
+    assert other["failed"].startswith("its logits are 1.0e-01 from")
+    assert broken["failed"].startswith("RuntimeError: mat1 and mat2 shapes")
     assert missing["failed"] == "UserError: no such provider"
+    assert ["latency_ms" in row for row in (native, broken, other, missing)] == [True, False, False, False]
 
 
 # ---- Time to accuracy ----
@@ -296,11 +306,12 @@ def test_the_clock_stands_still_while_it_evaluates(time_flags):
     student, seconds = torch.nn.Linear(1, 1), [0.0]
     clock.now = lambda: seconds[0]
 
-    def evaluate(images) -> float:
+    def accuracy() -> float:
         seconds[0] += 600
         return 0.5
 
-    clock.watch(student, student, evaluate)
+    clock.accuracy = accuracy
+    clock.watch(student, student)
     for _ in range(2):
         for batch in clock.batches([torch.ones(4, 1)] * 2):
             student(batch)
@@ -322,10 +333,44 @@ def test_mistakes_about_time_are_named_before_training(changes, message, time_fl
         time_to_accuracy.main(flags)
 
 
-def test_a_teacher_that_only_ours_could_use_is_refused(time_flags, tmp_path):
-    (tmp_path / "tiny.yaml").write_text(TINY_RECIPE.replace("image_size: 32", "image_size: 48"))
-    with pytest.raises(UserError, match="must be a timm architecture, fitted to these labels .* at 48x48 pixels"):
-        time_to_accuracy.main(time_flags)
+def save_teacher(folder: Path, label_names: list[str], image_size: int = 32, **normalisation) -> None:
+    args = parse_arguments([f"--image_size={image_size}", "--patch_size=16", "--use_cpu=true"])
+    image_processor = make_image_processor(args.model, args.augmentation, **normalisation)
+    new_timm_classifier("test_resnet", label_names, image_size, image_processor).save_pretrained(folder)
+
+
+DIGITS = [str(digit) for digit in range(10)]
+
+
+def test_a_teacher_with_images_of_its_own_size_is_asked_the_same_by_all(time_flags, work_dir, tmp_path):
+    save_teacher(tmp_path / "teacher", DIGITS, image_size=64)
+    changes = {"teacher": str(tmp_path / "teacher"), "targets": [0.0], "every_minutes": 1e-9}
+    setting = replace(time_to_accuracy.parse_setting(time_to_accuracy.TimeSetting, time_flags, ""), **changes)
+    args = time_to_accuracy.make_arguments(setting, str(tmp_path), "ours", "fp32")
+    data = load_images(args.images)
+    time_to_accuracy.check_teacher(args, data)
+    images = torch.randn(2, 3, 32, 32)
+    expected = contenders.trainer_of_ours(args, data, with_cache=False).teacher(images)
+    with torch.no_grad():
+        of_timm = contenders.load_peers_teacher(args, of_timm=True)(images)
+        of_transformers = contenders.load_peers_teacher(args)(pixel_values=images).logits
+        at_the_wrong_size = contenders.load_teacher(args)(images).logits
+    assert torch.allclose(of_timm, expected, atol=1e-5) and torch.allclose(of_transformers, expected, atol=1e-5)
+    assert not torch.allclose(at_the_wrong_size, expected, atol=1e-2)
+    for row in ("timm", "transformers"):
+        assert len(time_to_accuracy.measure(setting, row, limit_minutes=60)["curve"]) == 1
+    # One of the student's size is asked as it is.
+    args.teacher.teacher_model_name_or_path = f"{work_dir}/teacher"
+    assert type(contenders.load_peers_teacher(args)) is type(contenders.load_teacher(args))
+
+
+@pytest.mark.parametrize(
+    "label_names, normalisation", [(DIGITS[::-1], {}), (DIGITS, {"image_mean": [0.5] * 3, "image_std": [0.5] * 3})]
+)
+def test_a_teacher_that_only_ours_could_use_is_refused(label_names, normalisation, time_flags, tmp_path):
+    save_teacher(tmp_path / "teacher", label_names, **normalisation)
+    with pytest.raises(UserError, match="must be a timm architecture, fitted .* in their order, .* normalised as"):
+        time_to_accuracy.main([*time_flags, "--teacher", str(tmp_path / "teacher")])
 
 
 # ---- Tables, from made-up results ----
@@ -452,7 +497,7 @@ def test_target_of_inference_is_about_the_fastest_exported_form_at_batch_1(tmp_p
         for (name, batch_size), speed in speeds.items()
     ]
     setting = {"image_size": 32, "patch_size": 4, "model": None, "repeats": 3, "seconds": 3.0}
-    changes = {"benchmark": "inference", "rows": rows, "processor": None, "seconds": 1, "calibration_images": 128}
+    changes = {"benchmark": "inference", "rows": rows, "processor": None, "seconds": 1}
     report.write_result(made_up_result({"device": "cpu", **setting}, {}, **changes), tmp_path)
     name = f"{report.CPU_INFERENCE.name}: batch 1, fastest exported form at least 2x native float32"
     assert verdicts(tmp_path)[name] == ("3.10", "met")
