@@ -32,13 +32,14 @@ from transformers import (
     TrainingArguments,
 )
 
-from benchmarks.setting import DTYPES, Precision, Setting, precision_of
+from benchmarks.setting import Precision, Setting
 from benchmarks.step_clock import Clock
 from modeling_deit_ti.arguments import Arguments
 from modeling_deit_ti.classifiers import input_format, label_maps
 from modeling_deit_ti.data import ImageData
 from modeling_deit_ti.data.decoding import read_image
 from modeling_deit_ti.data.inputs import EvalImages, make_image_processor, make_train_transform
+from modeling_deit_ti.device import autocast
 from modeling_deit_ti.distillation import MODES, distillation_loss
 from modeling_deit_ti.fitting import prepare_teacher
 from modeling_deit_ti.parsing import parse_arguments
@@ -59,11 +60,6 @@ def make_arguments(setting: Setting, work_dir: str, precision: Precision | None 
     if precision is not None:
         shared |= {name: precision == name for name in ("fp16", "bf16")}
     return parse_arguments([f"--{name}={value}" for name, value in (shared | flags).items()])
-
-
-def autocast(args: Arguments) -> torch.autocast:
-    dtype = DTYPES[precision_of(args)]
-    return torch.autocast(args.training.device.type, dtype, enabled=dtype != torch.float32)
 
 
 def eval_batches(images: EvalImages, batch_size: int) -> DataLoader:
@@ -135,7 +131,7 @@ def train_bare(args: Arguments, data: ImageData, clock: Clock) -> None:
     image_labels = torch.randint(len(data.label_names), (training.train_batch_size,), device=device)
     for pixel_values, labels in clock.batches(itertools.repeat((images, image_labels))):
         teacher_logits = teacher(pixel_values)
-        with autocast(args):
+        with autocast(args.training.device, args.training.mixed_precision):
             outputs = network(pixel_values=pixel_values)
         logits = (outputs["class_logits"].float(), outputs["distillation_logits"].float())
         smoothing = training.label_smoothing_factor
@@ -237,7 +233,7 @@ def train_timm(args: Arguments, data: ImageData, clock: Clock, own_defaults: boo
         task.compile()
     for epoch in epochs:
         for pixel_values, labels in clock.batches(loader):
-            with autocast(args):
+            with autocast(args.training.device, args.training.mixed_precision):
                 loss = task(pixel_values, labels)["loss"]
             if scaler is not None:
                 scaler(loss, optimizer, clip_grad=clip_grad, parameters=student.parameters())

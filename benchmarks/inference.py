@@ -35,6 +35,7 @@ from modeling_deit_ti.arguments import ImageArguments, check_at_least
 from modeling_deit_ti.card.record import folder_name
 from modeling_deit_ti.data import load_images
 from modeling_deit_ti.data.inputs import EvalImages
+from modeling_deit_ti.device import autocast
 from modeling_deit_ti.distillation import MODES
 from modeling_deit_ti.errors import UserError, first_line
 from modeling_deit_ti.interop import export_onnx, to_timm, to_transformers
@@ -58,7 +59,7 @@ def with_autocast(model: nn.Module) -> Predict:
     """In bfloat16, as predict.py has it."""
 
     def predict(images: torch.Tensor) -> torch.Tensor:
-        with torch.autocast(images.device.type, torch.bfloat16):
+        with autocast(images.device, "bf16"):
             return model(pixel_values=images).logits
 
     return predict

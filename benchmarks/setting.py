@@ -26,7 +26,6 @@ from modeling_deit_ti.errors import UserError, first_line
 Precision = Literal["fp32", "fp16", "bf16"]
 # Of a table, by name: each row's contender and precision; `None`: what train_hf.py takes by itself.
 Rows = dict[str, tuple[str, Precision | None]]
-DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 # Of a CPU: what decides how fast it multiplies matrices, by the names that Linux has for them.
 INSTRUCTIONS = ("avx2", "avx512f", "avx512_vnni", "avx512_bf16", "avx512_fp16", "amx_bf16", "amx_int8", "bf16")
 BARE, PUBLISHED_BASELINE = "bare step", "published baseline's loop"

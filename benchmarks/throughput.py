@@ -35,7 +35,6 @@ from benchmarks.report import finish, make_result, spread
 from benchmarks.setting import (
     BARE,
     BASELINE_SIZES,
-    DTYPES,
     MEMORY_FLAGS,
     OURS,
     PUBLISHED_BASELINE,
@@ -53,6 +52,7 @@ from modeling_deit_ti.arguments import Arguments, check_at_least
 from modeling_deit_ti.classifiers import is_timm_architecture, new_timm_classifier
 from modeling_deit_ti.data import ImageData, load_images
 from modeling_deit_ti.data.inputs import make_image_processor
+from modeling_deit_ti.device import HALF_DTYPES
 from modeling_deit_ti.errors import UserError
 from modeling_deit_ti.parsing import parse_arguments
 
@@ -217,7 +217,7 @@ def product_rate(args: Arguments, clock: StepClock) -> float:
     channels, in the step's precision. Median over at least a second.
     """
     num_tokens = (args.model.image_size // args.model.patch_size) ** 2 + len(args.training.mode.tokens)
-    options = {"device": args.training.device, "dtype": DTYPES[precision_of(args)]}
+    options = {"device": args.training.device, "dtype": HALF_DTYPES.get(args.training.mixed_precision, torch.float32)}
     tokens = torch.randn(args.training.train_batch_size * num_tokens, 192, **options)
     weight, bias = torch.randn(768, 192, **options), torch.randn(768, **options)
     seconds: list[float] = []

@@ -36,6 +36,7 @@ from modeling_deit_ti.arguments import Arguments, check, check_at_least
 from modeling_deit_ti.card.record import folder_name
 from modeling_deit_ti.data import ImageData, load_images
 from modeling_deit_ti.data.inputs import EvalImages, make_image_processor
+from modeling_deit_ti.device import autocast
 from modeling_deit_ti.errors import UserError
 from modeling_deit_ti.fitting import prepare_teacher
 from modeling_deit_ti.parsing import parse_arguments
@@ -176,7 +177,7 @@ class AccuracyClock(Clock):
         """Top-1 of the student, in the precision of its training."""
         student, right = self.networks["student"].eval(), 0
         for batch in contenders.eval_batches(self.images, 250):
-            with contenders.autocast(self.args):
+            with autocast(self.device, self.args.training.mixed_precision):
                 output = student(batch["pixel_values"].to(self.device))
             logits = output if isinstance(output, torch.Tensor) else output.logits
             right += (logits.argmax(dim=-1).cpu() == batch["labels"]).sum().item()
