@@ -3,7 +3,7 @@
     accelerate launch train_hf.py --distill_mode hard
     accelerate launch train_hf.py --config recipes/digits.yaml --learning_rate 1e-3
 
-A run from top to bottom: read the flags, load and check the images, prepare the teacher (fit it if its labels are not
+A run from top to bottom: load and check the images, prepare the teacher (fit it if its labels are not
 the dataset's, measure it, refuse it if it knows nothing), train the student, evaluate it, and leave a folder that
 `from_pretrained` loads.
 """
@@ -14,11 +14,11 @@ import sys
 import time
 
 import datasets
+from accelerate import PartialState
 
 from modeling_deit_ti import preflight
 from modeling_deit_ti.arguments import Arguments
 from modeling_deit_ti.data import ImageData, load_images
-from modeling_deit_ti.data.inputs import make_image_processor
 from modeling_deit_ti.errors import (
     EXIT_INTERRUPTED,
     EXIT_USER_ERROR,
@@ -31,11 +31,12 @@ from modeling_deit_ti.errors import (
 from modeling_deit_ti.fitting import prepare_teacher
 from modeling_deit_ti.interruption import Interrupted, interrupt_on_signals
 from modeling_deit_ti.outcome import push, summary
-from modeling_deit_ti.parsing import parse_arguments
+from modeling_deit_ti.parsing import parse_stages
 from modeling_deit_ti.runs import (
     build_network,
     build_trainer,
     evaluation_images,
+    own_accelerator_state,
     resume_precision,
     run_settings,
     train_and_save,
@@ -45,10 +46,21 @@ from modeling_deit_ti.teacher_cache import make_teacher_cache
 
 
 def main() -> None:
-    # 1. Flags, and what must hold before anything else
-    args = parse_arguments(sys.argv[1:], description=__doc__.splitlines()[0])
+    *earlier, last = stages = parse_stages(sys.argv[1:], description=__doc__.splitlines()[0])
+    for number, args in enumerate(stages, start=1):
+        if earlier and args.training.process_index == 0:
+            print(f"Stage {number} of {len(stages)}: {args.training.output_dir}", flush=True)
+        with own_accelerator_state():
+            train(args, is_last=args is last)
+    PartialState().destroy_process_group()  # otherwise torch may abort a process of several at its exit
+
+
+def train(args: Arguments, is_last: bool = True) -> None:
+    """One run, unless it is an earlier stage that has been finished."""
+    # 1. What must hold before anything else
     training, mode = args.training, args.training.mode
-    checkpoint = preflight.checkpoint_to_resume(training)
+    is_finished = not is_last and preflight.is_finished_stage(training)
+    checkpoint = training.output_dir if is_finished else preflight.checkpoint_to_resume(training)
     preflight.check_folders(args)
     is_main = training.process_index == 0
     if training.push_to_hub and is_main:
@@ -61,10 +73,11 @@ def main() -> None:
     if checkpoint is not None:
         resume_precision(training, checkpoint)
         preflight.check_same_run(checkpoint, run_settings(args, data))
-    image_processor = make_image_processor(args.model, args.augmentation)
+    if is_finished:
+        return
 
     # 3. Student
-    student, notes = build_network(args, data, image_processor)
+    student, image_processor, notes = build_network(args, data)
     preflight.check_training(training, student)
     if notes and is_main:
         print("Student:", *notes)
@@ -83,7 +96,8 @@ def main() -> None:
         if is_main:
             name, accuracy = teacher_record.name, teacher_record.accuracy
             print(f"Teacher: {name} is right on {accuracy:.2%} of the split {data.eval_split}")
-        check_better_than_chance(teacher_record.accuracy, data.evaluation["label"][:], teacher_record.name)
+        if not args.teacher.allow_untrained_teacher:
+            check_better_than_chance(teacher_record.accuracy, data.evaluation["label"][:], teacher_record.name)
 
     # 6. Training, evaluation, and what is left in the output folder
     with storing(
@@ -99,7 +113,6 @@ def main() -> None:
     # 8. The Hub
     if training.push_to_hub and is_main:
         push(trainer)
-    trainer.accelerator.end_training()  # otherwise torch may abort a process of several at its exit
 
 
 def load_data(args: Arguments) -> ImageData:

@@ -87,7 +87,8 @@ class ResizedImages(nn.Module):
 def load_peers_teacher(args: Arguments, of_timm: bool = False) -> nn.Module:
     """The teacher as transformers or timm has it, with the student's images in its own size."""
     teacher = load_teacher(args)
-    image_size, *_ = input_format(teacher, args.teacher.teacher_model_name_or_path)
+    name = args.teacher.teacher_model_name_or_path
+    image_size, *_ = input_format(teacher.config, name, "--teacher_model_name_or_path")
     classifier = teacher.timm_model if of_timm else teacher
     return classifier if image_size == args.model.image_size else ResizedImages(classifier, image_size)
 
@@ -97,8 +98,7 @@ def load_peers_teacher(args: Arguments, of_timm: bool = False) -> nn.Module:
 
 def trainer_of_ours(args: Arguments, data: ImageData, with_cache: bool = True) -> DistillationTrainer:
     """As train_hf.py builds it."""
-    image_processor = make_image_processor(args.model, args.augmentation)
-    student, _ = build_network(args, data, image_processor)
+    student, image_processor, _ = build_network(args, data)
     teacher, _, _ = prepare_teacher(args, data, image_processor)
     cache = make_teacher_cache(args, teacher, data, image_processor) if with_cache else None
     return build_trainer(args, data, student, image_processor, teacher, cache)
@@ -353,12 +353,11 @@ def train_as_the_guide(args: Arguments, data: ImageData, clock: Clock) -> None:
 def train_as_the_published_baseline(args: Arguments, data: ImageData, clock: Clock) -> None:
     """A notebook's loop: 224x224, images transformed one by one in this process, fp32, the loss read every step."""
     training, device = args.training, args.training.device
-    image_processor = make_image_processor(args.model, args.augmentation)
+    student, image_processor, _ = build_network(args, data)
     resize = transforms.Resize((args.model.image_size, args.model.image_size))
     normalize = transforms.Normalize(image_processor.image_mean, image_processor.image_std)
     images = PilImages(data.train, transforms.Compose([resize, transforms.ToTensor(), normalize]))
     loader = DataLoader(images, training.train_batch_size, shuffle=True, drop_last=True)
-    student, _ = build_network(args, data, image_processor)
     student.to(device).train()
     teacher = load_teacher(args).timm_model.to(device)
     clock.watch(student, teacher)

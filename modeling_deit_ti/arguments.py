@@ -38,7 +38,7 @@ HYPERPARAMETERS = (
     *("num_train_epochs", "max_steps", "per_device_train_batch_size", "gradient_accumulation_steps", "learning_rate"),
     *("lr_scheduler_type", "lr_scheduler_kwargs", "warmup_steps", "optim", "optim_args", "adam_beta1", "adam_beta2"),
     *("adam_epsilon", "weight_decay", "max_grad_norm", "label_smoothing_factor", "load_best_model_at_end"),
-    *("seed", "data_seed"),
+    *("ema_decay", "seed", "data_seed"),
 )
 
 
@@ -163,6 +163,9 @@ class ModelArguments:
         default="normal",
         help="How the attention of a deit_ti from scratch starts: `mimetic`, as it looks in trained networks.",
     )
+    freeze_backbone: bool = HfArg(
+        default=False, help="Train the heads alone (a linear probe), on a network that stays as it is."
+    )
     eval_crop_ratio: float | None = HfArg(
         default=None,
         help="Evaluation resizes the shorter edge to image_size / ratio and takes the centre. Default: as "
@@ -220,6 +223,11 @@ class TeacherArguments:
         default=None,
         help=f"Peak learning rate of fitting. Default: --teacher_config's, or {TEACHER_RECIPE['learning_rate']}.",
     )
+    allow_untrained_teacher: bool = HfArg(
+        default=False,
+        help="With --teacher_num_train_epochs 0, teach with a head that was never trained, as the published baseline "
+        "did; and do not stop if the teacher is no better than chance.",
+    )
     teacher_cache: Literal["auto", "on", "off"] = HfArg(
         default="auto",
         help="Store the teacher's logits under --teacher_output_dir, in half precision, for later epochs and "
@@ -272,6 +280,11 @@ class DistillationTrainingArguments(TrainingArguments):
         help="Options of the optimizer, as name=value,name=value. Of muon: momentum, ns_steps, and adamw_lr_scale, "
         "the learning rate of what AdamW trains in multiples of --learning_rate.",
     )
+    ema_decay: float | None = HfArg(
+        default=None,
+        help="Average the weights over the steps, with this decay, such as 0.999. The average is what is evaluated "
+        "and saved.",
+    )
     weight_decay: float = HfArg(default=0.05, help="Of all weights except biases, norms, tokens and positions.")
     lr_scheduler_type: str = HfArg(default="cosine", help="Learning rate schedule.")
     warmup_steps: float = HfArg(default=0.1, help="Steps of linear warm-up; below 1, a share of all steps.")
@@ -318,6 +331,7 @@ class DistillationTrainingArguments(TrainingArguments):
         check_at_least(self, gradient_accumulation_steps=1, dataloader_num_workers=0, learning_rate=0, max_grad_norm=0)
         check_at_least(self, seed=0, data_seed=0)
         check(self, "seed", lambda seed: seed < 2**32, "below 2**32, as NumPy requires")
+        check(self, "ema_decay", lambda decay: 0 < decay < 1, "above 0 and below 1")
         check(self, "label_smoothing_factor", lambda share: 0 <= share < 1, "at least 0 and below 1")
         if self.num_train_epochs <= 0 and self.max_steps <= 0:
             raise UserError(f"--num_train_epochs {self.num_train_epochs}: must be above 0, unless --max_steps is.")
@@ -347,6 +361,9 @@ class DistillationTrainingArguments(TrainingArguments):
             self.optim = "muon"
             if self.deepspeed_plugin is not None:
                 raise UserError("--optim muon needs whole matrices, which DeepSpeed takes apart: use another --optim.")
+        is_sharded = self.fsdp or self.deepspeed_plugin is not None or "ACCELERATE_USE_FSDP" in os.environ
+        if self.ema_decay is not None and is_sharded:
+            raise UserError("--ema_decay needs whole weights, which FSDP and DeepSpeed take apart: leave it out.")
         if self.fsdp and "auto_wrap_policy" not in self.fsdp_config:
             # As accelerate_configs/fsdp2_bf16.yaml. Layer by layer, accelerate would shard DeiT-Ti's patch projection
             # twice, which torch refuses.
@@ -405,7 +422,10 @@ class DistillationTrainingArguments(TrainingArguments):
 
 
 class Arguments(NamedTuple):
-    """A whole run: its groups, the command line `flags`, and in `fitting` the run that fits its teacher, if any."""
+    """
+    A whole run: its groups, the command line `flags`, in `fitting` the run that fits its teacher, if any, and in
+    `earlier_stages` the folders of the runs that it goes on from, if its recipe has stages.
+    """
 
     images: ImageArguments
     augmentation: AugmentationArguments
@@ -414,12 +434,15 @@ class Arguments(NamedTuple):
     training: DistillationTrainingArguments
     flags: list[str]
     fitting: "Arguments | None" = None
+    earlier_stages: tuple[str, ...] = ()
 
     def hyperparameters(self) -> dict:
         """What decides what the network learns from its images, by flag."""
         shown = {name: getattr(self.training, name) for name in HYPERPARAMETERS}
         if self.training.max_steps < 0:
             del shown["max_steps"]  # epochs decide
+        if self.model.freeze_backbone:
+            shown["freeze_backbone"] = True
         if self.model.is_new_deit_ti:
             shown |= {name: getattr(self.model, name) for name in ("position_init", "attention_init")}
         return shown | vars(self.augmentation) | {"crop": self.augmentation.crop_at(self.model.image_size)}

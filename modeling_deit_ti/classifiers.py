@@ -84,6 +84,12 @@ def load_classifier(
     return model.eval(), sorted(info["missing_keys"])
 
 
+def load_config(name: str, flag: str, trust_remote_code: bool = False) -> PreTrainedConfig:
+    """The config of a classifier; arguments and errors as in [`load_classifier`]."""
+    with _explain(name, flag, "config that AutoConfig loads"):
+        return AutoConfig.from_pretrained(_source(name), trust_remote_code=trust_remote_code)
+
+
 def load_image_processor(name: str, flag: str, trust_remote_code: bool = False) -> BaseImageProcessor:
     """The image processor of a classifier; arguments and errors as in [`load_classifier`]."""
     with _explain(name, flag, "image processor that AutoImageProcessor loads"):
@@ -123,22 +129,22 @@ def _explain(name: str, flag: str, what: str) -> Iterator[None]:
 
 
 def input_format(
-    model: PreTrainedModel, path: str, trust_remote_code: bool = False
+    config: PreTrainedConfig, path: str, flag: str, trust_remote_code: bool = False
 ) -> tuple[int, list[float], list[float]]:
     """
-    What a teacher takes, by its timm config or the image processor at `path`: height and width in pixels, mean and
+    What a classifier takes, by its timm config or the image processor at `path`: height and width in pixels, mean and
     standard deviation of each channel for values from 0 to 1.
 
     Raises:
         UserError: if there is no image processor, or it swaps or mixes the channels.
     """
-    pretrained_cfg = getattr(model.config, "pretrained_cfg", None)
+    pretrained_cfg = getattr(config, "pretrained_cfg", None)
     if pretrained_cfg:
         data_config = timm.data.resolve_data_config(pretrained_cfg=pretrained_cfg, verbose=False)
         return data_config["input_size"][-1], list(data_config["mean"]), list(data_config["std"])
-    processor = load_image_processor(path, "--teacher_model_name_or_path", trust_remote_code)
+    processor = load_image_processor(path, flag, trust_remote_code)
     # Measured, not read: processors differ in what their fields mean, and some normalise twice, or not at all.
-    size = getattr(model.config, "image_size", None)
+    size = getattr(config, "image_size", None)
     size = size if isinstance(size, int) else 224
     colours = [PILImage.new("RGB", (size, size), colour) for colour in ("black", "white", "red")]
     pixel_values = torch.as_tensor(processor(colours, return_tensors="pt")["pixel_values"]).float()
@@ -146,8 +152,8 @@ def input_format(
     black, white, red = pixel_values[:, :, own_size // 2, own_size // 2]
     if not torch.allclose(red, torch.stack((white[0], black[1], black[2])), atol=1e-3):
         raise UserError(
-            f"--teacher_model_name_or_path {path}: its image processor swaps or mixes the colours, which "
-            "cannot be done with the student's images."
+            f"{flag} {path}: its image processor swaps or mixes the colours, which cannot be done with the images of "
+            "a run."
         )
     std = 1 / (white - black)
     return own_size, (-black * std).tolist(), std.tolist()
@@ -185,6 +191,33 @@ def new_timm_classifier(
     initialised = timm.create_model(architecture, num_classes=len(label_names), **(model_args or {}))
     model.timm_model.load_state_dict(initialised.state_dict())
     return model
+
+
+def fine_tunable_classifier(
+    name: str, flag: str, label_names: list[str], image_processor: DeiTImageProcessor, trust_remote_code: bool = False
+) -> PreTrainedModel:
+    """
+    A pretrained classifier with a new head for these labels; a timm config records the image processor's normalisation
+    and crop. Arguments and errors as in [`load_classifier`].
+    """
+    options = {"ignore_mismatched_sizes": True, "num_labels": len(label_names), **label_maps(label_names)}
+    model, _ = load_classifier(name, flag, trust_remote_code, **options)
+    if isinstance(model.config, TimmWrapperConfig):
+        model.config.pretrained_cfg |= timm_input_format(image_processor)
+    return model
+
+
+def freeze_backbone(model: PreTrainedModel) -> None:
+    """Leaves nothing to train but the heads."""
+    model.requires_grad_(False)
+    if isinstance(model.config, TimmWrapperConfig):
+        heads = model.timm_model.get_classifier()
+        for head in heads if isinstance(heads, tuple) else (heads,):
+            head.requires_grad_(True)
+        return
+    backbone = set(model.base_model.parameters())
+    for parameter in model.parameters():
+        parameter.requires_grad_(parameter not in backbone)
 
 
 def check_takes_images(model: PreTrainedModel, name: str, image_size: int, batch_size: int) -> None:

@@ -13,23 +13,22 @@ from dataclasses import replace
 from pathlib import Path
 
 import torch
-from accelerate.state import AcceleratorState, PartialState
 from accelerate.utils import broadcast_object_list
 from filelock import FileLock
-from transformers import PreTrainedModel, TimmWrapperConfig, set_seed
+from transformers import PreTrainedModel, set_seed
 
-from .arguments import Arguments
+from .arguments import Arguments, TeacherArguments
 from .card import TeacherRecord
 from .checkpoints import checkpoints_of, last_complete
 from .classifiers import (
     check_takes_images,
+    fine_tunable_classifier,
     input_format,
     is_timm_architecture,
     label_maps,
     label_names,
     load_classifier,
     timm_hub_id,
-    timm_input_format,
 )
 from .configuration_deit_ti import DeiTTiConfig
 from .data import ImageData
@@ -39,6 +38,7 @@ from .interop import load_student
 from .runs import (
     build_network,
     build_trainer,
+    own_accelerator_state,
     resume_precision,
     run_settings,
     settle_precision,
@@ -76,11 +76,16 @@ def prepare_teacher(args: Arguments, data: ImageData, image_processor) -> tuple[
         model, missing = load_classifier(path, FLAG, options.trust_remote_code)
         if not missing:
             label_order = match_labels(label_names(model.config), data.label_names)
+    is_untrained = options.allow_untrained_teacher and options.teacher_num_train_epochs == 0
+    if label_order is None and is_untrained and model is not None:
+        fitted, label_order = "untrained", list(range(len(data.label_names)))
+        set_seed(args.fitting.training.seed)
+        model = _with_labels(model, path, data.label_names, image_processor, options).eval()
     if label_order is None:
         fitted = "scratch" if model is None else "pretrained"
         path = str(_fit(args, model, path, data, image_processor))
         model, _ = load_classifier(path, FLAG, options.trust_remote_code)
-    own_size, mean, std = input_format(model, path, options.trust_remote_code)
+    own_size, mean, std = input_format(model.config, path, FLAG, options.trust_remote_code)
     image_size = options.teacher_image_size or own_size
     student_mean, student_std = list(image_processor.image_mean), list(image_processor.image_std)
     try:
@@ -91,7 +96,7 @@ def prepare_teacher(args: Arguments, data: ImageData, image_processor) -> tuple[
             f"The teacher {name} cannot take images of {image_size}x{image_size} pixels ({first_line(error)})."
         ) from error
     # The results after the recipe: they know the precision that was taken.
-    files = (RECIPE_FILE, "all_results.json") if fitted else ()
+    files = (RECIPE_FILE, "all_results.json") if fitted in ("scratch", "pretrained") else ()
     facts = {name: value for file in files for name, value in json.loads(Path(path, file).read_text()).items()}
     record = TeacherRecord(
         name=name,
@@ -120,7 +125,7 @@ def _fit(args: Arguments, pretrained: PreTrainedModel | None, source: str, data:
     if pretrained is None:
         model = replace(run.model, model_name_or_path=name.partition(".")[0])  # a tag stands for weights
     else:
-        image_size, mean, std = input_format(pretrained, source, args.teacher.trust_remote_code)
+        image_size, mean, std = input_format(pretrained.config, source, FLAG, args.teacher.trust_remote_code)
         image_size = args.teacher.teacher_image_size or image_size
         model = replace(run.model, model_name_or_path=source, image_size=image_size)
     run = run._replace(model=model)
@@ -141,12 +146,10 @@ def _fit(args: Arguments, pretrained: PreTrainedModel | None, source: str, data:
         else:
             logger.info(f"Teacher: {name}, fitting for {run.training.num_train_epochs:g} epochs, into {folder}")
             if pretrained is None:
-                network, _ = build_network(run, data, image_processor)
+                network, *_ = build_network(run, data)
             else:
                 set_seed(run.training.seed)
-                network = _with_labels(pretrained, source, data.label_names, args.teacher.trust_remote_code)
-                if isinstance(network.config, TimmWrapperConfig):
-                    network.config.pretrained_cfg |= timm_input_format(image_processor)
+                network = _with_labels(pretrained, source, data.label_names, image_processor, args.teacher)
                 batch_size = min(run.training.train_batch_size, len(data.train))
                 check_takes_images(network, name, run.model.image_size, batch_size)
                 settle_precision(run.training, network)
@@ -155,16 +158,13 @@ def _fit(args: Arguments, pretrained: PreTrainedModel | None, source: str, data:
             (checkpoint,) = broadcast_object_list([last_complete(folder)])
             if checkpoint is not None:
                 logger.info(f"Teacher: an earlier run was interrupted while fitting it; resuming from {checkpoint}")
-            distributed_type = PartialState().distributed_type  # without FSDP or DeepSpeed, which a Trainer brings
             resume_precision(run.training, checkpoint)
-            trainer = build_trainer(run, data, network, image_processor)
-            if is_main:
-                (folder / RECIPE_FILE).write_text(json.dumps(recipe, indent=2, default=str) + "\n")
-            train_and_save(trainer, run, data, checkpoint)
-            trainer.accelerator.wait_for_everyone()
-            # accelerate keeps the settings of a process's first Trainer, and the student's brings its own.
-            AcceleratorState._reset_state()
-            PartialState._shared_state["distributed_type"] = distributed_type
+            with own_accelerator_state():
+                trainer = build_trainer(run, data, network, image_processor)
+                if is_main:
+                    (folder / RECIPE_FILE).write_text(json.dumps(recipe, indent=2, default=str) + "\n")
+                train_and_save(trainer, run, data, checkpoint)
+                trainer.accelerator.wait_for_everyone()
         if not _is_fitted(folder, recipe):
             raise UserError(
                 f"--teacher_output_dir {args.teacher.teacher_output_dir}: it has the fitted teacher on the first "
@@ -194,13 +194,11 @@ def _is_fitted(folder: Path, recipe: dict) -> bool:
 
 
 def _with_labels(
-    pretrained: PreTrainedModel, source: str, label_names: list[str], trust_remote_code: bool
+    pretrained: PreTrainedModel, source: str, label_names: list[str], image_processor, options: TeacherArguments
 ) -> PreTrainedModel:
     """The classifier with a new head for these labels."""
-    labels = label_maps(label_names)
     if isinstance(pretrained.config, DeiTTiConfig):
         # With a class token alone, whatever it had: it is fitted without a teacher, and no other head would learn.
         size = {name: getattr(pretrained.config, name) for name in ("image_size", "patch_size")}
-        return load_student(source, DeiTTiConfig(**size, **labels))[0]
-    options = {"ignore_mismatched_sizes": True, "num_labels": len(label_names), **labels}
-    return load_classifier(source, FLAG, trust_remote_code, **options)[0]
+        return load_student(source, DeiTTiConfig(**size, **label_maps(label_names)))[0]
+    return fine_tunable_classifier(source, FLAG, label_names, image_processor, options.trust_remote_code)

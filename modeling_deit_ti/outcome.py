@@ -67,8 +67,10 @@ def describe_run(
 ) -> RunRecord:
     """What the card says."""
     model, images, training = args.model, args.images, args.training
-    is_new = model.is_timm_architecture or model.model_name_or_path == "deit_ti"
+    is_new = model.is_timm_architecture or model.is_new_deit_ti
     started_from = None if is_new else model.model_name_or_path
+    earlier = [RunRecord.load(folder) for folder in args.earlier_stages]
+    first = earlier[0] if earlier else None
     hyperparameters = args.hyperparameters() | {
         "augment_on": "loader" if trainer.augment.augment is None else "device",
         "eval_crop_ratio": model.eval_crop_ratio,
@@ -101,8 +103,9 @@ def describe_run(
         metrics=metrics,
         hyperparameters=hyperparameters,
         hardware=describe_hardware(training),
-        base_model=started_from,
-        base_model_on_hub=started_from is not None and not os.path.isdir(started_from),
+        base_model=first.base_model if first else started_from,
+        base_model_on_hub=first.base_model_on_hub if first else bool(started_from) and not os.path.isdir(started_from),
+        earlier_stages=[stage.as_stage() for stage in earlier],
         hub_model_id=training.hub_model_id if training.push_to_hub else None,
         license=model.license,
         command=[*launcher, "train_hf.py", *args.flags],

@@ -7,6 +7,7 @@ import importlib.util
 import json
 import math
 import os
+from collections.abc import Iterable
 from pathlib import Path
 
 import yaml
@@ -39,6 +40,11 @@ NOT_THE_TEACHERS = {
     *("distill_mode", "teacher_targets", "single_token", "distillation_alpha", "distillation_temperature"),
     *("output_dir", "resume_from_checkpoint", "push_to_hub", "export"),
     *(entry.name for group in (ImageArguments, TeacherArguments) for entry in dataclasses.fields(group)),
+}
+# What the stages of a recipe have in common.
+NOT_A_STAGES = {
+    *("output_dir", "resume_from_checkpoint", "model_name_or_path", "single_token", "push_to_hub", "export"),
+    *(entry.name for entry in dataclasses.fields(ImageArguments)),
 }
 
 
@@ -80,10 +86,13 @@ class _Parser(HfArgumentParser):
             raise UserError(f"{option} {file}: it cannot be read as YAML ({error}).") from error
         if not isinstance(recipe, dict):
             raise UserError(f"{option} {file}: it must consist of `flag: value` lines.")
-        for key in recipe:
+        self.check_keys(option, file, recipe.keys() - {"stages"} if option == "--config" else recipe)
+        return recipe
+
+    def check_keys(self, option: str, file: str, keys: Iterable[str]) -> None:
+        for key in keys:
             if f"--{key}" not in self._option_string_actions or key == "config":
                 raise UserError(f"{option} {file}: unknown key {key!r}{self.closest(f'--{key}')}")
-        return recipe
 
     def flags(self, recipe: dict) -> list[str]:
         """A recipe as flags, so that one parser checks the types of both."""
@@ -113,10 +122,49 @@ def parse_arguments(argv: list[str], description: str | None = None) -> Argument
     Raises:
         UserError: if a flag is unknown, has a value out of range, or contradicts another.
     """
+    *_, last = parse_stages(argv, description)
+    return last
+
+
+def parse_stages(argv: list[str], description: str | None = None) -> list[Arguments]:
+    """
+    As [`parse_arguments`], for each of the recipe's `stages`; one if it has none.
+
+    `stages` is a list of what sets its runs apart. Each run starts from the model of the one before it. The last goes
+    into --output_dir, those before it into its folders stage-1, stage-2, ...
+    """
     parser = _Parser(description)
     config = parser.parse_known_args(argv)[0].config
     recipe = {} if config is None else parser.read_recipe("--config", config)
-    args = parser.parse([*parser.flags(recipe), *argv])._replace(flags=argv)
+    stages = recipe.pop("stages", [{}])
+    if not (isinstance(stages, list) and stages and all(isinstance(stage, dict) for stage in stages)):
+        raise UserError(f"--config {config}: stages must be a list, each of its entries with `flag: value` lines.")
+    for stage in stages:
+        parser.check_keys("--config", f"{config}, stages", stage)
+        for key in stage.keys() & NOT_A_STAGES:
+            raise UserError(f"--config {config}: {key} is the same for all stages.")
+    shared = parser.flags(recipe)
+    final = _parse_run(parser, [*shared, *parser.flags(stages[-1]), *argv], argv)
+    if len(stages) == 1:
+        return [final]
+    if final.training.resume_from_checkpoint not in (None, "True", "False"):
+        raise UserError("--resume_from_checkpoint: a recipe with stages goes on where it ended with True.")
+    runs, folders = [], [os.path.join(final.training.output_dir, f"stage-{i}") for i in range(1, len(stages))]
+    for position, (stage, folder) in enumerate(zip(stages, [*folders, final.training.output_dir], strict=True)):
+        own = [*parser.flags(stage), *argv, f"--output_dir={folder}"]
+        if position > 0:
+            own += [f"--model_name_or_path={folders[position - 1]}", "--attention_init=normal"]
+        if position < len(folders):
+            own += ["--push_to_hub=False"]
+        run = _parse_run(parser, [*shared, *own], argv)
+        runs.append(run._replace(earlier_stages=tuple(folders[:position])))
+        if position < len(folders):
+            run.model.export.clear()
+    return runs
+
+
+def _parse_run(parser: _Parser, flags: list[str], argv: list[str]) -> Arguments:
+    args = parser.parse(flags)._replace(flags=argv)
     _check_combinations(args)
     model, training = args.model, args.training
     if training.has_default_output_dir:

@@ -51,6 +51,12 @@ def checkpoint_to_resume(args: DistillationTrainingArguments) -> str | None:
     return resume
 
 
+def is_finished_stage(args: DistillationTrainingArguments) -> bool:
+    """Whether a stage need not be run, since the run that goes on has been through it."""
+    is_finished = (Path(args.output_dir) / "all_results.json").is_file()
+    return broadcast_object_list([is_finished and args.resume_from_checkpoint == "True"])[0]
+
+
 def check_same_run(checkpoint: str, settings: dict) -> None:
     """Raises a `UserError` if the checkpoint is from a run with other settings, since its end would be neither's."""
     changed = changed_settings(checkpoint, settings)

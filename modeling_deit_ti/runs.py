@@ -1,18 +1,30 @@
 """A run from its arguments: the network, its trainer, its training. The student's, the teacher's, anybody's."""
 
-from transformers import PreTrainedModel, TrainerCallback, set_seed
+import contextlib
+from collections.abc import Iterator
+
+from accelerate.state import AcceleratorState, PartialState
+from transformers import DeiTImageProcessor, PreTrainedModel, TrainerCallback, set_seed
 
 from .arguments import Arguments, DistillationTrainingArguments
 from .card import TeacherRecord
-from .checkpoints import settings_of
-from .classifiers import check_takes_images, label_maps, new_timm_classifier
+from .checkpoints import save_settings, settings_of
+from .classifiers import (
+    check_takes_images,
+    fine_tunable_classifier,
+    freeze_backbone,
+    input_format,
+    label_maps,
+    load_config,
+    new_timm_classifier,
+)
 from .configuration_deit_ti import DeiTTiConfig
 from .data import ImageData
-from .data.inputs import EvalImages, make_train_images
+from .data.inputs import EvalImages, make_image_processor, make_train_images
 from .device import PRECISION_NAMES, automatic_precision, is_faster_in_eager_attention, keep_freed_memory
 from .errors import UserError, first_line
 from .initialization import start_from_mimetic_attention, start_from_sincos_positions
-from .interop import load_student
+from .interop import is_vit, load_student
 from .modeling_deit_ti import DeiTTiForImageClassification
 from .outcome import save_exports, write_reports
 from .teacher import Teacher
@@ -20,21 +32,33 @@ from .teacher_cache import TeacherCache
 from .trainer import DistillationTrainer
 
 
-def build_network(args: Arguments, data: ImageData, image_processor) -> tuple[PreTrainedModel, list[str]]:
+FLAG = "--model_name_or_path"
+
+
+def build_network(args: Arguments, data: ImageData) -> tuple[PreTrainedModel, DeiTImageProcessor, list[str]]:
     """
-    The network to train, and a sentence on each part of `--model_name_or_path` that was not simply taken over.
+    The network to train, its preprocessing, and a sentence on each part of `--model_name_or_path` that was not simply
+    taken over. With one head, any pretrained classifier can be trained as it is; other heads are a DeiT-Ti's.
 
     Raises:
         UserError: if it cannot be loaded, or does not take the images.
     """
     model, training = args.model, args.training
+    name, image_processor = model.model_name_or_path, make_image_processor(model, args.augmentation)
     set_seed(training.seed)
+    is_classifier = model.is_timm_architecture
     if model.is_timm_architecture:
-        network = new_timm_classifier(model.model_name_or_path, data.label_names, model.image_size, image_processor)
-        batch_size = min(training.train_batch_size, len(data.train))
-        check_takes_images(network, model.model_name_or_path, model.image_size, batch_size)
+        network = new_timm_classifier(name, data.label_names, model.image_size, image_processor)
+    elif not model.is_new_deit_ti and training.mode.tokens == ("class",):
+        source = load_config(name, FLAG)
+        if is_classifier := not is_vit(source):
+            _, mean, std = input_format(source, name, FLAG)
+            image_processor = make_image_processor(model, args.augmentation, mean, std)
+            network = fine_tunable_classifier(name, FLAG, data.label_names, image_processor)
+    if is_classifier:
+        check_takes_images(network, name, model.image_size, min(training.train_batch_size, len(data.train)))
         settle_precision(training, network)
-        return network, []
+        return network, image_processor, []
     config = DeiTTiConfig(
         image_size=model.image_size,
         patch_size=model.patch_size,
@@ -43,7 +67,8 @@ def build_network(args: Arguments, data: ImageData, image_processor) -> tuple[Pr
         **training.mode.network,
     )
     if not model.is_new_deit_ti:
-        return load_student(model.model_name_or_path, config)
+        network, notes = load_student(name, config)
+        return network, image_processor, notes
     try:
         network = DeiTTiForImageClassification(config)
     except (RuntimeError, TypeError, OverflowError) as error:
@@ -55,7 +80,7 @@ def build_network(args: Arguments, data: ImageData, image_processor) -> tuple[Pr
         start_from_sincos_positions(network)
     if model.attention_init == "mimetic":
         start_from_mimetic_attention(network)
-    return network, []
+    return network, image_processor, []
 
 
 def run_settings(args: Arguments, data: ImageData) -> dict:
@@ -79,6 +104,8 @@ def run_settings(args: Arguments, data: ImageData) -> dict:
         **args.hyperparameters(),
     }
     del settings["per_device_train_batch_size"]
+    if args.teacher.allow_untrained_teacher:
+        settings["allow_untrained_teacher"] = True
     if args.fitting is not None:
         settings |= {f"teacher_{name}": value for name, value in args.fitting.hyperparameters().items()}
     if data.is_streamed:  # who reads what depends on the readers
@@ -99,6 +126,15 @@ def resume_precision(training: DistillationTrainingArguments, checkpoint: str | 
     precision = settings_of(checkpoint).get("precision")
     if precision is not None and (precision != "fp16" or training.device.type == "cuda"):
         training.mixed_precision, training.has_automatic_precision = precision, False
+
+
+@contextlib.contextmanager
+def own_accelerator_state() -> Iterator[None]:
+    """For one run of several in a process: accelerate would keep the settings of the first Trainer."""
+    distributed_type = PartialState().distributed_type  # without FSDP or DeepSpeed, which a Trainer brings
+    yield
+    AcceleratorState._reset_state()
+    PartialState._shared_state["distributed_type"] = distributed_type
 
 
 def build_trainer(
@@ -122,6 +158,8 @@ def build_trainer(
         UserError: if the images cannot be augmented as asked, or the Trainer refuses a flag.
     """
     training = args.training
+    if args.model.freeze_backbone:
+        freeze_backbone(network)
     if training.device.type == "cpu":
         keep_freed_memory()
     if isinstance(network, DeiTTiForImageClassification):
@@ -195,5 +233,6 @@ def train_and_save(
     trainer.save_state()
     if trainer.is_world_process_zero():
         save_exports(trainer, args.model.export)
+        save_settings(trainer.args.output_dir, trainer.settings)
         write_reports(trainer, args, data, teacher, {"train": train, "eval": evaluation, "all": metrics})
     return metrics

@@ -1,13 +1,17 @@
 """`DistillationTrainer`: transformers' `Trainer` with a teacher in its loss."""
 
+import contextlib
 import math
 import os
 import time
+from collections.abc import Iterator
 from pathlib import Path
 
 import evaluate
 import torch
 from accelerate.utils import DynamoBackend, broadcast_object_list
+from safetensors.torch import load_model, save_model
+from timm.utils import ModelEmaV3
 from torch import distributed
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy
 from torch.utils.data import DataLoader, Dataset
@@ -25,6 +29,7 @@ from .modeling_deit_ti import DeiTTiForImageClassification
 from .muon import make_muon
 
 
+AVERAGE_FILE = "averaged_weights.safetensors"  # in a checkpoint
 METRIC = Path(__file__).parent / "metrics" / "top_k_accuracy.py"
 
 
@@ -67,6 +72,8 @@ class _RunCallback(TrainerCallback):
             control.should_training_stop = self.stopped_within_epoch = True
 
     def on_step_end(self, args, state, control, **kwargs):
+        if self.trainer.average is not None:
+            self.trainer.average.update(self.trainer.bare_model, state.global_step)
         at_epoch_end = float(state.epoch).is_integer() or state.global_step >= state.max_steps
         if self._is_told_to_stop():
             control.should_training_stop = control.should_save = True
@@ -176,6 +183,16 @@ class DistillationTrainer(Trainer):
             self.model.to(memory_format=torch.channels_last)
         self.readouts = self.args.readouts
         self.teacher_accuracy: float | None = None
+        # The weights averaged over the steps. Few steps average over fewer: the decay warms up.
+        self.average: ModelEmaV3 | None = None
+        if self.args.ema_decay is not None:
+            self.average = ModelEmaV3(self.model, decay=self.args.ema_decay, use_warmup=True)
+        # What does not learn computes as in evaluation: the statistics of a frozen batch norm stay as they are.
+        self._frozen = [
+            module
+            for module in self.model.modules()
+            if any(True for _ in module.parameters()) and not any(p.requires_grad for p in module.parameters())
+        ]
         self.metric = evaluate.load(str(METRIC), keep_in_memory=True)
         self.stop_request = StopRequest(announce=self.is_local_process_zero())
         self.run_callback = _RunCallback(self)
@@ -191,7 +208,7 @@ class DistillationTrainer(Trainer):
 
     def train(self, *args, **kwargs):
         """
-        As `Trainer.train`.
+        As `Trainer.train`. With `args.ema_decay` it ends with the averaged weights.
 
         Raises:
             FloatingPointError: if a loss is not finite, before the step's checkpoint.
@@ -214,7 +231,39 @@ class DistillationTrainer(Trainer):
                 f"stopped by {name_of(self.run_callback.stopped_by)} after step {step} of {self.state.max_steps}; "
                 f"{checkpoint} is written."
             )
+        if self.average is not None:
+            self.bare_model.load_state_dict(self.average.module.state_dict())
         return output
+
+    @property
+    def bare_model(self) -> PreTrainedModel:
+        """The model without what accelerate and torch wrap around it."""
+        return self.accelerator.unwrap_model(self.model, keep_torch_compile=False)
+
+    @contextlib.contextmanager
+    def _averaged(self) -> Iterator[None]:
+        """Lends the model its averaged weights, if there are any."""
+        if self.average is None:
+            yield
+            return
+        latest = {name: value.clone() for name, value in self.bare_model.state_dict().items()}
+        self.bare_model.load_state_dict(self.average.module.state_dict())
+        try:
+            yield
+        finally:
+            self.bare_model.load_state_dict(latest)
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model=None) -> None:
+        super()._load_from_checkpoint(resume_from_checkpoint, model)
+        self._load_average(resume_from_checkpoint)
+
+    def _load_best_model(self) -> None:
+        super()._load_best_model()
+        self._load_average(self.state.best_model_checkpoint)
+
+    def _load_average(self, checkpoint: str) -> None:
+        if self.average is not None:
+            load_model(self.average.module, os.path.join(checkpoint, AVERAGE_FILE), device=str(self.args.device))
 
     def _get_train_sampler(self, train_dataset: Dataset | None = None) -> TrainSampler:
         return self.train_order
@@ -256,6 +305,8 @@ class DistillationTrainer(Trainer):
             loss = label_loss(outputs["logits"], inputs.get("labels"))
             return (loss, outputs) if return_outputs else loss
 
+        for module in self._frozen:
+            module.eval()
         pixel_values, labels = self.augment(inputs["pixel_values"], inputs.get("labels"), inputs["seeds"])
         pixel_values = self._prepare_input(pixel_values)  # in DeepSpeed's own precision
         teacher_logits = None
@@ -331,7 +382,7 @@ class DistillationTrainer(Trainer):
     def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
         """As `Trainer`'s, in float32 and under the model's own class. Called by all processes."""
         output_dir = output_dir or self.args.output_dir
-        model = self.accelerator.unwrap_model(self.model, keep_torch_compile=False)
+        model = self.bare_model
         if self.is_deepspeed_enabled:
             state_dict = _float32_weights(model, state_dict)
         its_class = type(model)
@@ -359,6 +410,8 @@ class DistillationTrainer(Trainer):
         folder = self._get_output_dir(trial=trial)
         checkpoint = os.path.join(folder, f"checkpoint-{self.state.global_step}")
         if args.should_save:
+            if self.average is not None:
+                save_model(self.average.module, os.path.join(checkpoint, AVERAGE_FILE))
             torch.save(args, os.path.join(checkpoint, "training_args.bin"))  # without the two changes above
             if self.settings is not None:
                 save_settings(checkpoint, self.settings)
@@ -399,6 +452,11 @@ class DistillationTrainer(Trainer):
         """Does nothing: the run writes its own card, which Trainer's pushes would overwrite."""
 
     # ---- Evaluation ----
+
+    def evaluation_loop(self, *args, **kwargs):
+        """As `Trainer`'s, of the averaged weights if there are any."""
+        with self._averaged():
+            return super().evaluation_loop(*args, **kwargs)
 
     def get_eval_dataloader(self, eval_dataset: Dataset | None = None) -> DataLoader:
         """As `Trainer`'s; its images stay uint8, a quarter of the bytes, until `_prepare_inputs` normalises them."""

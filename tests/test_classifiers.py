@@ -51,7 +51,11 @@ def test_a_complete_classifier_loads_in_eval_mode_with_its_image_processor(folde
     assert isinstance(model, ViTForImageClassification) and not model.training and missing == []
     assert label_names(model.config) == ["cat", "dog"]
     assert load_image_processor(str(folder), "--model").size["height"] == 16
-    assert input_format(model, str(folder)) == (16, pytest.approx([0.5] * 3), pytest.approx([0.5] * 3))
+    assert input_format(model.config, str(folder), "--flag") == (
+        16,
+        pytest.approx([0.5] * 3),
+        pytest.approx([0.5] * 3),
+    )
 
 
 def test_what_a_checkpoint_lacks_is_named(folder):
@@ -130,7 +134,7 @@ def test_an_image_processor_that_swaps_colours_is_refused(tmp_path):
         tmp_path
     )
     with pytest.raises(UserError, match="swaps or mixes the colours"):
-        input_format(tiny_vit(), str(tmp_path))
+        input_format(tiny_vit().config, str(tmp_path), "--flag")
 
 
 # ---- timm networks ----

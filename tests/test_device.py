@@ -206,7 +206,7 @@ def test_a_cnns_own_precision_is_settled_before_the_key_of_its_teachers_cache(cp
     taken = {}
     for name in ("efficientnet_lite0", TINY_CNN):
         args = arguments(**flags, model_name_or_path=name)
-        build_network(args, load_images(args.images), image_processor(32))
+        build_network(args, load_images(args.images))
         taken[name] = args.training.mixed_precision
     assert taken == {"efficientnet_lite0": "no", TINY_CNN: "bf16"}
 

@@ -5,7 +5,7 @@ import math
 import numpy as np
 import pytest
 import torch
-from building import TINY_CNN, arguments, image_processor
+from building import TINY_CNN, arguments
 
 from modeling_deit_ti.arguments import ImageArguments
 from modeling_deit_ti.data import load_images
@@ -22,7 +22,7 @@ def digits():
 def network(digits, folder, **flags):
     defaults = {"output_dir": folder, "dataset_name": "digits", "image_size": 32, "patch_size": 8}
     args = arguments(**defaults | flags)
-    return build_network(args, digits, image_processor(32))[0]
+    return build_network(args, digits)[0]
 
 
 def positions_of(model) -> torch.Tensor:

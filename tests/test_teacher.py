@@ -466,7 +466,7 @@ def test_a_perfect_teacher_is_never_refused(labels):
 def test_the_teacher_sees_what_its_own_image_processor_would_give_it(tmp_path, processor):
     model = tiny_vit(["a", "b"]).eval()
     processor.save_pretrained(tmp_path)
-    size, mean, std = input_format(model, str(tmp_path))
+    size, mean, std = input_format(model.config, str(tmp_path), "--teacher_model_name_or_path")
     assert size == 16
     image = PILImage.new("RGB", (16, 16), (200, 100, 50))
     own = torch.as_tensor(processor([image], return_tensors="pt")["pixel_values"]).float()
@@ -480,7 +480,7 @@ def test_a_processor_that_exchanges_colours_is_refused(tmp_path):
         tmp_path
     )
     with pytest.raises(UserError, match="swaps or mixes the colours"):
-        input_format(tiny_vit(["a", "b"]), str(tmp_path))
+        input_format(tiny_vit(["a", "b"]).config, str(tmp_path), "--teacher_model_name_or_path")
 
 
 # ---- Models of this project as teachers ----

@@ -55,7 +55,8 @@ class TeacherRecord:
     num_parameters: int
     image_size: int  # height and width of its input, in pixels
     accuracy: float | None = None  # top-1 on the evaluation split, from 0 to 1, once it is measured
-    fitted: Literal["scratch", "pretrained"] | None = None  # what it was fitted to the dataset from; None: used as is
+    # What it was fitted to the dataset from, if its head was fitted at all; None: used as is.
+    fitted: Literal["scratch", "pretrained", "untrained"] | None = None
     hyperparameters: dict = field(default_factory=dict)  # of that fitting
 
     def __post_init__(self):
@@ -100,6 +101,7 @@ class RunRecord:
     base_model_on_hub: bool = False  # whether that is a Hub id, rather than a local folder
     hub_model_id: str | None = None  # owner/name, if the model is pushed
     license: str = "unknown"  # one of the Hub's license identifiers
+    earlier_stages: list[dict] = field(default_factory=list)  # of a recipe with stages, see `as_stage`
     command: list[str] | None = None  # the full command line: ["accelerate", "launch", *sys.argv]
     example_label: str | None = None  # of the image that the run saved as example.png, if it saved one
     versions: dict[str, str] = field(default_factory=library_versions)
@@ -111,6 +113,17 @@ class RunRecord:
         self.metrics = {name: value for name, value in self.metrics.items() if is_finite(value)}
         self.hyperparameters = shareable(self.hyperparameters)
         self.command = None if self.command is None else shareable_command(self.command)
+
+    def as_stage(self) -> dict:
+        """What the card of a later stage says about this run."""
+        return {
+            "patch_size": self.patch_size,
+            "image_size": self.image_size,
+            "epochs": self.metrics["epoch"],
+            "learning_rate": self.hyperparameters["learning_rate"],
+            "seconds": self.metrics["train_runtime"],
+            "top1": self.metrics["eval_accuracy"],
+        }
 
     def save(self, folder: str | os.PathLike) -> None:
         """Writes `run_record.json` to the folder."""

@@ -9,7 +9,7 @@ libraries' single head sits; the other token stays in the sequence without a hea
 """
 
 from .exports import export_onnx, save_timm, save_transformers, to_timm, to_transformers
-from .student import load_student
+from .student import is_vit, load_student
 
 
-__all__ = ["export_onnx", "load_student", "save_timm", "save_transformers", "to_timm", "to_transformers"]
+__all__ = ["export_onnx", "is_vit", "load_student", "save_timm", "save_transformers", "to_timm", "to_transformers"]

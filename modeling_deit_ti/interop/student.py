@@ -3,6 +3,7 @@
 import copy
 import os
 
+import timm
 import torch
 from timm.layers import resample_patch_embed
 from timm.models.vision_transformer import VisionTransformer
@@ -11,6 +12,7 @@ from transformers import (
     DeiTForImageClassificationWithTeacher,
     PreTrainedConfig,
     PreTrainedModel,
+    TimmWrapperConfig,
     TimmWrapperForImageClassification,
     ViTForImageClassification,
 )
@@ -40,6 +42,13 @@ TOKENS_AND_READOUT = {
     DeiTForImageClassification: (TOKENS, CLASS_TOKEN),
     DeiTForImageClassificationWithTeacher: (TOKENS, "both"),
 }
+
+
+def is_vit(config: PreTrainedConfig) -> bool:
+    """Whether a student could start from a model with this config, as far as its kind is concerned."""
+    if isinstance(config, TimmWrapperConfig):
+        return timm.model_entrypoint(config.architecture).__module__.endswith((".vision_transformer", ".deit"))
+    return config.model_type in ("deit_ti", "deit", "vit")
 
 
 def load_student(
