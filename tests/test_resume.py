@@ -75,7 +75,9 @@ def test_what_does_not_decide_a_run_may_differ(stopped):
     assert json.loads((stopped / "all_results.json").read_text())["epoch"] == 2
 
 
-@pytest.mark.parametrize("flags", [["--optim=muon", "--optim_args=momentum=0.9"]], ids=["muon"])
+@pytest.mark.parametrize(
+    "flags", [["--optim=muon", "--optim_args=momentum=0.9", "--ema_decay=0.9"]], ids=["muon-averaged"]
+)
 def test_a_killed_run_ends_bit_by_bit_as_one_that_was_not(flags, tmp_path):
     fault = {"function": "modeling_deit_ti.trainer.DistillationTrainer.compute_loss", "call": 9}
     endings = {"whole": None, "killed": fault}

@@ -1,0 +1,87 @@
+"""Recipes with `stages`: each a run that starts from the model of the one before it, resumed as one."""
+
+import json
+import signal
+
+import pytest
+import yaml
+from building import FOUR_STEPS
+from real_command import run
+from safetensors.torch import load_file
+
+from modeling_deit_ti.card import RunRecord
+from modeling_deit_ti.errors import UserError
+from modeling_deit_ti.parsing import parse_arguments, parse_stages
+
+
+STAGES = [{"patch_size": 16, "learning_rate": 1e-3}, {"patch_size": 8, "learning_rate": 5e-4}]
+
+
+def write_recipe(folder, stages, **flags) -> str:
+    file = folder / "recipe.yaml"
+    file.write_text(yaml.safe_dump({"image_size": 32, "attention_init": "mimetic", "stages": stages, **flags}))
+    return f"--config={file}"
+
+
+def test_each_stage_starts_from_the_one_before_it(tmp_path):
+    config = write_recipe(tmp_path, [*STAGES, {"patch_size": 4}], export=["timm"])
+    first, second, last = stages = parse_stages([config, f"--output_dir={tmp_path}", "--warmup_steps=5"])
+    assert [stage.training.output_dir for stage in stages] == [
+        str(tmp_path / "stage-1"), str(tmp_path / "stage-2"), str(tmp_path)
+    ]  # fmt: skip
+    assert [stage.model.model_name_or_path for stage in stages] == [
+        "deit_ti", str(tmp_path / "stage-1"), str(tmp_path / "stage-2")
+    ]  # fmt: skip
+    assert [stage.model.patch_size for stage in stages] == [16, 8, 4]
+    assert [stage.training.learning_rate for stage in stages] == [1e-3, 5e-4, 5e-4]
+    assert {stage.training.warmup_steps for stage in stages} == {5}
+    assert [stage.model.export for stage in stages] == [[], [], ["timm"]]
+    assert last.earlier_stages == (first.training.output_dir, second.training.output_dir)
+    assert parse_arguments([config, f"--output_dir={tmp_path}"]).model.patch_size == 4
+
+
+def test_a_recipe_without_stages_is_one_run():
+    (only,) = parse_stages(["--config=recipes/digits.yaml"])
+    assert only.earlier_stages == () and only.model.model_name_or_path == "deit_ti"
+
+
+@pytest.mark.parametrize(
+    ("stages", "message"),
+    [
+        ([], "stages must be a list"),
+        ("patch_size: 8", "stages must be a list"),
+        ([{"patchsize": 8}], "unknown key 'patchsize'; did you mean --patch_size"),
+        ([{"dataset_name": "digits"}, {}], "dataset_name is the same for all stages"),
+        ([{"patch_size": 7}, {}], "--patch_size 7 does not divide"),
+    ],
+)
+def test_stages_that_make_no_sense_are_a_users_mistake(tmp_path, stages, message):
+    with pytest.raises(UserError, match=message):
+        parse_stages([write_recipe(tmp_path, stages)])
+
+
+def test_a_run_killed_in_its_second_stage_goes_on_there_and_ends_the_same(tmp_path):
+    flags = [*FOUR_STEPS[1:], "--dataset_name=digits", "--distill_mode=none", write_recipe(tmp_path, STAGES)]
+    fault = {"function": "modeling_deit_ti.trainer.DistillationTrainer.compute_loss", "call": 6}
+    for name, fault in {"whole": None, "killed": fault}.items():
+        ended = run(*flags, f"--output_dir={tmp_path / name}", fault=fault)
+        assert ended.returncode == (0 if fault is None else -signal.SIGKILL), ended.stderr
+    finished = tmp_path / "killed" / "stage-1" / "all_results.json"
+    before = finished.stat().st_mtime_ns
+    ended = run(*flags, f"--output_dir={tmp_path / 'killed'}", "--resume_from_checkpoint=True", "--learning_rate=1")
+    assert ended.returncode == 2 and "stage-1: it belongs to another run, with learning_rate 0.001" in ended.stderr
+    ended = run(*flags, f"--output_dir={tmp_path / 'killed'}", "--resume_from_checkpoint=True")
+    assert ended.returncode == 0, ended.stderr
+    assert finished.stat().st_mtime_ns == before
+    whole, killed = (tmp_path / name for name in ("whole", "killed"))
+    assert (whole / "model.safetensors").read_bytes() == (killed / "model.safetensors").read_bytes()
+    weights = [load_file(folder / "model.safetensors") for folder in (whole / "stage-1", whole)]
+    shapes = [state["deit_ti.embeddings.patch_projection.weight"].shape for state in weights]
+    assert [tuple(shape) for shape in shapes] == [(192, 3, 16, 16), (192, 3, 8, 8)]
+    record = RunRecord.load(whole)
+    assert record.base_model is None
+    first = json.loads((whole / "stage-1" / "all_results.json").read_text())
+    assert [(stage["patch_size"], stage["top1"]) for stage in record.earlier_stages] == [(16, first["eval_accuracy"])]
+    card = (whole / "README.md").read_text()
+    assert "| 1 | 32x32 | 16x16 | 1 | 0.001 |" in card and "| 2 | 32x32 | 8x8 | 1 | 0.0005 |" in card
+    assert "| Initial weights | random |" in card
