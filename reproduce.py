@@ -1,6 +1,6 @@
 """Trains every row of the results table, resumes what was interrupted, and writes table, curves and cards.
 
-    python reproduce.py --budget cpu --minutes 90
+    python reproduce.py --budget small --minutes 90
     python reproduce.py --budget native --accelerate_config accelerate_configs/one_gpu_fp16.yaml --seeds 0 1 2
 
 Each run is train_hf.py with the budget's recipe, recipes/cifar10_<budget>.yaml, in a process of its own: train_hf.py
@@ -29,12 +29,13 @@ from transformers.hf_argparser import HfArg
 
 from benchmarks.accuracy import CARDS, RESULTS, Run, write_results, write_state
 from modeling_deit_ti.card.record import folder_name
+from modeling_deit_ti.classifiers import is_timm_architecture, timm_hub_id
 from modeling_deit_ti.errors import EXIT_INTERRUPTED, EXIT_USER_ERROR, UserError
 from modeling_deit_ti.parsing import fitting_flags, parse_arguments
 
 
 REPOSITORY = Path(__file__).resolve().parent
-BUDGETS = ("baseline", "native", "cpu", "long")
+BUDGETS = ("baseline", "native", "cpu", "small", "long")
 # How long a run may take to reach its first step (imports, images, the teacher's accuracy), and to stop when told to.
 START_SECONDS, STOP_SECONDS = 60, 60
 
@@ -47,6 +48,7 @@ RUNS = {
     "hard": ["--distill_mode=hard"],
     "both": ["--distill_mode=both"],
     "both-soft": ["--distill_mode=both", "--teacher_targets=soft"],
+    "both-standardized": ["--distill_mode=both", "--teacher_targets=standardized"],
     "class": ["--distill_mode=class", "--single_token=true"],
     "distill": ["--distill_mode=distill", "--single_token=true"],
 }
@@ -66,7 +68,7 @@ class ReproduceArguments:
     """What to train, and where. All rows of one table share everything but `rows`, `seeds` and `minutes`."""
 
     budget: str = HfArg(
-        default="cpu",
+        default="small",
         help=f"How much to train: {', '.join(BUDGETS)} (recipes/cifar10_<budget>.yaml), or a YAML recipe of your own.",
     )
     rows: list[str] = HfArg(
@@ -189,28 +191,29 @@ def make_runs(args: ReproduceArguments, seeds: list[int]) -> list[Run]:
     Every run with each seed.
 
     Raises:
-        UserError: if train_hf.py would not take the flags of one of them, or the teacher cannot be trained as a run.
+        UserError: if train_hf.py would not take the flags of one of them, or the teacher is not trained.
     """
     shared = [f"--config={args.recipe}", f"--dataset_name={args.dataset_name}", *args.extra_flags]
     student = parse_arguments([*shared, "--distill_mode=hard"])
-    teacher = student.teacher.teacher_model_name_or_path
-    if not student.fitting.model.is_timm_architecture or student.teacher.teacher_pretrained:
-        raise UserError(
-            f"{args.recipe}: the teacher is a row of the table, so it must be a timm architecture trained from "
-            f"scratch, not {teacher}{' with teacher_pretrained' * student.teacher.teacher_pretrained}."
-        )
+    teacher, is_pretrained = student.teacher.teacher_model_name_or_path, student.teacher.teacher_pretrained
+    if student.teacher.teacher_num_train_epochs == 0:
+        raise UserError(f"{args.recipe}: the teacher is a row of the table, so it must have epochs to train.")
+    start = teacher
+    if is_timm_architecture(teacher):  # as fitting.py has it: a tag alone does not ask for weights
+        start = timm_hub_id(teacher) if is_pretrained else teacher.partition(".")[0]
     runs = []
     for seed, (name, own) in itertools.product(seeds, RUNS.items()):
         # Cards of students name their teacher by its folder, so the folder names the architecture.
-        teacher_folder = args.folder / f"teacher-{teacher}-seed{seed}"
+        teacher_folder = args.folder / f"teacher-{folder_name(teacher)}-seed{seed}"
         flags, folder = [*shared, *own], args.folder / f"{name}-seed{seed}"
         if name == "teacher":
-            flags, folder = fitting_flags(student), teacher_folder
+            own = [flag for flag in fitting_flags(student) if not flag.startswith("--model_name_or_path=")]
+            flags, folder = [*own, f"--model_name_or_path={start}"], teacher_folder
         elif name == "cnn":
             flags += [f"--model_name_or_path={args.cnn_model_name_or_path}"]
             folder = args.folder / f"cnn-{folder_name(args.cnn_model_name_or_path)}-seed{seed}"
         else:
-            flags += [f"--teacher_model_name_or_path={teacher_folder}"]
+            flags += [f"--teacher_model_name_or_path={teacher_folder}", "--teacher_pretrained=False"]
         flags += [f"--seed={seed}", f"--output_dir={folder}", "--disable_tqdm=true", "--resume_from_checkpoint=True"]
         runs.append(Run(name, seed, flags, parse_arguments(flags)))
     return runs

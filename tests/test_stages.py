@@ -63,9 +63,9 @@ def test_stages_that_make_no_sense_are_a_users_mistake(tmp_path, stages, message
 def test_a_run_killed_in_its_second_stage_goes_on_there_and_ends_the_same(tmp_path):
     flags = [*FOUR_STEPS[1:], "--dataset_name=digits", "--distill_mode=none", write_recipe(tmp_path, STAGES)]
     fault = {"function": "modeling_deit_ti.trainer.DistillationTrainer.compute_loss", "call": 6}
-    for name, fault in {"whole": None, "killed": fault}.items():
-        ended = run(*flags, f"--output_dir={tmp_path / name}", fault=fault)
-        assert ended.returncode == (0 if fault is None else -signal.SIGKILL), ended.stderr
+    for name, failure in {"whole": None, "killed": fault}.items():
+        ended = run(*flags, f"--output_dir={tmp_path / name}", fault=failure)
+        assert ended.returncode == (0 if failure is None else -signal.SIGKILL), ended.stderr
     finished = tmp_path / "killed" / "stage-1" / "all_results.json"
     before = finished.stat().st_mtime_ns
     ended = run(*flags, f"--output_dir={tmp_path / 'killed'}", "--resume_from_checkpoint=True", "--learning_rate=1")

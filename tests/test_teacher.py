@@ -24,7 +24,7 @@ from transformers import (
 from modeling_deit_ti import DeiTTiConfig, DeiTTiForImageClassification
 from modeling_deit_ti.arguments import ImageArguments
 from modeling_deit_ti.checkpoints import seal
-from modeling_deit_ti.classifiers import input_format, label_maps, new_timm_classifier
+from modeling_deit_ti.classifiers import input_format, label_maps, load_classifier, new_timm_classifier
 from modeling_deit_ti.data import load_images
 from modeling_deit_ti.data.inputs import EvalImages, make_image_processor
 from modeling_deit_ti.distillation import resolve_mode
@@ -281,6 +281,35 @@ def test_a_pretrained_timm_network_that_was_fitted_at_another_size_is_used_at_th
     assert record.fitted is None and record.image_size == 64
     images = torch.randn(2, 3, 32, 32, generator=torch.Generator().manual_seed(0))
     torch.testing.assert_close(later(images), fitted(images), rtol=0, atol=0)
+
+
+def test_a_linear_probe_trains_the_head_alone_and_leaves_the_statistics_of_batch_norm(digits, tmp_path):
+    pretrained = new_timm_classifier(TINY_CNN, ["cat", "dog"], 32, image_processor(32))
+    pretrained.save_pretrained(tmp_path / "pretrained")
+    config = tmp_path / "probe.yaml"
+    config.write_text("{freeze_backbone: true, num_train_epochs: 0.2, learning_rate: 0.1}")
+    teacher, _, _ = prepare(
+        digits, tmp_path, teacher_config=config, teacher_model_name_or_path=tmp_path / "pretrained"
+    )
+    before, after = pretrained.state_dict(), teacher.model.state_dict()
+    changed = {name for name in before if not torch.equal(before[name], after[name])}
+    assert changed == {"timm_model.fc.weight", "timm_model.fc.bias"}
+    first, _ = load_classifier(
+        str(tmp_path / "pretrained"), "", num_labels=10, id2label=dict(enumerate(DIGITS)), ignore_mismatched_sizes=True
+    )
+    assert after["timm_model.fc.weight"].std() > 2 * first.timm_model.fc.weight.std()  # it has learned
+
+
+def test_a_teacher_with_an_untrained_head_is_refused_unless_it_is_asked_for(digits, tmp_path):
+    folder = save_classifier(tmp_path / "vit", ["cat", "dog"])
+    flags = {"teacher_model_name_or_path": folder, "teacher_num_train_epochs": 0}
+    with pytest.raises(UserError, match="--teacher_num_train_epochs 0 forbids fitting"):
+        prepare(digits, tmp_path, **flags)
+    teacher, record, path = prepare(digits, tmp_path, **flags, allow_untrained_teacher=True)
+    assert record.fitted == "untrained" and path == folder and not (tmp_path / "teachers").exists()
+    own = AutoModelForImageClassification.from_pretrained(folder)
+    assert all(torch.equal(a, b) for a, b in zip(own.vit.parameters(), teacher.model.vit.parameters(), strict=True))
+    assert teacher(torch.zeros(2, 3, 16, 16)).shape == (2, 10) and 0 < accuracy_on(teacher, digits) < 0.3
 
 
 @pytest.mark.parametrize(

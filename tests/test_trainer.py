@@ -28,7 +28,7 @@ from modeling_deit_ti.errors import UserError
 from modeling_deit_ti.interruption import Interrupted
 from modeling_deit_ti.runs import build_trainer
 from modeling_deit_ti.teacher import Teacher
-from modeling_deit_ti.trainer import DistillationTrainer
+from modeling_deit_ti.trainer import AVERAGE_FILE, DistillationTrainer
 
 
 DEITS_AUGMENTATION = {
@@ -92,6 +92,41 @@ def without_timings(trainer: DistillationTrainer) -> list[dict]:
         {name: value for name, value in entry.items() if not name.startswith(TIMINGS)}
         for entry in trainer.state.log_history
     ]
+
+
+# ---- Averaged weights ----
+
+
+def test_averaged_weights_follow_their_recursion_are_evaluated_and_saved_while_training_goes_on_from_its_own(
+    digits, tmp_path
+):
+    flags = {"save_strategy": "steps", "save_steps": 2, "eval_strategy": "steps", "eval_steps": 2, "ema_decay": 0.6}
+    trainer, plain = (make_trainer(digits, tmp_path / name, **own) for name, own in (("a", flags), ("b", {})))
+    steps = []
+
+    class Recorder(TrainerCallback):
+        def on_step_end(self, *args, **kwargs):
+            steps.append(weights(plain))
+
+    plain.add_callback(Recorder())
+    plain.train()
+    trainer.train()
+    average = steps[0]
+    for step, latest in enumerate(steps[1:], start=2):
+        decay = min(0.6, 1 - step ** (-2 / 3))  # it warms up
+        average = {name: decay * average[name] + (1 - decay) * value for name, value in latest.items()}
+    assert_same(weights(trainer), average, atol=1e-6, rtol=1e-5)
+    assert_same(load_file(tmp_path / "a" / "checkpoint-4" / "model.safetensors"), steps[-1])
+    assert_same(load_file(tmp_path / "a" / "checkpoint-4" / AVERAGE_FILE), weights(trainer))
+    evaluations = [entry["eval_loss"] for entry in trainer.state.log_history if "eval_loss" in entry]
+    assert evaluations[-1] == pytest.approx(trainer.evaluate()["eval_loss"], abs=1e-6)
+    assert evaluations[-1] != pytest.approx(plain.evaluate()["eval_loss"], abs=1e-4)
+
+
+def test_averaged_weights_and_sharded_ones_exclude_each_other(digits, tmp_path, monkeypatch):
+    monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
+    with pytest.raises(UserError, match="--ema_decay needs whole weights"):
+        arguments(output_dir=tmp_path, ema_decay=0.9)
 
 
 # ---- The loss ----
