@@ -166,7 +166,7 @@ def test_table_picture_cards_and_state_cover_every_finished_run(finished):
     text = (folder / "results" / "digits-tiny" / "table.md").read_text()
     lines = [line for line in text.splitlines() if line.startswith("| ")]
     assert len(lines) == 1 + len(accuracy.ROWS) and len({line.count("|") for line in lines}) == 1
-    assert sum("not yet run" in line for line in lines) == 8
+    assert sum("not yet run" in line for line in lines) == 9
     assert "on 359 images of the test split" in text and "the same 128 images" in text
     assert "- device: " in text and "- commit: " in text and "torch 2" in text
     assert Image.open(folder / "results" / "digits-tiny" / "curves.png").size == (1500, 900)
@@ -179,7 +179,7 @@ def test_table_picture_cards_and_state_cover_every_finished_run(finished):
     state = (folder / "results" / "README.md").read_text()
     assert "| cifar10-native | not yet run | |" in state
     assert (
-        "| [digits-tiny](digits-tiny/table.md) | 3 of 9 runs | hard, cnn, teacher; not yet run: none, soft," in state
+        "| [digits-tiny](digits-tiny/table.md) | 3 of 10 runs | hard, cnn, teacher; not yet run: none, soft," in state
     )
     assert state.count("<!-- ") == 2 and "## What was tried" in state
 
@@ -244,7 +244,7 @@ def test_a_mistake_that_train_hf_finds_is_passed_on(call):
         (["--learning_rate=1"], "unrecognized arguments: --learning_rate=1"),
         (["--", "--learning_rat=1"], "unknown flag --learning_rat=1; did you mean --learning_rate?"),
         (["--", "--output-dir=here"], "--output-dir after `--`: each run sets its own"),
-        (["--", "--teacher_model_name_or_path=owner/name"], "the teacher is a row of the table"),
+        (["--", "--teacher_num_train_epochs=0"], "the teacher is a row of the table"),
         (["--cnn_model_name_or_path=deit_ti", "--", "--image_size=30"], "--patch_size 16 does not divide"),
     ],
 )
