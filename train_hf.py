@@ -32,7 +32,7 @@ from modeling_deit_ti.fitting import prepare_teacher
 from modeling_deit_ti.interruption import Interrupted, interrupt_on_signals
 from modeling_deit_ti.outcome import push, summary
 from modeling_deit_ti.parsing import parse_arguments
-from modeling_deit_ti.progress import hide_library_bars
+from modeling_deit_ti.progress import quiet_libraries
 from modeling_deit_ti.runs import (
     build_network,
     build_trainer,
@@ -49,7 +49,7 @@ def main() -> None:
     # 1. Flags, and what must hold before anything else
     args = parse_arguments(sys.argv[1:], description=__doc__.splitlines()[0])
     training, mode = args.training, args.training.mode
-    hide_library_bars(all_of_them=training.disable_tqdm or training.process_index > 0)
+    quiet_libraries(all_bars=training.disable_tqdm or training.process_index > 0)
     checkpoint = preflight.checkpoint_to_resume(training)
     preflight.check_folders(args)
     is_main = training.process_index == 0

@@ -341,7 +341,8 @@ class DistillationTrainingArguments(TrainingArguments):
         check(self, "label_smoothing_factor", lambda share: 0 <= share < 1, "at least 0 and below 1")
         if self.class_weights is not None and not self.mode.needs_labels:
             raise UserError(
-                f"--class_weights {self.class_weights}: this mode learns from the teacher alone, not labels."
+                f"--class_weights {self.class_weights} is for the loss of the labels, which this mode does not have: "
+                "it learns from the teacher alone."
             )
         if self.early_stopping_patience is not None:
             if self.eval_strategy == "no" or self.save_strategy not in (self.eval_strategy, "best"):

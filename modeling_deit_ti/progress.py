@@ -1,5 +1,6 @@
 """What a run shows while it goes on: one bar in a terminal, a line for each log elsewhere."""
 
+import logging
 import time
 from collections.abc import Callable
 
@@ -15,14 +16,21 @@ BAR = "{desc}: {percentage:3.0f}%|{bar}| {remaining} left{postfix}"
 ENDED_BAR = "{desc}: {percentage:3.0f}%|{bar}| {elapsed}{postfix}"
 
 
-def hide_library_bars(all_of_them: bool = False) -> None:
+# Warnings of transformers about what is as it should be here: two checkpoints within a second; a run that is resumed
+# at its end.
+FALSE_ALARMS = ("mtime may not be reliable", "There seems not to be a single sample")
+
+
+def quiet_libraries(all_bars: bool = False) -> None:
     """
     Hides the bars of transformers for each file that it reads or writes (`Loading weights`, `Writing model shards`),
-    and with `all_of_them` those of datasets as well. Downloads from the Hub keep theirs.
+    and with `all_bars` those of datasets as well. Downloads from the Hub keep theirs.
     """
     set_tqdm_hook(lambda bar, args, options: bar(*args, **options | {"disable": True}))
-    if all_of_them:
+    if all_bars:
         datasets.disable_progress_bars()
+    for name in ("transformers.trainer", "transformers.trainer_utils"):
+        logging.getLogger(name).addFilter(lambda record: not str(record.msg).startswith(FALSE_ALARMS))
 
 
 class RunProgress(TrainerCallback):
