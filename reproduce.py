@@ -288,7 +288,7 @@ def train(run: Run, args: ReproduceArguments, bar: tqdm, stop: threading.Event, 
         epochs_before = bar.n - run.epochs_done  # of the other runs
         while process.poll() is None:
             output += reader.read()
-            epochs = re.findall(r"'epoch': '?([\d.e+-]+)'?[,}]", output)
+            epochs = re.findall(r"^Student: epoch ([\d.]+)/", output, re.MULTILINE)
             bar.update(max(0, epochs_before + float(epochs[-1]) - bar.n) if epochs else 0)
             if stop.is_set() or time.monotonic() > deadline - STOP_SECONDS:
                 was_stopped = True

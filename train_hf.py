@@ -32,6 +32,7 @@ from modeling_deit_ti.fitting import prepare_teacher
 from modeling_deit_ti.interruption import Interrupted, interrupt_on_signals
 from modeling_deit_ti.outcome import push, summary
 from modeling_deit_ti.parsing import parse_stages
+from modeling_deit_ti.progress import quiet_libraries
 from modeling_deit_ti.runs import (
     build_network,
     build_trainer,
@@ -59,6 +60,7 @@ def train(args: Arguments, is_last: bool = True) -> None:
     """One run, unless it is an earlier stage that has been finished."""
     # 1. What must hold before anything else
     training, mode = args.training, args.training.mode
+    quiet_libraries(all_bars=training.disable_tqdm or training.process_index > 0)
     is_finished = not is_last and preflight.is_finished_stage(training)
     checkpoint = training.output_dir if is_finished else preflight.checkpoint_to_resume(training)
     preflight.check_folders(args)

@@ -1,6 +1,7 @@
 """Every flag of the command: one dataclass per group, with its checks. parsing.py fills them in."""
 
 import os
+import sys
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Literal, NamedTuple
@@ -38,8 +39,10 @@ HYPERPARAMETERS = (
     *("num_train_epochs", "max_steps", "per_device_train_batch_size", "gradient_accumulation_steps", "learning_rate"),
     *("lr_scheduler_type", "lr_scheduler_kwargs", "warmup_steps", "optim", "optim_args", "adam_beta1", "adam_beta2"),
     *("adam_epsilon", "weight_decay", "max_grad_norm", "label_smoothing_factor", "load_best_model_at_end"),
-    *("ema_decay", "seed", "data_seed"),
+    *("seed", "data_seed"),
 )
+# As above, but only mentioned if they are set: what was fitted before they came is still the same.
+OPTIONAL_HYPERPARAMETERS = ("class_weights", "early_stopping_patience", "ema_decay")
 
 
 def check(group, name: str, is_valid: Callable[[float], bool], requirement: str) -> None:
@@ -263,6 +266,16 @@ class DistillationTrainingArguments(TrainingArguments):
         default=None, help="Temperature of soft or standardized targets. Default: 3 or 2."
     )
 
+    class_weights: Literal["balanced"] | None = HfArg(
+        default=None,
+        help="`balanced`: in the loss of the labels, all classes count the same, however many images they have.",
+    )
+    early_stopping_patience: int | None = HfArg(
+        default=None,
+        help="Stop once the accuracy (or --metric_for_best_model) has not improved in so many evaluations, and keep "
+        "the best model.",
+    )
+
     per_device_train_batch_size: int = HfArg(default=128, help="Training batch size of each device.")
     per_device_eval_batch_size: int = HfArg(default=256, help="Evaluation batch size of each device.")
     num_train_epochs: float = HfArg(default=20.0, help="Number of training epochs.")
@@ -293,6 +306,13 @@ class DistillationTrainingArguments(TrainingArguments):
     eval_strategy: str = HfArg(default="epoch", help="When to evaluate: no, steps or epoch.")
     save_strategy: str = HfArg(default="epoch", help="When to save a checkpoint: no, steps or epoch.")
     save_total_limit: int | None = HfArg(default=2, help="How many checkpoints are kept.")
+    disable_tqdm: bool | None = HfArg(
+        default=None, help="No bars, but a line for each log. Default: a bar in a terminal, lines in a file or a pipe."
+    )
+    report_to: list[str] = HfArg(
+        default_factory=lambda: ["none"],
+        help="Also log to these tools, such as trackio, tensorboard, wandb or mlflow; `all`: to those installed.",
+    )
     # Otherwise the Trainer logs the mean of earlier losses instead of one that is not a number, and carries on.
     logging_nan_inf_filter: bool = HfArg(default=False, help="Hide losses that are not finite, rather than stop.")
     bf16: bool | None = HfArg(
@@ -329,10 +349,23 @@ class DistillationTrainingArguments(TrainingArguments):
         )
         check_at_least(self, per_device_train_batch_size=1, per_device_eval_batch_size=1, eval_accumulation_steps=1)
         check_at_least(self, gradient_accumulation_steps=1, dataloader_num_workers=0, learning_rate=0, max_grad_norm=0)
-        check_at_least(self, seed=0, data_seed=0)
+        check_at_least(self, seed=0, data_seed=0, early_stopping_patience=1)
         check(self, "seed", lambda seed: seed < 2**32, "below 2**32, as NumPy requires")
         check(self, "ema_decay", lambda decay: 0 < decay < 1, "above 0 and below 1")
         check(self, "label_smoothing_factor", lambda share: 0 <= share < 1, "at least 0 and below 1")
+        if self.class_weights is not None and not self.mode.needs_labels:
+            raise UserError(
+                f"--class_weights {self.class_weights} is for the loss of the labels, which this mode does not have: "
+                "it learns from the teacher alone."
+            )
+        if self.early_stopping_patience is not None:
+            if self.eval_strategy == "no" or self.save_strategy not in (self.eval_strategy, "best"):
+                raise UserError(
+                    "--early_stopping_patience needs evaluations during training and a checkpoint with each: use "
+                    "--eval_strategy epoch --save_strategy epoch, or steps for both."
+                )
+            self.load_best_model_at_end = True
+            self.metric_for_best_model = self.metric_for_best_model or "accuracy"
         if self.num_train_epochs <= 0 and self.max_steps <= 0:
             raise UserError(f"--num_train_epochs {self.num_train_epochs}: must be above 0, unless --max_steps is.")
         if self.dataloader_persistent_workers and self.dataloader_num_workers == 0:
@@ -347,6 +380,8 @@ class DistillationTrainingArguments(TrainingArguments):
         if self.tf32 is None and is_torch_tf32_available():
             self.tf32 = True
         has_default_accelerator_config = self.accelerator_config is None
+        if self.disable_tqdm is None and not (sys.stdout.isatty() and sys.stderr.isatty()):
+            self.disable_tqdm = True  # a bar would fill a log file with copies of itself
         is_muon = self.optim == "muon"
         if is_muon:
             muon_options(self.optim_args)
@@ -443,6 +478,8 @@ class Arguments(NamedTuple):
             del shown["max_steps"]  # epochs decide
         if self.model.freeze_backbone:
             shown["freeze_backbone"] = True
+        options = {name: getattr(self.training, name) for name in OPTIONAL_HYPERPARAMETERS}
+        shown |= {name: value for name, value in options.items() if value is not None}
         if self.model.is_new_deit_ti:
             shown |= {name: getattr(self.model, name) for name in ("position_init", "attention_init")}
         return shown | vars(self.augmentation) | {"crop": self.augmentation.crop_at(self.model.image_size)}

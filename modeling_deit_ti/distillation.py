@@ -131,12 +131,31 @@ class LossParts(NamedTuple):
     distillation_loss: torch.Tensor | None
 
 
-def label_loss(logits: torch.Tensor, labels: torch.Tensor, label_smoothing: float = 0.0) -> torch.Tensor:
+def label_loss(
+    logits: torch.Tensor,
+    labels: torch.Tensor,
+    label_smoothing: float = 0.0,
+    class_weights: torch.Tensor | None = None,
+) -> torch.Tensor:
     """
     Cross-entropy of `(B, K)` logits with the true labels, averaged over the batch. The labels are ids `(B,)` or, as
     mixup makes them, distributions `(B, K)`; smoothing spreads a share of their probability evenly over all K.
+
+    With class weights w `(K,)`, an image with label k counts w_k times, and a mixed one, whose labels are the
+    distribution t, the sum of t_k w_k times what it costs to miss k: the loss is the mean over the images of
+
+        sum over k of t_k w_k CE(logits, s_k),  where s_k is the label k, smoothed.
+
+    Smoothing comes after the weights: a rare class's large weight must not make it the likely one for all images. The
+    sum is divided by B, not by the weights in the batch, so that each image counts the same in every batch.
     """
-    return F.cross_entropy(logits.float(), labels, label_smoothing=label_smoothing)
+    if class_weights is None:
+        return F.cross_entropy(logits.float(), labels, label_smoothing=label_smoothing)
+    num_labels = logits.shape[-1]
+    targets = F.one_hot(labels, num_labels) if labels.ndim == 1 else labels
+    targets = targets * class_weights
+    smoothed = (1 - label_smoothing) * targets + label_smoothing / num_labels * targets.sum(dim=-1, keepdim=True)
+    return F.cross_entropy(logits.float(), smoothed)
 
 
 def hard_distillation_loss(logits: torch.Tensor, teacher_logits: torch.Tensor) -> torch.Tensor:
@@ -178,6 +197,7 @@ def distillation_loss(
     labels: torch.Tensor | None = None,
     teacher_logits: torch.Tensor | None = None,
     label_smoothing: float = 0.0,
+    class_weights: torch.Tensor | None = None,
 ) -> LossParts:
     """
     The training loss of a mode. The labels teach the class head; the teacher teaches the distillation head, or the
@@ -189,8 +209,9 @@ def distillation_loss(
         labels (`torch.Tensor` of shape `(B,)` or `(B, K)`, *optional*): needed unless the teacher is alone.
         teacher_logits (`torch.Tensor` of shape `(B, K)`, *optional*): needed if the mode has a teacher.
         label_smoothing (`float`): smoothing of the true labels.
+        class_weights (`torch.Tensor` of shape `(K,)`, *optional*): how much the labels count in their term.
     """
-    on_labels = label_loss(class_logits, labels, label_smoothing) if mode.needs_labels else None
+    on_labels = label_loss(class_logits, labels, label_smoothing, class_weights) if mode.needs_labels else None
     if not mode.has_teacher:
         return LossParts(on_labels, on_labels, None)
     student_logits = class_logits if distillation_logits is None else distillation_logits

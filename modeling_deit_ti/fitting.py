@@ -53,7 +53,16 @@ logger = logging.getLogger(__name__)
 FITTING_VERSION = 3
 RECIPE_FILE = "teacher_recipe.json"
 FLAG = "--teacher_model_name_or_path"
-SHOWN_OF_RECIPE = ("num_train_epochs", "optim", "learning_rate", "batch_size", "crop", "horizontal_flip", "precision")
+SHOWN_OF_RECIPE = (
+    "num_train_epochs",
+    "optim",
+    "learning_rate",
+    "batch_size",
+    "crop",
+    "horizontal_flip",
+    "class_weights",
+    "precision",
+)
 
 
 def prepare_teacher(args: Arguments, data: ImageData, image_processor) -> tuple[Teacher, TeacherRecord, str]:
@@ -160,7 +169,7 @@ def _fit(args: Arguments, pretrained: PreTrainedModel | None, source: str, data:
                 logger.info(f"Teacher: an earlier run was interrupted while fitting it; resuming from {checkpoint}")
             resume_precision(run.training, checkpoint)
             with own_accelerator_state():
-                trainer = build_trainer(run, data, network, image_processor)
+                trainer = build_trainer(run, data, network, image_processor, name="Teacher")
                 if is_main:
                     (folder / RECIPE_FILE).write_text(json.dumps(recipe, indent=2, default=str) + "\n")
                 train_and_save(trainer, run, data, checkpoint)

@@ -78,6 +78,8 @@ def describe_run(
         "max_eval_samples": images.max_eval_samples,
         "max_validation_samples": images.max_validation_samples,
     }
+    if training.load_best_model_at_end:
+        hyperparameters["metric_for_best_model"] = training.metric_for_best_model
     if images.streaming:
         hyperparameters |= {"streaming": True, "shuffle_buffer_size": images.shuffle_buffer_size}
     hyperparameters |= {"precision": PRECISION_NAMES[training.mixed_precision], "num_processes": training.world_size}
@@ -125,6 +127,13 @@ def summary(trainer: DistillationTrainer, teacher: TeacherRecord | None, metrics
     share, time = metrics.get("teacher_cached", 0), duration(metrics["train_runtime"])
     cached = f", {share:.0%} of the teacher's logits read from its cache" if share else ""
     remote_code = ", trust_remote_code=True" if trainer.is_deit_ti else ""
+    if metrics.get("stopped_early"):
+        args = trainer.args
+        lines += [
+            "",
+            f"Stopped early, after {metrics['epoch']:g} epochs: {args.metric_for_best_model} had not improved in "
+            f"{args.early_stopping_patience} evaluations. The model is that of epoch {metrics['best_epoch']:g}.",
+        ]
     lines += [
         "",
         f"Trained in {time}, {metrics['train_samples_per_second']:.0f} images/s in {metrics['precision']}{cached}.",

@@ -33,8 +33,10 @@ GROUPS = (ImageArguments, AugmentationArguments, ModelArguments, TeacherArgument
 INHERITED_BY_TEACHER = (
     *("per_device_train_batch_size", "per_device_eval_batch_size", "gradient_accumulation_steps"),
     *("fp16", "bf16", "tf32", "use_cpu", "torch_compile", "torch_compile_backend", "torch_compile_mode"),
-    *("dataloader_num_workers", "disable_tqdm", "log_level"),
+    *("dataloader_num_workers", "disable_tqdm", "log_level", "project", "trackio_space_id", "trackio_bucket_id"),
 )
+# What --report_to calls like the package that it needs.
+TRACKERS = ("tensorboard", "trackio", "wandb", "mlflow")
 # What --teacher_config may not set.
 NOT_THE_TEACHERS = {
     *("distill_mode", "teacher_targets", "single_token", "distillation_alpha", "distillation_temperature"),
@@ -196,6 +198,9 @@ def _check_combinations(args: Arguments) -> None:
         )
     if args.images.max_validation_samples is not None and training.dataloader_persistent_workers:
         raise UserError("--max_validation_samples and --dataloader_persistent_workers exclude each other.")
+    for tool in training.report_to:
+        if tool in TRACKERS and importlib.util.find_spec(tool) is None:
+            raise UserError(f"--report_to {tool} needs a package that is missing: pip install {tool}.")
     if "onnx" in model.export and importlib.util.find_spec("onnxscript") is None:
         raise UserError("--export onnx needs packages that are missing: pip install onnx onnxscript.")
 
@@ -215,12 +220,13 @@ def fitting_flags(args: Arguments) -> list[str]:
     student, teacher = args.augmentation, args.teacher
     recipe = {
         **{name: getattr(args.training, name) for name in INHERITED_BY_TEACHER},
-        "report_to": args.training.report_to or "none",
+        **({"report_to": args.training.report_to} if args.training.report_to else {}),
         "model_name_or_path": DEFAULT_TEACHER,
         "image_size": args.model.image_size,
         "crop": student.crop,
         "horizontal_flip": student.horizontal_flip,
         "augment_on": student.augment_on,
+        "class_weights": args.training.class_weights,
         **TEACHER_RECIPE,
         **_own_recipe(teacher, parser),
     }

@@ -3,6 +3,8 @@
 import contextlib
 from collections.abc import Iterator
 
+import numpy as np
+import torch
 from accelerate.state import AcceleratorState, PartialState
 from transformers import DeiTImageProcessor, PreTrainedModel, TrainerCallback, set_seed
 
@@ -27,6 +29,7 @@ from .initialization import start_from_mimetic_attention, start_from_sincos_posi
 from .interop import is_vit, load_student
 from .modeling_deit_ti import DeiTTiForImageClassification
 from .outcome import save_exports, write_reports
+from .reporting import finish_reports
 from .teacher import Teacher
 from .teacher_cache import TeacherCache
 from .trainer import DistillationTrainer
@@ -137,6 +140,17 @@ def own_accelerator_state() -> Iterator[None]:
     PartialState._shared_state["distributed_type"] = distributed_type
 
 
+def balanced_class_weights(label_counts: np.ndarray) -> torch.Tensor:
+    """
+    Weights that let all classes count the same, `(K,)` float32: n / (K n_k), for n images, n_k of them with label k,
+    as scikit-learn's `compute_class_weight`. K counts the classes that have images; the others' weight, 0, meets none.
+    """
+    (seen,) = label_counts.nonzero()
+    weights = torch.zeros(len(label_counts))
+    weights[seen] = torch.tensor(label_counts.sum() / (len(seen) * label_counts[seen]), dtype=torch.float32)
+    return weights
+
+
 def build_trainer(
     args: Arguments,
     data: ImageData,
@@ -144,6 +158,7 @@ def build_trainer(
     image_processor,
     teacher: Teacher | None = None,
     teacher_cache: TeacherCache | None = None,
+    name: str = "Student",
 ) -> DistillationTrainer:
     """
     Args:
@@ -153,6 +168,7 @@ def build_trainer(
         image_processor (`DeiTImageProcessor`): its preprocessing.
         teacher ([`Teacher`], *optional*), teacher_cache ([`TeacherCache`], *optional*): as `DistillationTrainer` has
             them.
+        name (`str`, *optional*, defaults to `"Student"`): what the run is called on the terminal.
 
     Raises:
         UserError: if the images cannot be augmented as asked, or the Trainer refuses a flag.
@@ -173,7 +189,9 @@ def build_trainer(
             args=training,
             teacher=teacher,
             teacher_cache=teacher_cache,
+            class_weights=balanced_class_weights(data.label_counts()) if training.class_weights else None,
             settings=run_settings(args, data),
+            name=name,
             augment=augment,
             train_dataset=train_images,
             eval_dataset=EvalImages(data.validation, image_processor),
@@ -226,6 +244,12 @@ def train_and_save(
     metrics = train | evaluation | {"precision": PRECISION_NAMES[trainer.args.mixed_precision]}
     if teacher is not None:
         metrics |= {"teacher_accuracy": teacher.accuracy, "teacher_path": teacher_path}
+    state = trainer.state
+    if trainer.early_stopping is not None:
+        metrics["stopped_early"] = state.global_step < state.max_steps
+        metrics["best_epoch"] = next(
+            entry["epoch"] for entry in state.log_history if entry["step"] == state.best_global_step
+        )
     if trainer.teacher_cache is not None:
         metrics["teacher_cached"] = trainer.teacher_cache.share_read
 
@@ -235,4 +259,5 @@ def train_and_save(
         save_exports(trainer, args.model.export)
         save_settings(trainer.args.output_dir, trainer.settings)
         write_reports(trainer, args, data, teacher, {"train": train, "eval": evaluation, "all": metrics})
+        finish_reports(trainer)
     return metrics

@@ -15,7 +15,8 @@ from timm.utils import ModelEmaV3
 from torch import distributed
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy
 from torch.utils.data import DataLoader, Dataset
-from transformers import PreTrainedModel, Trainer, TrainerCallback
+from transformers import EarlyStoppingCallback, PreTrainedModel, PrinterCallback, Trainer, TrainerCallback
+from transformers.trainer import DEFAULT_PROGRESS_CALLBACK
 from transformers.trainer_utils import EvalPrediction, rotate_checkpoints
 
 from .checkpoints import save_settings, seal
@@ -27,10 +28,24 @@ from .distillation import DistillMode, LossParts, distillation_loss, label_loss
 from .interruption import Interrupted, StopRequest, name_of
 from .modeling_deit_ti import DeiTTiForImageClassification
 from .muon import make_muon
+from .progress import RunProgress
+from .reporting import use_reports
 
 
 AVERAGE_FILE = "averaged_weights.safetensors"  # in a checkpoint
 METRIC = Path(__file__).parent / "metrics" / "top_k_accuracy.py"
+
+
+class _EarlyStopping(EarlyStoppingCallback):
+    """As transformers', with the patience that a resumed run's checkpoint has left."""
+
+    def on_train_begin(self, args, state, control, **kwargs):
+        saved = state.stateful_callbacks.get(type(self).__name__, self.state())
+        self.early_stopping_patience_counter = saved["attributes"]["early_stopping_patience_counter"]
+
+    @property
+    def has_stopped(self) -> bool:
+        return self.early_stopping_patience_counter >= self.early_stopping_patience
 
 
 class _RunCallback(TrainerCallback):
@@ -67,8 +82,8 @@ class _RunCallback(TrainerCallback):
     def on_epoch_begin(self, args, state, control, **kwargs):
         # accelerate's loaders do not pass the epoch on when several processes resume within it.
         self.trainer.train_order.set_epoch(int(state.epoch or 0))
-        if state.global_step >= state.max_steps:
-            # Resumed at its last step, in the middle of an epoch: the Trainer would take one more.
+        if state.global_step >= state.max_steps or self.trainer.has_stopped_early:
+            # Resumed at its last step: the Trainer would take one more.
             control.should_training_stop = self.stopped_within_epoch = True
 
     def on_step_end(self, args, state, control, **kwargs):
@@ -136,14 +151,27 @@ class DistillationTrainer(Trainer):
         teacher (`Callable`, *optional*): from `pixel_values` as the student sees them to logits `(B, num_labels)`, as
             `teacher.Teacher`. Needed if `args.mode` has a teacher.
         teacher_cache (`teacher_cache.TeacherCache`, *optional*): answers for the teacher in training.
+        class_weights (`torch.Tensor` of shape `(num_labels,)`, *optional*): as `distillation_loss` has them.
         settings (`dict`, *optional*): what decides the run, kept in its checkpoints.
+        name (`str`, *optional*, defaults to `"Student"`): what is trained, for those who watch.
         kwargs: those of `Trainer`.
     """
 
     # The loss is a mean over each batch, so the Trainer has to divide it by the number of accumulated batches.
     loss_is_scaled_for_ga = False
 
-    def __init__(self, *, train_dataset, augment, teacher=None, teacher_cache=None, settings=None, **kwargs):
+    def __init__(
+        self,
+        *,
+        train_dataset,
+        augment,
+        teacher=None,
+        teacher_cache=None,
+        class_weights=None,
+        settings=None,
+        name="Student",
+        **kwargs,
+    ):
         super().__init__(
             train_dataset=train_dataset,
             data_collator=collate_images,
@@ -167,6 +195,7 @@ class DistillationTrainer(Trainer):
         self.augment = augment
         self.teacher = self.training_teacher = teacher
         self.teacher_cache = teacher_cache
+        self.class_weights = None if class_weights is None else class_weights.to(self.args.device)
         self.settings = settings
         if teacher is not None:
             dtype = teacher_dtype(teacher, self.args.device, self.args.mixed_precision)
@@ -197,6 +226,15 @@ class DistillationTrainer(Trainer):
         self.stop_request = StopRequest(announce=self.is_local_process_zero())
         self.run_callback = _RunCallback(self)
         self.add_callback(self.run_callback)
+        use_reports(self)
+        self.pop_callback(PrinterCallback if self.args.disable_tqdm else DEFAULT_PROGRESS_CALLBACK)
+        self.recent_loss: float | None = None  # of the latest steps, for the bar
+        self.progress = RunProgress(name, lambda: self.recent_loss)
+        self.add_callback(self.progress)
+        self.early_stopping = None
+        if self.args.early_stopping_patience is not None:
+            self.early_stopping = _EarlyStopping(self.args.early_stopping_patience)
+            self.add_callback(self.early_stopping)
         self._step_sums: dict[str, torch.Tensor] = {}
         self._steps_summed = 0
         # Step, learning rate, names of the loss's terms, the values of the loss and its terms.
@@ -218,6 +256,7 @@ class DistillationTrainer(Trainer):
             try:
                 output = super().train(*args, **kwargs)
             finally:
+                self.progress.close()
                 if self.teacher_cache is not None:
                     self.teacher_cache.flush()
         if self.run_callback.stopped_by:
@@ -264,6 +303,11 @@ class DistillationTrainer(Trainer):
     def _load_average(self, checkpoint: str) -> None:
         if self.average is not None:
             load_model(self.average.module, os.path.join(checkpoint, AVERAGE_FILE), device=str(self.args.device))
+
+    @property
+    def has_stopped_early(self) -> bool:
+        """Whether the patience of `--early_stopping_patience` has come to its end."""
+        return self.early_stopping is not None and self.early_stopping.has_stopped
 
     def _get_train_sampler(self, train_dataset: Dataset | None = None) -> TrainSampler:
         return self.train_order
@@ -325,6 +369,7 @@ class DistillationTrainer(Trainer):
             labels=labels,
             teacher_logits=teacher_logits,
             label_smoothing=self.args.label_smoothing_factor,
+            class_weights=self.class_weights,
         )
         self._record_step(parts, outputs["logits"], teacher_logits)
         return (parts.loss, outputs) if return_outputs else parts.loss
@@ -362,6 +407,8 @@ class DistillationTrainer(Trainer):
             step, learning_rate, names, losses = self._unchecked_losses.pop(0)
             loss, *terms = losses.read().tolist()
             if math.isfinite(loss):
+                # Smoothed, since batches differ.
+                self.recent_loss = loss if self.recent_loss is None else 0.9 * self.recent_loss + 0.1 * loss
                 continue
             facts = ", ".join(f"{name} {value:.4g}" for name, value in zip(names, terms, strict=True))
             raise FloatingPointError(

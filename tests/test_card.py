@@ -201,6 +201,8 @@ def test_loss_equations_are_those_of_the_paper():
     assert loss_equation(MODES["both"]) == "loss = 0.5 CE(class, y) + 0.5 CE(distillation, argmax teacher)"
     assert loss_equation(resolve_mode("distill", single_token=True)) == "loss = CE(distillation, argmax teacher)"
     assert loss_equation(resolve_mode("class", single_token=True)) == "loss = CE(class, y)"
+    weighted = loss_equation(MODES["both"], has_class_weights=True)
+    assert weighted == "loss = 0.5 w(y) CE(class, y) + 0.5 CE(distillation, argmax teacher)"
 
 
 def test_every_read_out_stands_beside_the_published_row(tmp_path):

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch
 
-from modeling_deit_ti.distillation import MODES, distillation_loss, resolve_mode
+from modeling_deit_ti.distillation import MODES, distillation_loss, label_loss, resolve_mode
 
 
 RNG = np.random.default_rng(0)
@@ -196,3 +196,28 @@ def test_half_precision_logits_give_a_float32_loss():
 def test_options_that_mean_nothing_in_a_mode_are_refused(name, options, message):
     with pytest.raises(ValueError, match=message):
         resolve_mode(name, **options)
+
+
+def test_class_weights_count_each_share_of_a_label_and_smoothing_spreads_what_they_make_of_it():
+    weights = np.array([0.5, 4.0, 1.0, 1.0, 0.0, 2.0])
+    for labels, shares in ((LABELS, np.eye(6)[LABELS]), (MIXED, MIXED)):
+        on_labels = np.mean(
+            [
+                sum(weights[k] * image[k] * cross_entropy(logits[None], np.array([k]), 0.1) for k in range(6))
+                for image, logits in zip(shares, CLASS, strict=True)
+            ]
+        )
+        arguments = [torch.tensor(values) for values in (CLASS, DISTILLATION, labels, TEACHER)]
+        parts = distillation_loss(MODES["both"], *arguments, 0.1, torch.tensor(weights))
+        assert parts.label_loss.item() == pytest.approx(on_labels, rel=1e-5)
+        assert parts.distillation_loss.item() == pytest.approx(
+            cross_entropy(DISTILLATION, TEACHER.argmax(-1)), rel=1e-5
+        )
+        assert parts.loss.item() == pytest.approx(0.5 * (parts.label_loss + parts.distillation_loss).item(), rel=1e-5)
+
+
+def test_weights_of_one_change_nothing():
+    logits = torch.tensor(CLASS)
+    for labels in (torch.tensor(LABELS), torch.tensor(MIXED)):
+        unweighted = label_loss(logits, labels, 0.1)
+        torch.testing.assert_close(label_loss(logits, labels, 0.1, torch.ones(6)), unweighted)

@@ -119,7 +119,7 @@ def test_an_interrupted_run_continues_where_it_stopped(tmp_path, call):
     code, printed = call("--rows", "none")
     assert code == 0 and "1 of 1 runs are finished" in printed
     continued = log.read_text()[length:]
-    assert "'epoch': '3'" in continued and "'epoch': '1'" not in continued
+    assert "\nStudent: epoch 3/3, " in continued and "Student: epoch 1/3" not in continued
     results = read(runs / "none-seed0" / "all_results.json")
     assert results["epoch"] == 3
     assert f"no distillation {results['eval_accuracy']:.2%}" in printed

@@ -48,6 +48,8 @@ def stopped(tmp_path_factory) -> Path:
         (["--validation_from_train=true"], "images "),
         (["--model_name_or_path=resnet18"], "model_name_or_path deit_ti, not resnet18"),
         (["--patch_size=8"], "patch_size 16, not 8"),
+        (["--class_weights=balanced"], "class_weights None, not balanced"),
+        (["--early_stopping_patience=1"], "early_stopping_patience None, not 1"),
         (["--optim=muon"], "optim adamw_torch_fused, not muon"),
         (["--position_init=normal"], "position_init sincos, not normal"),
     ],

@@ -1,5 +1,6 @@
 """Streaming: every image once an epoch, whoever reads it; an order that a seed decides; runs that resume exactly."""
 
+import dataclasses
 import io
 import json
 import logging
@@ -243,6 +244,15 @@ def test_what_save_to_disk_wrote_and_the_digits_stream_too(tmp_path):
     splits = {name: Dataset.from_dict({"image": [picture(0)] * 30, "label": [0, 1, 2] * 10}) for name in ("a", "b")}
     DatasetDict(train=splits["a"].cast(ENCODED), test=splits["b"].cast(ENCODED)).save_to_disk(tmp_path)
     assert len(load(tmp_path).train) == 30
+
+
+def test_labels_are_counted_without_reading_an_image(parquet, image_folder):
+    for folder in (parquet, image_folder):
+        streamed = load_images(ImageArguments(str(folder), streaming=True))
+        stored = load_images(ImageArguments(str(folder)))
+        assert streamed.label_counts().tolist() == np.bincount(stored.train["label"]).tolist()
+    with pytest.raises(UserError, match="^--class_weights needs .* download the dataset first"):
+        dataclasses.replace(streamed, source="hub").label_counts()
 
 
 def test_the_fingerprint_follows_the_files_not_the_place(parquet, image_folder, tmp_path):

@@ -1,20 +1,23 @@
 """The trainer: the teacher is in the loss and nowhere else, and what it logs and measures is true."""
 
+import dataclasses
 import json
 import os
 import re
 import signal
 import subprocess
 import sys
+from collections import Counter
 from importlib.machinery import ModuleSpec
 from importlib.util import module_from_spec
 
 import numpy as np
 import pytest
 import torch
-from building import NOTHING_RANDOM, arguments, image_processor, tiny_student, tiny_teacher
+from building import NOTHING_RANDOM, TINY_CNN, arguments, image_processor, tiny_student, tiny_teacher
 from real_command import REPOSITORY
 from safetensors.torch import load_file
+from sklearn.utils.class_weight import compute_class_weight
 from torch._dynamo.utils import counters
 from transformers import TrainerCallback, TrainingArguments
 
@@ -26,7 +29,7 @@ from modeling_deit_ti.data.decoding import read_image
 from modeling_deit_ti.distillation import distillation_loss
 from modeling_deit_ti.errors import UserError
 from modeling_deit_ti.interruption import Interrupted
-from modeling_deit_ti.runs import build_trainer
+from modeling_deit_ti.runs import balanced_class_weights, build_network, build_trainer
 from modeling_deit_ti.teacher import Teacher
 from modeling_deit_ti.trainer import AVERAGE_FILE, DistillationTrainer
 
@@ -578,6 +581,93 @@ def test_a_run_of_max_steps_is_resumed_to_them_and_no_further(digits, tmp_path, 
     assert_same(weights(whole), weights(resumed))
     assert without_timings(whole) == without_timings(resumed)
     assert sum("eval_loss" in entry for entry in resumed.state.log_history) == 2
+
+
+# ---- Early stopping ----
+
+# Of seven evaluations; the best is the third.
+ACCURACIES = (0.3, 0.4, 0.6, 0.6, 0.5, 0.7, 0.8)
+
+
+def make_stopping_trainer(data, folder) -> DistillationTrainer:
+    """With an evaluation at each of its steps, which finds `ACCURACIES`, and a patience of two."""
+    steps = {"eval_strategy": "steps", "eval_steps": 1, "save_strategy": "steps", "save_steps": 1}
+    trainer = make_trainer(data, folder, distill_mode="none", num_train_epochs=2, early_stopping_patience=2, **steps)
+    trainer.compute_metrics = lambda prediction: {"accuracy": ACCURACIES[trainer.state.global_step - 1]}
+    return trainer
+
+
+def test_a_run_stops_when_its_accuracy_has_not_improved_and_keeps_the_best_model(digits, tmp_path):
+    trainer = make_stopping_trainer(digits, tmp_path)
+    trainer.train()
+    assert trainer.state.global_step == 5 and trainer.has_stopped_early
+    best = load_file(tmp_path / "checkpoint-3" / "model.safetensors")
+    assert_same(best, weights(trainer))
+
+
+@pytest.mark.parametrize("step", [4, 5], ids=["with one evaluation left", "with none left"])
+def test_a_resumed_run_has_the_patience_that_was_left(digits, tmp_path, step):
+    make_stopping_trainer(digits, tmp_path).train()
+    resumed = make_stopping_trainer(digits, tmp_path)
+    resumed.train(resume_from_checkpoint=str(tmp_path / f"checkpoint-{step}"))
+    assert resumed.state.global_step == 5
+    assert_same(load_file(tmp_path / "checkpoint-3" / "model.safetensors"), weights(resumed))
+
+
+@pytest.mark.parametrize("flags", [{"eval_strategy": "no"}, {"eval_strategy": "steps"}, {"save_strategy": "no"}])
+def test_early_stopping_without_evaluations_and_checkpoints_is_refused(tmp_path, flags):
+    with pytest.raises(UserError, match="^--early_stopping_patience needs .*: use --eval_strategy epoch"):
+        arguments(output_dir=tmp_path, early_stopping_patience=3, **flags)
+
+
+# ---- Class weights ----
+
+
+def test_balanced_class_weights_are_scikit_learns_and_those_of_unseen_labels_finite():
+    labels = [0] * 10 + [2] * 5 + [3]
+    weights = balanced_class_weights(np.bincount(labels, minlength=5))
+    seen = compute_class_weight("balanced", classes=np.array([0, 2, 3]), y=labels)
+    assert weights.tolist() == pytest.approx([seen[0], 0, seen[1], seen[2], 0])
+
+
+@pytest.mark.parametrize("mode", ["none", "both"])
+def test_the_trainers_loss_has_the_class_weights_in_the_term_of_the_labels(digits, tmp_path, mode):
+    trainer = make_trainer(digits, tmp_path, distill_mode=mode, class_weights="balanced", mixup=0.8)
+    expected = balanced_class_weights(np.bincount(digits.train["label"], minlength=10))
+    assert torch.equal(trainer.class_weights, expected)
+    unweighted = make_trainer(digits, tmp_path, distill_mode=mode, mixup=0.8)
+    batch = next(iter(trainer.get_train_dataloader()))
+    losses = [one.compute_loss(one.model.train(), batch).item() for one in (trainer, unweighted)]
+    assert losses[0] != pytest.approx(losses[1], rel=1e-3)
+    assert trainer._step_sums.get("distillation_loss") == unweighted._step_sums.get("distillation_loss")
+
+
+def test_balanced_class_weights_teach_the_rare_classes_of_unbalanced_digits(tmp_path):
+    data = load_images(ImageArguments("digits", max_eval_samples=300))
+    labels, seen = data.train["label"][:], Counter()
+    kept = []
+    for row, label in enumerate(labels):
+        seen[label] += 1
+        if seen[label] <= (100 if label < 5 else 5):
+            kept.append(row)
+    data = dataclasses.replace(data, train=data.train.select(kept))
+    truth = torch.tensor(data.evaluation["label"][:])
+    recalls = []
+    for weights in ({}, {"class_weights": "balanced"}):
+        recipe = {"model_name_or_path": TINY_CNN, "learning_rate": 1e-2, "num_train_epochs": 3, "save_strategy": "no"}
+        recipe |= {**NOTHING_RANDOM, "image_size": 32, "per_device_train_batch_size": 32, "eval_strategy": "no"}
+        args, processor = arguments(output_dir=tmp_path, **recipe, **weights), image_processor(32)
+        trainer = build_trainer(args, data, build_network(args, data, processor)[0], processor)
+        trainer.train()
+        predicted = torch.from_numpy(trainer.predict(trainer.eval_dataset).predictions)[:, 0, 0]
+        rare = truth >= 5
+        recalls.append((predicted == truth)[rare].float().mean().item())
+    assert recalls[1] > recalls[0] + 0.1
+
+
+def test_class_weights_without_a_loss_of_labels_are_refused(tmp_path):
+    with pytest.raises(UserError, match="^--class_weights balanced is for the loss of the labels"):
+        arguments(output_dir=tmp_path, distill_mode="distill", single_token="true", class_weights="balanced")
 
 
 @pytest.mark.parametrize(

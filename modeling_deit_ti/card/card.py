@@ -59,7 +59,7 @@ def write_model_card(record: RunRecord, folder: str | os.PathLike) -> None:
         # max_steps may have ended the run before its num_train_epochs.
         epochs=record.metrics.get("epoch", record.hyperparameters.get("num_train_epochs")),
         has_baseline=any(row.baseline is not None for row in rows),
-        equation=loss_equation(record.mode),
+        equation=loss_equation(record.mode, record.hyperparameters.get("class_weights") is not None),
         labels_in_training=labels_in_training(record.hyperparameters),
         has_curves=(folder / CURVES_FILE).is_file(),
         has_timm=(folder / "timm" / "config.json").is_file(),
@@ -163,11 +163,12 @@ def confidence_interval(accuracy: float, num_images: int) -> tuple[float, float]
 # ---- How it was trained ----
 
 
-def loss_equation(mode: DistillMode) -> str:
-    """The training loss of a mode, with its numbers; `class`, `distillation` and `teacher` are logits, `y` labels; `z`
-    standardises logits."""
+def loss_equation(mode: DistillMode, has_class_weights: bool = False) -> str:
+    """The training loss of a mode, with its numbers; `class`, `distillation` and `teacher` are logits, `y` labels, `w`
+    class weights; `z` standardises logits."""
+    on_labels = "w(y) CE(class, y)" if has_class_weights else "CE(class, y)"
     if not mode.has_teacher:
-        return "loss = CE(class, y)"
+        return f"loss = {on_labels}"
     teacher, head = "teacher", "distillation" if "distillation" in mode.tokens else "class"
     if mode.teacher_targets == "standardized":
         teacher, head = f"z({teacher})", f"z({head})"
@@ -180,7 +181,7 @@ def loss_equation(mode: DistillMode) -> str:
         on_teacher = f"{t}^2 KL(softmax({teacher} / {t}) || softmax({head} / {t}))"
     if not mode.needs_labels:
         return f"loss = {on_teacher}"
-    return f"loss = {1 - mode.alpha:g} CE(class, y) + {mode.alpha:g} {on_teacher}"
+    return f"loss = {1 - mode.alpha:g} {on_labels} + {mode.alpha:g} {on_teacher}"
 
 
 def labels_in_training(hyperparameters: dict) -> str:

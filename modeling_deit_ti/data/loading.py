@@ -60,6 +60,21 @@ class ImageData:
     def has_train_labels(self) -> bool:
         return "label" in self.train.column_names
 
+    def label_counts(self) -> np.ndarray:
+        """
+        Training images of each label, `(K,)`.
+
+        Raises:
+            UserError: if they are streamed from the Hub, where counting would read the whole column of labels.
+        """
+        if self.is_streamed and self.source == "hub":
+            raise UserError(
+                "--class_weights needs the number of images of each class, which --streaming from the Hub does not "
+                "count: download the dataset first, or leave out --class_weights."
+            )
+        labels = self.train.label_ids() if self.is_streamed else self.train["label"][:]
+        return np.bincount(labels, minlength=len(self.label_names))
+
     @property
     def unseen_labels(self) -> list[str]:
         """Labels without a training image: not a mistake, since a subset may lack them, but worth mentioning."""

@@ -14,7 +14,7 @@ import hashlib
 import os
 import random
 from collections.abc import Callable, Iterator
-from itertools import islice, repeat
+from itertools import chain, islice, repeat
 from typing import ClassVar
 
 import fsspec
@@ -247,6 +247,12 @@ class StreamedSplit:
     @property
     def column_names(self) -> list[str]:
         return ["image"] if self.label_column is None else ["image", "label"]
+
+    def label_ids(self) -> np.ndarray:
+        """`(rows,)`, without those that are missing or out of range: they are reported when they are read."""
+        values = chain.from_iterable(self.rows.column(self.label_column))
+        ids = (value if self.ids is None else self.ids[value] for value in values)
+        return np.array([label for label in ids if label is not None and 0 <= label < self.num_labels])
 
     def read(self, shard: int, start: int, stop: int) -> Iterator[dict]:
         columns = [self.image_column] if self.label_column is None else [self.image_column, self.label_column]
