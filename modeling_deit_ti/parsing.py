@@ -148,8 +148,8 @@ def _check_combinations(args: Arguments) -> None:
         )
     if args.images.max_validation_samples is not None and training.dataloader_persistent_workers:
         raise UserError("--max_validation_samples and --dataloader_persistent_workers exclude each other.")
-    if "onnx" in model.export and importlib.util.find_spec("onnxscript") is None:
-        raise UserError("--export onnx needs packages that are missing: pip install onnx onnxscript.")
+    if "onnx" in model.export and not all(map(importlib.util.find_spec, ("onnx", "onnxruntime", "onnxscript"))):
+        raise UserError("--export onnx needs packages that are missing: pip install onnx onnxruntime onnxscript.")
 
 
 # ---- The teacher's own run ----
