@@ -1,17 +1,23 @@
 """The model says in JavaScript what it says in Python: in Node, and on the page in a real browser."""
 
+import functools
 import json
 import re
 import shutil
 import subprocess
+import threading
+from collections.abc import Iterator
+from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from chromium import chromium, served
 from huggingface_hub import RepoCard
 from PIL import Image
+from selenium import webdriver
+from selenium.webdriver.common.by import By
+from selenium.webdriver.support.ui import WebDriverWait
 from sklearn.datasets import load_digits, load_sample_image
 from transformers import AutoImageProcessor, AutoModelForImageClassification
 
@@ -147,24 +153,60 @@ def test_a_page_that_cannot_be_written_is_one_message(run, tmp_path):
     assert [path.name for path in tmp_path.iterdir()] == ["notes.txt"]
 
 
-def test_a_browser_without_network_labels_pictures_and_refuses_a_text(
-    run, pictures, expected, transformers_js, tmp_path
-):
-    if shutil.which("chromedriver") is None:
-        pytest.skip("needs chromedriver (Debian: apt install chromium-driver)")
-    write_static_space(run, tmp_path / "page", transformers_js)
+@pytest.fixture(scope="module")
+def chromium(tmp_path_factory) -> Iterator[webdriver.Chrome]:
+    binary, driver = shutil.which("chromium"), shutil.which("chromedriver")
+    if binary is None or driver is None:
+        pytest.skip("needs Chromium: apt-get install chromium chromium-driver")
+    options = webdriver.ChromeOptions()
+    options.binary_location = binary
+    for flag in (
+        *("headless", "no-sandbox", "disable-gpu", "disable-quic", "no-first-run", "disable-background-networking"),
+        *("disable-component-update", "disable-sync", f"user-data-dir={tmp_path_factory.mktemp('chromium')}"),
+    ):
+        options.add_argument(f"--{flag}")
+    with webdriver.Chrome(options, webdriver.ChromeService(driver)) as chromium:
+        yield chromium
+
+
+@pytest.fixture(scope="module")
+def page(run, transformers_js, tmp_path_factory) -> Iterator[str]:
+    """The address of the page, served by this machine with its own copy of transformers.js."""
+    folder = tmp_path_factory.mktemp("page")
+    write_static_space(run, folder, transformers_js)
+    handler = functools.partial(SimpleHTTPRequestHandler, directory=str(folder))
+    with ThreadingHTTPServer(("127.0.0.1", 0), handler) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        yield f"http://127.0.0.1:{server.server_port}/"
+        server.shutdown()
+
+
+def wait_for_text(chromium: webdriver.Chrome, selector: str) -> str:
+    return WebDriverWait(chromium, 60).until(lambda _: chromium.find_element(By.CSS_SELECTOR, selector).text)
+
+
+@pytest.mark.parametrize("width", [380, 1100], ids=["narrow", "wide"])
+def test_the_page_labels_pictures_as_python_does(width, chromium, page, pictures, expected):
+    chromium.set_window_size(width, 800)
+    chromium.get(page)
+    for picture, logits in zip(pictures, expected, strict=True):
+        chromium.find_element(By.ID, "file").send_keys(str(picture))
+        answers = wait_for_text(chromium, "#answers").split("\n")
+        scores = np.exp(logits) / np.exp(logits).sum()
+        best_first = scores.argsort()[::-1]
+        assert answers[0::2] == [LABELS[label] for label in best_first], picture.name
+        found = [float(score.removesuffix(" %")) / 100 for score in answers[1::2]]
+        np.testing.assert_allclose(found, scores[best_first], atol=0.02, err_msg=picture.name)
+    assert chromium.execute_script("return document.documentElement.scrollWidth <= innerWidth")
+
+
+def test_the_page_refuses_a_text_in_one_message_and_takes_the_next_picture(chromium, page, pictures, tmp_path):
     (tmp_path / "notes.txt").write_text("no picture")
-    with served(tmp_path / "page") as address, chromium() as window:
-        window.open(address)
-        for picture, logits in zip(pictures, expected, strict=True):
-            window.type_into("#file", str(picture))
-            answers = window.wait_for("return document.querySelector('#answers').innerText").split("\n")
-            scores = np.exp(logits) / np.exp(logits).sum()
-            order = scores.argsort()[::-1]
-            assert answers[0::2] == [LABELS[label] for label in order], picture.name
-            found = [float(score.removesuffix(" %")) / 100 for score in answers[1::2]]
-            np.testing.assert_allclose(found, scores[order], atol=0.02, err_msg=picture.name)
-        window.type_into("#file", str(tmp_path / "notes.txt"))
-        message = window.wait_for("return document.querySelector('#status.error')?.innerText")
-        assert message.startswith("notes.txt is not a picture")
-        assert window.run("return document.querySelector('#answers').innerText") == ""
+    chromium.get(page)
+    chromium.find_element(By.ID, "file").send_keys(str(tmp_path / "notes.txt"))
+    assert wait_for_text(chromium, "#status.error").startswith(
+        "notes.txt is not a picture that this browser can read."
+    )
+    chromium.find_element(By.ID, "file").send_keys(str(pictures[0]))
+    assert wait_for_text(chromium, "#answers")
+    assert "not a picture" not in chromium.find_element(By.TAG_NAME, "body").text
