@@ -21,9 +21,10 @@ TEMPLATES = Path(__file__).with_name("page")
 TRANSFORMERS_JS = "4.3.2"
 ONNXRUNTIME_WEB = "1.31.0-dev.20260914-8d85527a0"  # the one that transformers.js was built with
 # Where the page's script finds the two packages: on a CDN, or beside it.
+CDN = "https://cdn.jsdelivr.net/npm"
 ON_CDN = {
-    "@huggingface/transformers": f"https://cdn.jsdelivr.net/npm/@huggingface/transformers@{TRANSFORMERS_JS}",
-    "onnxruntime-web/": f"https://cdn.jsdelivr.net/npm/onnxruntime-web@{ONNXRUNTIME_WEB}/dist/",
+    "@huggingface/transformers": f"{CDN}/@huggingface/transformers@{TRANSFORMERS_JS}/dist/transformers.min.js",
+    "onnxruntime-web/": f"{CDN}/onnxruntime-web@{ONNXRUNTIME_WEB}/dist/",
 }
 VENDORED = {"@huggingface/transformers": "./vendor/transformers.min.js", "onnxruntime-web/": "./vendor/"}
 VENDORED_FILES = (
