@@ -30,8 +30,8 @@ from .trainer import DistillationTrainer
 
 def save_exports(trainer: DistillationTrainer, formats: list[str], images: EvalImages) -> dict[str, float]:
     """
-    The same model for those who do not run this project's code. `formats` are those of `--export`. Returns the metrics
-    on the images of what does not compute in the model's precision.
+    The same model for those who do not run this project's code. `formats` are those of `--export`. Returns the
+    accuracy on the images of the one that is rounded, to int8.
     """
     if not trainer.is_deit_ti:
         return {}
