@@ -22,8 +22,6 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import onnxruntime
 import torch
-from onnxruntime.quantization import quantize_dynamic
-from onnxruntime.quantization.shape_inference import quant_pre_process
 from torch import nn
 from transformers import AutoImageProcessor, set_seed
 from transformers.hf_argparser import HfArg
@@ -38,7 +36,7 @@ from modeling_deit_ti.data.inputs import EvalImages
 from modeling_deit_ti.device import autocast
 from modeling_deit_ti.distillation import MODES
 from modeling_deit_ti.errors import UserError, first_line
-from modeling_deit_ti.interop import export_onnx, to_timm, to_transformers
+from modeling_deit_ti.interop import export_onnx, quantize_onnx, to_timm, to_transformers
 
 
 Predict = Callable[[torch.Tensor], torch.Tensor]  # images to logits
@@ -76,10 +74,7 @@ def onnx_session(model: DeiTTiForImageClassification, setting: SpeedSetting, int
         file = Path(folder, "model.onnx")
         export_onnx(model, file)
         if int8:
-            quant_pre_process(str(file), str(file))  # the shapes that quantization asks for
-            # In the products of attention, without weights, rounding loses accuracy and gains no time.
-            only_weights = {"op_types_to_quantize": ["MatMul", "Gemm"], "extra_options": {"MatMulConstBOnly": True}}
-            quantize_dynamic(file, file, **only_weights)
+            quantize_onnx(file, file)
         session = onnxruntime.InferenceSession(str(file), options, providers=[provider])
 
     def predict(images: torch.Tensor) -> torch.Tensor:

@@ -176,7 +176,8 @@ class ModelArguments:
     )
     export: list[str] = HfArg(
         default_factory=list,
-        help="What else to save and push: `timm` (a checkpoint for timm.create_model), `onnx` (model.onnx).",
+        help="What else to save and push: `timm` (a checkpoint for timm.create_model), `onnx` (in float32 "
+        "and int8, for ONNX Runtime and for browsers).",
         metadata={"choices": ["timm", "onnx"]},
     )
     license: str = HfArg(default="unknown", help="License of the trained weights, for the card, such as apache-2.0.")

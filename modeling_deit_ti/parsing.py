@@ -201,8 +201,8 @@ def _check_combinations(args: Arguments) -> None:
     for tool in training.report_to:
         if tool in TRACKERS and importlib.util.find_spec(tool) is None:
             raise UserError(f"--report_to {tool} needs a package that is missing: pip install {tool}.")
-    if "onnx" in model.export and importlib.util.find_spec("onnxscript") is None:
-        raise UserError("--export onnx needs packages that are missing: pip install onnx onnxscript.")
+    if "onnx" in model.export and not all(map(importlib.util.find_spec, ("onnx", "onnxruntime", "onnxscript"))):
+        raise UserError("--export onnx needs packages that are missing: pip install onnx onnxruntime onnxscript.")
 
 
 # ---- The teacher's own run ----

@@ -256,7 +256,7 @@ def train_and_save(
     trainer.save_model(_internal_call=True)  # otherwise it pushes what is incomplete, and ends the run if it cannot
     trainer.save_state()
     if trainer.is_world_process_zero():
-        save_exports(trainer, args.model.export)
+        metrics |= save_exports(trainer, args.model.export, images)
         save_settings(trainer.args.output_dir, trainer.settings)
         write_reports(trainer, args, data, teacher, {"train": train, "eval": evaluation, "all": metrics})
         finish_reports(trainer)

@@ -1,6 +1,7 @@
 """Every test runs offline, in a Hugging Face cache of its own that is deleted with the session."""
 
 import os
+import shutil
 import tempfile
 from pathlib import Path
 
@@ -38,3 +39,14 @@ def cifar10_dir() -> Path:
     if not path.is_dir():
         pytest.skip(f"needs the real CIFAR-10: no folder {path} (set CIFAR10_DIR to one with its Parquet files)")
     return path
+
+
+@pytest.fixture(scope="session")
+def transformers_js() -> Path:
+    """The `node_modules` with transformers.js, where it is installed."""
+    folder = REPOSITORY / "tests" / "node_modules"
+    if shutil.which("node") is None:
+        pytest.skip("needs Node 20.19 or newer")
+    if not (folder / "@huggingface" / "transformers").is_dir():
+        pytest.skip("needs transformers.js: npm install --prefix tests --ignore-scripts")
+    return folder

@@ -487,7 +487,6 @@ def test_command_converts_a_finished_run_and_says_how_to_load_it(to, finished_ru
         (["nowhere", "--to", "timm"], "nowhere is not a folder"),
         (["someone/nothing", "--to", "timm", "--output", "{run}/new"], "there is no such folder"),
         (["{run}", "--to", "timm", "--output", "{run}"], "exists already"),
-        (["{run}", "--to", "onnx", "--output", "{run}/none/model.onnx"], "There is no folder"),
         (["{run}/transformers", "--to", "timm"], "it is a deit, not a deit_ti"),
         (["{run}", "--to", "elsewhere"], "invalid choice"),
     ],

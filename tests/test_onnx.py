@@ -68,7 +68,7 @@ def exported(tmp_path_factory):
         output, errors = io.StringIO(), io.StringIO()
         with contextlib.redirect_stdout(output), contextlib.redirect_stderr(errors):
             main([str(folder), "--to", "onnx"])
-        return Export(folder / "model.onnx", output.getvalue(), errors.getvalue())
+        return Export(folder / "transformers" / "onnx" / "model.onnx", output.getvalue(), errors.getvalue())
 
     return export
 
@@ -99,6 +99,17 @@ def test_file_names_its_inputs_outputs_and_labels(mode, exported):
     assert [(put.name, put.shape) for put in session.get_outputs()] == [(name, ["batch", 3]) for name in names]
     assert json.loads(session.get_modelmeta().custom_metadata_map["id2label"]) == {"0": "cat", "1": "dog", "2": "emu"}
     assert not list(file.parent.glob("*.data"))  # the weights are inside
+
+
+@pytest.mark.parametrize("mode", ["none", "both"])
+def test_int8_file_is_smaller_and_has_nearly_the_same_logits(mode, exported):
+    network = tuple(NETWORKS[mode]["tokens"]), NETWORKS[mode]["readout"]
+    file = exported(*network).file
+    quantized = file.with_name("model_quantized.onnx")
+    assert quantized.stat().st_size < 0.7 * file.stat().st_size  # of two small layers; what is around them stays
+    images = {"pixel_values": torch.randn(3, 3, 32, 32).numpy()}
+    logits, rounded = (onnxruntime.InferenceSession(path).run(["logits"], images)[0] for path in (file, quantized))
+    assert 0 < np.abs(rounded - logits).max() < 0.2 * np.abs(logits).max()
 
 
 def test_command_says_where_the_file_is_and_nothing_else(exported):

@@ -24,6 +24,7 @@ from building import FOUR_STEPS, image_processor
 from datasets import load_dataset
 from hub_stand_in import HubStandIn
 from huggingface_hub import ModelCard
+from PIL import Image
 from safetensors.torch import load_file
 from sklearn.datasets import load_digits
 from transformers import AutoImageProcessor
@@ -122,7 +123,6 @@ def test_a_pushed_repository_is_complete_and_holds_what_the_output_folder_holds(
         "configuration_deit_ti.py",
         "eval_results.json",
         "example.png",
-        "model.onnx",
         "model.safetensors",
         "modeling_deit_ti.py",
         "preprocessor_config.json",
@@ -135,6 +135,9 @@ def test_a_pushed_repository_is_complete_and_holds_what_the_output_folder_holds(
         "training_curves.png",
         "transformers/config.json",
         "transformers/model.safetensors",
+        "transformers/onnx/model.onnx",
+        "transformers/onnx/model_quantized.onnx",
+        "transformers/onnx/preprocessing.js",
         "transformers/preprocessor_config.json",
     }
     stored.pop(".gitattributes")
@@ -161,6 +164,8 @@ def test_the_pushed_card_tells_the_hub_and_the_reader_the_runs_numbers(hub, shar
     assert values["Accuracy, class head"] == pytest.approx(results["eval_accuracy_class"], abs=1e-6)
     for key in ("eval_accuracy", "eval_accuracy_class", "eval_accuracy_both", "teacher_accuracy"):
         assert f"{100 * results[key]:.2f} %" in card.text
+    assert abs(results["eval_accuracy_quantized"] - results["eval_accuracy"]) <= 0.02  # of int8, on 100 images
+    assert f"its top-1 accuracy is {100 * results['eval_accuracy_quantized']:.2f} %" in card.text
     assert str(shared.folder.parent) not in card.content
 
 
@@ -210,7 +215,7 @@ def load_everywhere(repos: dict[str, str], answers: str, card_of: str) -> None:
         pixel_values = processor(images, return_tensors="pt")["pixel_values"]
         logits["native"] = logits_of(model, pixel_values)
 
-        folder = Path(snapshot_download(repo, allow_patterns=["timm/*", "model.onnx"]))
+        folder = Path(snapshot_download(repo, allow_patterns=["timm/*", "transformers/onnx/model.onnx"]))
         config = json.loads((folder / "timm" / "config.json").read_text())
         transform = timm.data.create_transform(
             **timm.data.resolve_data_config(pretrained_cfg=config["pretrained_cfg"])
@@ -223,7 +228,9 @@ def load_everywhere(repos: dict[str, str], answers: str, card_of: str) -> None:
         )
         logits["timm"] = logits_of(model.eval(), torch.stack([transform(image) for image in images]))
 
-        session = onnxruntime.InferenceSession(folder / "model.onnx", providers=["CPUExecutionProvider"])
+        session = onnxruntime.InferenceSession(
+            folder / "transformers/onnx/model.onnx", providers=["CPUExecutionProvider"]
+        )
         logits["onnx"] = session.run(["logits"], {"pixel_values": pixel_values.numpy()})[0]
 
         some = images[:8]
@@ -293,11 +300,13 @@ def modes_on_the_hub(hub, tmp_path_factory) -> dict[str, str]:
         save_transformers(model, processor, folder / "transformers")
         save_timm(model, processor, folder / "timm")
         network = (mode.tokens, mode.readout)
+        onnx = folder / "transformers" / "onnx"
         if network in exported:
-            shutil.copy(exported[network], folder)
+            shutil.copytree(exported[network], onnx)
         else:
-            exported[network] = folder / "model.onnx"
-            export_onnx(model, exported[network])
+            exported[network] = onnx
+            onnx.mkdir()
+            export_onnx(model, onnx / "model.onnx")
     repos = {name: f"{hub.user}/{name}" for name in MODES}
     run_alone(upload, {repos[name]: str(root / name) for name in MODES}, env=hub.env(TOKEN), cwd=root)
     return repos
@@ -342,6 +351,28 @@ def test_every_block_of_the_pushed_card_runs_for_a_stranger(hub, shared, strange
     assert re.fullmatch(rf"prediction: {best}\nclass head: \d\ndistillation head: {best}\n", steps)
     assert re.match(r"\[{'label': '(\d)'", without_remote_code)[1] == best
     assert (with_timm, with_onnx) == (f"{best}\n", f"{best}\n")
+
+
+@torch.no_grad()
+def test_transformers_js_loads_a_pushed_model_from_the_hub_and_from_its_folder(hub, shared, transformers_js, tmp_path):
+    def node(*command: str, cwd: Path) -> str:
+        done = subprocess.run(["node", *command], cwd=cwd, env=hub.env(), capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr
+        return done.stdout
+
+    answers = json.loads(node("classify.js", shared.repo, shared.folder / "example.png", cwd=transformers_js.parent))
+    model = DeiTTiForImageClassification.from_pretrained(shared.folder).eval()
+    image = Image.open(shared.folder / "example.png").convert("RGB")
+    expected = model(**AutoImageProcessor.from_pretrained(shared.folder)(image, return_tensors="pt")).logits[0]
+    found = next(answer for answer in answers if answer["preprocessing"] == "ours")
+    np.testing.assert_allclose(found["logits"], expected.numpy(), atol=1e-2, rtol=0)
+
+    (block,) = re.findall(r"```js\n(.*?)```", (shared.folder / "README.md").read_text(), re.DOTALL)
+    shutil.copytree(shared.folder / "transformers", tmp_path / "transformers")
+    shutil.copy(shared.folder / "example.png", tmp_path)
+    (tmp_path / "node_modules").symlink_to(transformers_js)
+    (tmp_path / "card.mjs").write_text(block)
+    assert re.search(r"label: '(\d)'", node("card.mjs", cwd=tmp_path))[1] == found["label"]
 
 
 @pytest.mark.parametrize("mode", MODES)

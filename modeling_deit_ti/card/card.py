@@ -63,7 +63,7 @@ def write_model_card(record: RunRecord, folder: str | os.PathLike) -> None:
         labels_in_training=labels_in_training(record.hyperparameters),
         has_curves=(folder / CURVES_FILE).is_file(),
         has_timm=(folder / "timm" / "config.json").is_file(),
-        has_onnx=(folder / "model.onnx").is_file(),
+        has_onnx=(folder / "transformers" / "onnx" / "model.onnx").is_file(),
         has_example=record.example_label is not None and (folder / EXAMPLE_FILE).is_file(),
         # As Python literals, so that the code blocks run.
         repo_literal=json.dumps(record.hub_model_id or "."),

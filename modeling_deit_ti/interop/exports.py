@@ -1,9 +1,11 @@
-"""DeiT-Ti as one of transformers' own classes, as timm's network, and as an ONNX file."""
+"""DeiT-Ti as one of transformers' own classes, as timm's network, and in ONNX."""
 
 import copy
 import json
 import math
 import os
+import shutil
+import tempfile
 from pathlib import Path
 
 import timm
@@ -19,11 +21,25 @@ from transformers import (
     ViTForImageClassification,
 )
 
-from ..classifiers import label_names
+from ..classifiers import check_complete, label_names, load_classifier, load_image_processor
 from ..configuration_deit_ti import DeiTTiConfig
 from ..errors import UserError
 from ..modeling_deit_ti import DeiTTiForImageClassification
 from .names import RECORD_FIELDS, SHARED_FIELDS, export_state, split_qkv, timm_names, transformers_names
+
+
+def load_run(name: str, flag: str) -> tuple[DeiTTiForImageClassification, BaseImageProcessor]:
+    """
+    The model and image processor of a finished run; the arguments are those of [`load_classifier`].
+
+    Raises:
+        UserError: if they cannot be loaded, or are not of a DeiT-Ti.
+    """
+    model, missing = load_classifier(name, flag)
+    if not isinstance(model, DeiTTiForImageClassification):
+        raise UserError(f"{flag} {name}: it is a {model.config.model_type}, not a deit_ti.")
+    check_complete(missing, name, flag)
+    return model, load_image_processor(name, flag)
 
 
 # ---- To transformers ----
@@ -160,6 +176,8 @@ def timm_preprocessing(image_processor: BaseImageProcessor, image_size: int) -> 
 
 # ---- To ONNX ----
 
+ONNX_FILE, QUANTIZED_FILE = "model.onnx", "model_quantized.onnx"  # transformers.js's names
+
 
 class _NamedLogits(nn.Module):
     """The model with a tuple of its named logits as output, since ONNX has no `ModelOutput`."""
@@ -211,3 +229,42 @@ def export_onnx(
     program.model.metadata_props["id2label"] = json.dumps(config.id2label)
     program.save(file)
     return names
+
+
+def quantize_onnx(file: str | os.PathLike, quantized: str | os.PathLike) -> None:
+    """
+    Writes an ONNX file again with int8 weights in its matrix products; what they are multiplied with is rounded to
+    8 bits in each call.
+
+    Raises:
+        ImportError: if `onnxruntime` is not installed.
+    """
+    from onnxruntime.quantization import quantize_dynamic
+    from onnxruntime.quantization.shape_inference import quant_pre_process
+
+    with tempfile.TemporaryDirectory() as folder:
+        prepared = Path(folder, "model.onnx")
+        quant_pre_process(str(file), str(prepared))  # the shapes that quantization asks for
+        # In the products of attention, without weights, rounding loses accuracy and gains no time.
+        only_weights = {"op_types_to_quantize": ["MatMul", "Gemm"], "extra_options": {"MatMulConstBOnly": True}}
+        quantize_dynamic(prepared, quantized, **only_weights)
+
+
+def save_onnx(model: DeiTTiForImageClassification, folder: str | os.PathLike) -> None:
+    """
+    Saves what transformers.js looks for in the folder `onnx` beside the files of [`save_transformers`]: `model.onnx`
+    in float32, and `model_quantized.onnx` in int8. `preprocessing.js` is for images of other sizes than the model's.
+
+    Raises:
+        UserError: if `onnx`, `onnxruntime` or `onnxscript` is not installed.
+    """
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    try:
+        export_onnx(model, folder / ONNX_FILE)
+        quantize_onnx(folder / ONNX_FILE, folder / QUANTIZED_FILE)
+    except ImportError as error:
+        raise UserError(
+            f"ONNX needs packages that are missing ({error}): pip install onnx onnxruntime onnxscript."
+        ) from error
+    shutil.copy(Path(__file__).parent / "page" / "preprocessing.js", folder)

@@ -1,0 +1,118 @@
+"""A page on which a browser runs the model, without a server: a static Space, or a folder on any web server."""
+
+import json
+import os
+import shutil
+from pathlib import Path
+
+from huggingface_hub import SpaceCardData
+from jinja2 import Environment, FileSystemLoader, select_autoescape
+from markupsafe import Markup
+
+from ..card import EXAMPLE_FILE, RunRecord
+from ..card.markdown import clean, percent, text
+from ..card.record import RECORD_FILE, folder_name
+from ..classifiers import label_names
+from ..errors import UserError
+from .exports import ONNX_FILE, QUANTIZED_FILE, load_run, save_onnx, to_transformers
+
+
+TEMPLATES = Path(__file__).with_name("page")
+TRANSFORMERS_JS = "4.3.2"
+ONNXRUNTIME_WEB = "1.31.0-dev.20260914-8d85527a0"  # the one that transformers.js was built with
+# Where the page's script finds the two packages: on a CDN, or beside it.
+CDN = "https://cdn.jsdelivr.net/npm"
+ON_CDN = {
+    "@huggingface/transformers": f"{CDN}/@huggingface/transformers@{TRANSFORMERS_JS}/dist/transformers.min.js",
+    "onnxruntime-web/": f"{CDN}/onnxruntime-web@{ONNXRUNTIME_WEB}/dist/",
+}
+VENDORED = {"@huggingface/transformers": "./vendor/transformers.min.js", "onnxruntime-web/": "./vendor/"}
+VENDORED_FILES = (
+    "@huggingface/transformers/dist/transformers.min.js",
+    "onnxruntime-web/dist/ort-wasm-simd-threaded.mjs",
+    "onnxruntime-web/dist/ort-wasm-simd-threaded.wasm",
+)
+
+
+def write_static_space(
+    model_folder: str | os.PathLike, folder: str | os.PathLike, node_modules: str | os.PathLike | None = None
+) -> None:
+    """
+    Writes a static Space: a page on which one shows the model a picture, which does not leave the browser.
+
+    Args:
+        model_folder (`str` or `os.PathLike`): a finished run. If it has no ONNX files, they are made for the page.
+        folder (`str` or `os.PathLike`): a new or empty folder.
+        node_modules (`str` or `os.PathLike`, *optional*): where npm has installed `@huggingface/transformers`, to copy
+            it for a page that needs no other server than its own. By default, browsers fetch it from a CDN.
+
+    Raises:
+        UserError: if there is no DeiT-Ti in `model_folder`, no transformers.js in `node_modules`, or a file in
+            `folder`; or if ONNX files have to be made and the packages for it are missing.
+    """
+    model_folder, folder = Path(model_folder), Path(folder)
+    if folder.exists() and any(folder.iterdir()):
+        raise UserError(f"{folder} is not empty: move it away, or name another folder.")
+    vendored = [] if node_modules is None else [Path(node_modules, file) for file in VENDORED_FILES]
+    for file in vendored:
+        if not file.is_file():
+            raise UserError(
+                f"There is no {file}: name the node_modules of `npm install --ignore-scripts "
+                f"@huggingface/transformers@{TRANSFORMERS_JS}`."
+            )
+    model, image_processor = load_run(str(model_folder), "MODEL")
+
+    onnx, exported = folder / "model" / "onnx", model_folder / "transformers" / "onnx"
+    if exported.is_dir():
+        shutil.copytree(exported, onnx)
+    else:
+        save_onnx(model, onnx)
+    to_transformers(model).config.save_pretrained(folder / "model")
+    image_processor.save_pretrained(folder / "model")
+    for file in vendored:
+        (folder / "vendor").mkdir(exist_ok=True)
+        shutil.copy(file, folder / "vendor")
+    for file in (TEMPLATES / "page.js", TEMPLATES / "page.css", model_folder / EXAMPLE_FILE):
+        if file.is_file():  # not every run leaves an example
+            shutil.copy(file, folder)
+
+    megabytes = {file: (onnx / file).stat().st_size / 1e6 for file in (QUANTIZED_FILE, ONNX_FILE)}
+    facts = run_facts(model_folder) | {
+        "labels": label_names(model.config),
+        "has_example": (folder / EXAMPLE_FILE).is_file(),
+        "precisions": {  # by transformers.js's names
+            "q8": f"8-bit weights, {megabytes[QUANTIZED_FILE]:.0f} MB",
+            "fp32": f"float32, {megabytes[ONNX_FILE]:.0f} MB",
+        },
+        "import_map": Markup(json.dumps({"imports": VENDORED if vendored else ON_CDN})),
+    }
+    templates = Environment(
+        loader=FileSystemLoader(TEMPLATES), autoescape=select_autoescape(["html"]), keep_trailing_newline=True
+    )
+    for file in ("index.html", "README.md"):
+        (folder / file).write_text(templates.get_template(file).render(facts, text=text), encoding="utf-8")
+
+
+def run_facts(folder: Path) -> dict:
+    """What the page and its README say about the run: its name, and if it has left a record, how often it is right."""
+    if not (folder / RECORD_FILE).is_file():
+        return {"name": folder_name(folder), "metadata": space_metadata(folder_name(folder))}
+    record = RunRecord.load(folder)
+    metrics = {key: percent(value) for key, value in record.metrics.items() if key.startswith("eval_accuracy")}
+    name = record.hub_model_id.rpartition("/")[2] if record.hub_model_id else folder_name(folder)
+    return {
+        "name": name,
+        "metadata": space_metadata(name, record),
+        "hub_model_id": record.hub_model_id,
+        "num_images": record.dataset.num_eval_images,
+        "accuracy": metrics.get("eval_accuracy"),
+        "quantized": metrics.get("eval_accuracy_quantized"),
+    }
+
+
+def space_metadata(name: str, record: RunRecord | None = None) -> str:
+    """The YAML block that Spaces want at the top of a README."""
+    models = [record.hub_model_id] if record and record.hub_model_id else None
+    license = record.license if record and record.license != "unknown" else None
+    look = {"title": clean(name), "emoji": "🔎", "colorFrom": "blue", "colorTo": "indigo"}
+    return SpaceCardData(**look, sdk="static", license=license, models=models).to_yaml()
