@@ -226,7 +226,7 @@ def run(options: argparse.Namespace) -> None:
         make_report(predictions, label_names, model, dataset, data.split)
         for model, (predictions, label_names) in zip(called, answers, strict=True)
     ]
-    with storing(folder, "Make room, then run the same command again."):
+    with storing(folder, f"Make room, delete {folder}, then run the same command again."):
         folders = [folder] if len(reports) == 1 else [folder / "first", folder / "second"]
         for report, its_folder in zip(reports, folders, strict=True):
             write_report(report, data, its_folder, options.thumbnails)
