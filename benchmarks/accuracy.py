@@ -254,6 +254,7 @@ def copy_card(budget: str, run: Run) -> None:
     card = RepoCard.load(run.folder / "README.md", ignore_metadata_errors=True)
     picture = f"![Accuracy of all rows over the epochs](../{RESULTS}/{budget}/curves.png)"
     text = re.sub(rf"^!\[[^\]]*\]\({re.escape(CURVES_FILE)}\)$", picture, card.content, flags=re.MULTILINE)
+    text = re.sub(r"^!\[[^\]]*\]\([^/)]*\)\n\n", "", text, flags=re.MULTILINE)  # the report's, beside the run
     note = (
         f"> Only the card of run `{run.name}` of [{budget}](../{RESULTS}/{budget}/table.md), seed {run.seed}: "
         "`reproduce.py` makes the model and the files that the card mentions.\n\n"

@@ -322,6 +322,11 @@ class DistillationTrainingArguments(TrainingArguments):
         "GPUs that have it (older ones take float16) and on CPUs that are faster in it.",
     )
     fp16: bool | None = HfArg(default=None, help="float16 mixed precision, on a GPU. Default: see --bf16.")
+    temperature_scaling: bool = HfArg(
+        default=False,
+        help="For the report: fit a temperature to half of the evaluation images, and measure the calibration with it "
+        "on the other half.",
+    )
     tf32: bool | None = HfArg(default=None, help="TF32 in float32 products. Default: on where the GPU has it.")
     # Not flags here.
     remove_unused_columns: bool = field(default=False, init=False)  # the images' seeds are for the augmentation

@@ -1,4 +1,4 @@
-"""What a finished run leaves: exports, curves, card and results; what it says at the end; and the push."""
+"""What a finished run leaves: exports, curves, report, card and results; what it says at the end; and the push."""
 
 import os
 import shlex
@@ -14,10 +14,14 @@ from .card import (
     RunRecord,
     TeacherRecord,
     describe_hardware,
+    draw_report,
+    folder_name,
+    make_report,
     plot_training_curves,
     write_model_card,
 )
 from .card.markdown import duration
+from .checkpoints import SETTINGS_FILE
 from .data import ImageData
 from .data.decoding import read_image
 from .data.inputs import EvalImages
@@ -67,11 +71,22 @@ def write_reports(
     teacher: TeacherRecord | None,
     results: dict[str, dict],
 ) -> None:
-    """Curves, card and results. `all_results.json` comes last: where it exists, the run is finished."""
+    """Curves, report, card and results. `all_results.json` comes last: where it exists, the run is finished."""
     folder = Path(trainer.args.output_dir)
+    is_private = data.source == "local"  # a user's own images are not shown
     plot_training_curves(trainer.state.log_history, folder / CURVES_FILE, teacher.accuracy if teacher else None)
     record = describe_run(trainer, args, data, teacher, results["all"])
-    if data.source != "local":  # a user's own images stay private
+    report = make_report(
+        trainer.predictions,
+        data.label_names,
+        model=folder_name(folder),
+        dataset=record.dataset.name,
+        split=data.eval_split,
+        teacher=trainer.teacher_predictions,
+    )
+    report.save(folder)
+    draw_report(report, folder, None if is_private else lambda row: read_image(data.evaluation[row]))
+    if not is_private:
         example = data.evaluation[0]
         read_image(example).save(folder / EXAMPLE_FILE)
         record.example_label = data.label_names[example["label"]]
@@ -174,7 +189,7 @@ def push(trainer: DistillationTrainer) -> None:
         StorageError: if the push fails; the run is complete on disk, and the message says how to push it.
     """
     args = trainer.args
-    unwanted = ["checkpoint-*", "last-checkpoint/*", "_*"]
+    unwanted = ["checkpoint-*", "last-checkpoint/*", "_*", SETTINGS_FILE]  # which names folders of this machine
     try:
         HfApi(token=args.hub_token).upload_folder(
             repo_id=trainer.hub_model_id,

@@ -58,39 +58,43 @@ class Teacher(nn.Module):
         return logits if self.label_order is None else logits[:, self.label_order]
 
 
-def match_labels(teacher_names: list[str], names: list[str]) -> list[int] | None:
+def match_labels(model_names: list[str], names: list[str], model: str = "the teacher") -> list[int] | None:
     """
-    For each of the dataset's labels its id in the teacher, matched by name (ignoring case, `_` and `-`). A teacher
-    with unnamed labels (`LABEL_0`, ...) matches by order if it has as many. It may have more labels than the dataset.
+    For each of the dataset's labels its id in a model, matched by name (ignoring case, `_` and `-`). A model with
+    unnamed labels (`LABEL_0`, ...) matches by order if it has as many. It may have more labels than the dataset.
+
+    Args:
+        model_names, names (`list[str]`): of the model's labels and the dataset's, by label id.
+        model (`str`): what an error calls the model.
 
     Returns:
-        `list[int]` of length `len(names)`, or `None` if the teacher knows other labels.
+        `list[int]` of length `len(names)`, or `None` if the model knows other labels.
 
     Raises:
         UserError: if only some of the names match, or not one to one.
     """
     plain = [re.sub(r"[\s_-]+", " ", str(name)).strip().casefold() for name in names]
-    teacher_plain = [re.sub(r"[\s_-]+", " ", str(name)).strip().casefold() for name in teacher_names]
-    unnamed = all(re.fullmatch(r"label \d+", name) for name in teacher_plain)
-    if teacher_plain == plain or (len(teacher_names) == len(names) and unnamed):
+    model_plain = [re.sub(r"[\s_-]+", " ", str(name)).strip().casefold() for name in model_names]
+    unnamed = all(re.fullmatch(r"label \d+", name) for name in model_plain)
+    if model_plain == plain or (len(model_names) == len(names) and unnamed):
         return list(range(len(names)))
-    known = set(teacher_plain)
+    known = set(model_plain)
     missing = [name for name, key in zip(names, plain, strict=True) if key not in known]
     if not missing:
-        positions = [[i for i, name in enumerate(teacher_plain) if name == key] for key in plain]
+        positions = [[i for i, name in enumerate(model_plain) if name == key] for key in plain]
         twice = [name for name, found in zip(names, positions, strict=True) if len(found) > 1]
         if twice or len(set(plain)) < len(plain):
             raise UserError(
-                f"The teacher's labels cannot be matched to the dataset's: {list_some(twice or names)} "
-                "stand for more than one. Rename them in the teacher's config.json (id2label)."
+                f"The labels of {model} cannot be matched to the dataset's: {list_some(twice or names)} stand for "
+                "more than one. Rename them in its config.json (id2label)."
             )
         return [found[0] for found in positions]
-    if len(missing) < len(names) and len(teacher_names) == len(names):
-        unmatched = [name for name, key in zip(teacher_names, teacher_plain, strict=True) if key not in plain]
+    if len(missing) < len(names) and len(model_names) == len(names):
+        unmatched = [name for name, key in zip(model_names, model_plain, strict=True) if key not in plain]
         raise UserError(
-            f"The teacher's labels cannot be matched to the dataset's: {len(names) - len(missing)} of {len(names)} "
-            f"have the same name; the dataset has {list_some(missing)} where the teacher has "
-            f"{list_some(unmatched)}. Rename them in the teacher's config.json (id2label)."
+            f"The labels of {model} cannot be matched to the dataset's: {len(names) - len(missing)} of {len(names)} "
+            f"have the same name; the dataset has {list_some(missing)} where {model} has {list_some(unmatched)}. "
+            "Rename them in its config.json (id2label)."
         )
     return None
 

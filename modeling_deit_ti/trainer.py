@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import evaluate
+import numpy as np
 import torch
 from accelerate.utils import DynamoBackend, broadcast_object_list
 from safetensors.torch import load_model, save_model
@@ -19,6 +20,7 @@ from transformers import EarlyStoppingCallback, PreTrainedModel, PrinterCallback
 from transformers.trainer import DEFAULT_PROGRESS_CALLBACK
 from transformers.trainer_utils import EvalPrediction, rotate_checkpoints
 
+from .card import Predictions
 from .checkpoints import save_settings, seal
 from .data.inputs import normalised
 from .data.sampling import TrainSampler, collate_images
@@ -176,7 +178,7 @@ class DistillationTrainer(Trainer):
             train_dataset=train_dataset,
             data_collator=collate_images,
             compute_metrics=self._accuracies,
-            preprocess_logits_for_metrics=self._ranked_labels,
+            preprocess_logits_for_metrics=self._kept_predictions,
             **kwargs,
         )
         self.model_accepts_loss_kwargs = False  # whatever the model's signature: the loss is ours, see above
@@ -222,6 +224,8 @@ class DistillationTrainer(Trainer):
             for module in self.model.modules()
             if any(True for _ in module.parameters()) and not any(p.requires_grad for p in module.parameters())
         ]
+        self.predictions: Predictions | None = None  # of the latest evaluation
+        self.teacher_predictions: np.ndarray | None = None  # label ids, of the latest measurement
         self.metric = evaluate.load(str(METRIC), keep_in_memory=True)
         self.stop_request = StopRequest(announce=self.is_local_process_zero())
         self.run_callback = _RunCallback(self)
@@ -519,30 +523,43 @@ class DistillationTrainer(Trainer):
             inputs = inputs | {"pixel_values": normalised(pixel_values, self.processing_class)}
         return super()._prepare_inputs(inputs)
 
-    def _ranked_labels(self, logits: torch.Tensor | tuple[torch.Tensor, ...], labels: torch.Tensor) -> torch.Tensor:
-        """The five likeliest labels of each read-out, (B, read-outs, 5): all that is kept of an evaluated batch."""
+    def _kept_predictions(
+        self, logits: torch.Tensor | tuple[torch.Tensor, ...], labels: torch.Tensor
+    ) -> tuple[torch.Tensor, ...]:
+        """
+        All that is kept of an evaluated batch: the five likeliest labels of each read-out, `(B, read-outs, 5)`; the
+        probability `(B,)` of the first, by which the model predicts; and if a temperature is to be fitted to them, its
+        logits `(B, K)`.
+        """
         readouts = [logits if isinstance(logits, torch.Tensor) else logits[0]]
         if len(self.readouts) > 1:
             _, class_logits, distillation_logits = logits
             readouts += [class_logits, distillation_logits, (class_logits + distillation_logits) / 2]
-        return torch.stack(readouts, dim=1).topk(min(5, self.num_labels), dim=-1).indices
+        ranked = torch.stack(readouts, dim=1).topk(min(5, self.num_labels), dim=-1).indices
+        predicting = readouts[0].float()
+        kept = ranked, predicting.softmax(dim=-1).amax(dim=-1)
+        return (*kept, predicting) if self.args.temperature_scaling else kept
 
     def _accuracies(self, prediction: EvalPrediction) -> dict[str, float]:
+        ranked, confidence, *logits = prediction.predictions
+        self.predictions = Predictions(prediction.label_ids, ranked[:, 0, 0], confidence, *logits)
         metrics = {}
         for index, name in enumerate(self.readouts):
-            ranked = prediction.predictions[:, index]
             for k, ending in ((1, ""), (5, "_top5")):
-                scores = self.metric.compute(predictions=ranked, references=prediction.label_ids, k=k)
+                scores = self.metric.compute(predictions=ranked[:, index], references=prediction.label_ids, k=k)
                 metrics[f"accuracy{name}{ending}"] = scores["accuracy"]
         return metrics
 
     @torch.no_grad()
     def measure_teacher(self, images: Dataset | None = None) -> float:
         """Top-1 accuracy of the teacher on `images` (default: `eval_dataset`), as the student sees them."""
-        hits = []
+        predicted, labels = [], []
         for inputs in self.get_eval_dataloader(images):
             inputs = self._prepare_inputs(inputs)
-            predicted = self.teacher(inputs["pixel_values"]).argmax(dim=-1)
-            hits.append(self.accelerator.gather_for_metrics(predicted == inputs["labels"]))
-        self.teacher_accuracy = torch.cat(hits).double().mean().item()
+            batch = self.teacher(inputs["pixel_values"]).argmax(dim=-1), inputs["labels"]
+            for values, gathered in zip((predicted, labels), self.accelerator.gather_for_metrics(batch), strict=True):
+                values.append(gathered)
+        predicted, labels = torch.cat(predicted), torch.cat(labels)
+        self.teacher_predictions = predicted.cpu().numpy()
+        self.teacher_accuracy = (predicted == labels).double().mean().item()
         return self.teacher_accuracy

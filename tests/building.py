@@ -1,9 +1,11 @@
 """What the command builds from its flags, in sizes that tests have time for."""
 
+import numpy as np
 import torch
 
 from modeling_deit_ti import DeiTTiConfig, DeiTTiForImageClassification
 from modeling_deit_ti.arguments import Arguments, AugmentationArguments, ModelArguments
+from modeling_deit_ti.card import Predictions, Report, make_report
 from modeling_deit_ti.classifiers import new_timm_classifier
 from modeling_deit_ti.data.inputs import make_image_processor
 from modeling_deit_ti.parsing import parse_arguments
@@ -22,6 +24,22 @@ FOUR_STEPS = (
     "--per_device_train_batch_size=32",
     "--disable_tqdm=true",
 )
+# Names that markdown, YAML, HTML, tables, formulas and templates would take for their own.
+NASTY_LABELS = [
+    "a|b",
+    "*bold* __init__",
+    "<script>alert(1)</script>",
+    "`tick` ``` fence",
+    "line\nbreak\r\n\u2028---\n",
+    "\"double\" 'single'",
+    "🦓 zèbre 👩‍🚀",
+    "key: value # comment",
+    "- [link](x) ![image](y)",
+    "back\\slash\\",
+    "{{ name }} {% raw %} $x$ &amp; ~~gone~~",
+    " ",
+    "null",
+]
 NOTHING_RANDOM = {
     "crop": "none",
     "horizontal_flip": 0,
@@ -66,3 +84,9 @@ def tiny_teacher(kind: type[Teacher] = Teacher, **changes) -> Teacher:
     mean, std = list(processor.image_mean), list(processor.image_std)
     settings = {"image_size": 32, "image_mean": mean, "image_std": std, "student_mean": mean, "student_std": std}
     return kind(model, **{**settings, **changes})
+
+
+def report_of(labels, predicted, names, confidence=None, **options) -> Report:
+    confidence = np.full(len(labels), 0.9) if confidence is None else np.array(confidence)
+    predictions = Predictions(np.array(labels), np.array(predicted), confidence)
+    return make_report(predictions, names, "model", "data", "test", **options)

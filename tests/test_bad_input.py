@@ -303,7 +303,7 @@ MISTAKES = {
     "teacher with some of the labels": (
         teacher(label_names=[*DIGITS[:9], "nine"]),
         [HARD, TEACHER],
-        ["labels cannot be matched", "9 of 10", "'9'", "'nine'"],
+        ["cannot be matched to the dataset's", "9 of 10", "'9'", "'nine'"],
     ),
     "teacher not to be fitted": (
         teacher(label_names=list("abcdefghij")),
@@ -667,6 +667,9 @@ def test_a_label_whose_only_image_is_held_out_is_no_mistake(tmp_path):
     assert result.returncode == 0, result.stderr
     assert result.stdout.count("no training image has a label of") == 1
     assert len(json.loads((tmp_path / "run" / "config.json").read_text())["label_names"]) == 8
+    # Of a user's own images, none is shown.
+    assert json.loads((tmp_path / "run" / "report.json").read_text())["mistakes"]
+    assert not [name for name in ("mistakes.png", "example.png") if (tmp_path / "run" / name).exists()]
 
 
 def test_remote_code_of_a_teacher_runs_where_it_is_trusted(tmp_path):

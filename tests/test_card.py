@@ -11,8 +11,10 @@ import sys
 from pathlib import Path
 
 import jinja2.meta
+import numpy as np
 import pytest
 import yaml
+from building import NASTY_LABELS, report_of
 from huggingface_hub import ModelCard
 from huggingface_hub.repocard_data import eval_results_to_model_index, model_index_to_eval_results
 from markdown_it import MarkdownIt
@@ -36,21 +38,6 @@ from modeling_deit_ti.interop import save_transformers
 
 
 CIFAR10 = ["airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck"]
-NASTY = [
-    "a|b",
-    "*bold* __init__",
-    "<script>alert(1)</script>",
-    "`tick` ``` fence",
-    "line\nbreak\r\n\u2028---\n",
-    "\"double\" 'single'",
-    "🦓 zèbre 👩‍🚀",
-    "key: value # comment",
-    "- [link](x) ![image](y)",
-    "back\\slash\\",
-    "{{ name }} {% raw %} $x$ &amp; ~~gone~~",
-    " ",
-    "null",
-]
 TOKEN = "hf_" + "AbCdEfGhIj" * 3
 VARIANTS = {
     **{name: {"name": name} for name in MODES},
@@ -295,13 +282,13 @@ def test_cnn_baseline_has_a_card_without_distillation_or_remote_code(tmp_path):
 
 def test_label_names_leave_table_yaml_and_code_intact(tmp_path):
     Image.new("RGB", (8, 8)).save(tmp_path / "example.png")
-    for label in NASTY:
-        dataset = DatasetRecord(label.strip() or "x", "scikit-learn", NASTY, 100, 10)
+    for label in NASTY_LABELS:
+        dataset = DatasetRecord(label.strip() or "x", "scikit-learn", NASTY_LABELS, 100, 10)
         content = render(make_record(dataset=dataset, example_label=label), tmp_path)
         check_card_with_braces(content, tmp_path)
     (labels,) = (row[1] for row in tables(content)[0] if row[0] == "Labels")
-    shown = [" ".join(name.split()) or "(blank)" for name in NASTY]
-    assert labels == f"{len(NASTY)}: " + ", ".join(shown)
+    shown = [" ".join(name.split()) or "(blank)" for name in NASTY_LABELS]
+    assert labels == f"{len(NASTY_LABELS)}: " + ", ".join(shown)
 
 
 def check_card_with_braces(content: str, folder: Path) -> None:
@@ -315,7 +302,7 @@ def check_card_with_braces(content: str, folder: Path) -> None:
 
 
 def test_markdown_shows_escaped_text_as_it_was():
-    for name in NASTY:
+    for name in NASTY_LABELS:
         (paragraph,) = (token for token in MarkdownIt("commonmark").parse(f"# {text(name)}") if token.type == "inline")
         assert "".join(child.content for child in paragraph.children) == (" ".join(name.split()) or "(blank)")
         assert {child.type for child in paragraph.children} <= {"text", "text_special"}
@@ -380,6 +367,37 @@ def test_template_needs_nothing_that_is_not_passed():
     wanted = jinja2.meta.find_undeclared_variables(jinja2.Environment().parse(TEMPLATE.read_text(encoding="utf-8")))
     source = inspect.getsource(write_model_card)
     assert {name for name in wanted if f"        {name}=" not in source} == {"card_data"}
+
+
+# ---- The report in the card ----
+
+
+@pytest.mark.parametrize("with_teacher", [False, True])
+def test_the_card_tells_the_report_and_stays_whole_whatever_the_labels(with_teacher, tmp_path):
+    numbers = np.arange(len(NASTY_LABELS))
+    dataset = DatasetRecord("digits", "scikit-learn", NASTY_LABELS, 100, 13)
+    teacher = np.zeros_like(numbers) if with_teacher else None
+    report_of(numbers, np.roll(numbers, 1), NASTY_LABELS, teacher=teacher).save(tmp_path)
+    (tmp_path / "mistakes.png").touch()
+    content = render(make_record(dataset=dataset), tmp_path)
+    check_card(content, tmp_path)
+    (classes,) = (table for table in tables(content) if table[0][0] == "class")
+    assert [row[0] for row in classes[1:]] == [" ".join(name.split()) or "(blank)" for name in NASTY_LABELS]
+    assert classes[1][1:] == ["1", "0.00 %", "0.00 %", "0.00 %"]
+    for picture in ("confusion.png", "reliability.png", "mistakes.png"):
+        assert f"]({picture})" in content
+    assert ("### Against its teacher" in content) == with_teacher
+    assert "as far off as [Calibration](#calibration) says" in content and "were not calibrated" not in content
+
+
+def test_of_many_classes_the_card_lists_the_worst(tmp_path):
+    labels = np.repeat(np.arange(40), 2)
+    predicted = np.where(labels < 10, (labels + 1) % 10, labels)  # the first ten are always wrong
+    report_of(labels, predicted, [f"species {number}" for number in range(41)]).save(tmp_path)
+    content = render(make_record(), tmp_path)
+    assert "These are the 10 classes with the lowest F1, of 41:" in content
+    (classes,) = (table for table in tables(content) if table[0][0] == "class")
+    assert [row[0] for row in classes[1:]] == [f"species {number}" for number in range(10)]
 
 
 # ---- The record ----
@@ -531,7 +549,7 @@ def test_values_that_are_not_finite_and_empty_logs_are_drawn_around(tmp_path):
 
 
 def save_deit(folder: Path, mode) -> None:
-    labels = dict(enumerate(NASTY[:3]))
+    labels = dict(enumerate(NASTY_LABELS[:3]))
     config = DeiTTiConfig(
         hidden_size=24,
         num_hidden_layers=1,
@@ -568,8 +586,8 @@ def test_every_code_block_of_a_card_runs_in_a_fresh_process(tmp_path):
             mode,
             architecture="test_resnet" if name == "cnn" else "deit_ti",
             hub_model_id=None,
-            dataset=DatasetRecord("images", "local", NASTY[:3], 10, 10),
-            example_label=None if name == "none" else NASTY[2],
+            dataset=DatasetRecord("images", "local", NASTY_LABELS[:3], 10, 10),
+            example_label=None if name == "none" else NASTY_LABELS[2],
         )
         if name == "cnn":
             save_cnn(folder)

@@ -2,6 +2,7 @@
 
 import fcntl
 import json
+import re
 import runpy
 import shutil
 import signal
@@ -173,7 +174,8 @@ def test_table_picture_cards_and_state_cover_every_finished_run(finished):
     cards = {path.name: path.read_text() for path in (folder / "model_cards").iterdir()}
     assert sorted(cards) == [f"digits-tiny-{name}.md" for name in ("cnn", "hard", "teacher")]
     for card in cards.values():
-        assert card.startswith("---\n") and "(training_curves.png)" not in card
+        assert card.startswith("---\n") and re.findall(r"\]\(\w+\.png\)", card) == []
+        assert "### Calibration" in card
         assert "../results/digits-tiny/curves.png" in card and "/table.md), seed 0:" in card
     assert "`teacher-test_resnet-seed0`" in cards["digits-tiny-hard.md"]
     state = (folder / "results" / "README.md").read_text()

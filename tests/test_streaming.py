@@ -371,6 +371,9 @@ def test_a_streamed_run_fits_its_teacher_and_the_next_takes_it(monkeypatch, tmp_
     assert "fitted by an earlier run" in caplog.text and "fitting for" not in caplog.text
     results = json.loads((tmp_path / "first" / "all_results.json").read_text())
     assert results["teacher_accuracy"] > 0.3
+    report = json.loads((tmp_path / "first" / "report.json").read_text())
+    right = report["teacher"]["both_right"] + report["teacher"]["only_teacher_right"]
+    assert (report["num_images"], right) == (100, round(100 * results["teacher_accuracy"]))
     card = (tmp_path / "first" / "README.md").read_text()
     assert "1,438" in card and "streaming" in card
 

@@ -15,6 +15,7 @@ from PIL import Image
 from safetensors.torch import load_file
 from transformers import AutoImageProcessor, AutoModelForImageClassification, Trainer, pipeline
 
+import evaluate_hf
 import train_hf
 from modeling_deit_ti.arguments import ImageArguments
 from modeling_deit_ti.data import load_images
@@ -59,7 +60,8 @@ def finished(tmp_path_factory, teachers) -> tuple[Path, subprocess.CompletedProc
     """A run in mode distill, by `accelerate launch` and the CPU config, as the README has it."""
     folder = tmp_path_factory.mktemp("runs") / "distill"
     launcher = (sys.executable, "-m", "accelerate.commands.launch", "--config_file=accelerate_configs/cpu.yaml")
-    result = run(*QUICK, teachers, "--distill_mode=distill", f"--output_dir={folder}", launcher=launcher)
+    flags = [teachers, "--distill_mode=distill", "--temperature_scaling", f"--output_dir={folder}"]
+    result = run(*QUICK, *flags, launcher=launcher)
     assert result.returncode == 0, result.stderr
     return folder, result
 
@@ -83,6 +85,10 @@ def test_a_run_leaves_the_files_that_the_design_names(finished):
         "trainer_state.json",
         "training_args.bin",
         "training_curves.png",
+        "report.json",
+        "confusion.png",
+        "reliability.png",
+        "mistakes.png",
         "transformers/model.safetensors",
         "transformers/config.json",
         "checkpoint-4/optimizer.pt",
@@ -101,6 +107,29 @@ def test_results_hold_every_accuracy_as_a_fraction(finished):
     assert results["train_runtime"] > 0 and results["train_samples_per_second"] > 0 and results["train_loss"] > 0
     log = json.loads((folder / "trainer_state.json").read_text())["log_history"]
     assert any({"loss", "label_loss", "distillation_loss", "teacher_agreement"} <= set(entry) for entry in log)
+
+
+def test_the_report_is_of_the_final_evaluation_and_evaluate_hf_gives_the_same(finished, tmp_path):
+    folder, _ = finished
+    results = json.loads((folder / "all_results.json").read_text())
+    report = json.loads((folder / "report.json").read_text())
+    assert report["accuracy"] == results["eval_accuracy"]
+    counts = report["teacher"]
+    assert sum(counts[key] for key in counts if key != "same_wrong_label") == report["num_images"] == 100
+    assert counts["both_right"] + counts["only_student_right"] == round(100 * results["eval_accuracy"])
+    assert counts["both_right"] + counts["only_teacher_right"] == round(100 * results["teacher_accuracy"])
+    assert report["temperature_scaling"]["num_measured"] == 50
+
+    flags = ["--dataset_name=digits", "--max_eval_samples=100", "--temperature_scaling", "--precision=float32"]
+    assert evaluate_hf.main([str(folder), results["teacher_path"], *flags, f"--output_dir={tmp_path / 'two'}"]) == 0
+    again = json.loads((tmp_path / "two" / "first" / "report.json").read_text())
+    for key in ("accuracy", "classes", "confusion", "split"):
+        assert again[key] == report[key], key
+    for key in ("expected_calibration_error", "mean_confidence"):
+        assert again["calibration"][key] == pytest.approx(report["calibration"][key], abs=1e-5)
+    comparison = json.loads((tmp_path / "two" / "comparison.json").read_text())
+    assert comparison["only_first_right"] == counts["only_student_right"]
+    assert comparison["same_wrong_label"] == counts["same_wrong_label"]
 
 
 def test_a_run_tells_the_person_what_came_out(finished):
@@ -163,6 +192,7 @@ def test_the_cnn_baseline_goes_through_the_same_code(monkeypatch, tmp_path):
     in_process(monkeypatch, *flags, "--num_train_epochs=8", "--learning_rate=2e-2")
     results = json.loads((tmp_path / "cnn" / "all_results.json").read_text())
     assert results["eval_accuracy"] > 0.5 and "teacher_accuracy" not in results
+    assert json.loads((tmp_path / "cnn" / "report.json").read_text())["teacher"] is None
     classify = pipeline("image-classification", str(tmp_path / "cnn"))
     assert len(classify(Image.open(tmp_path / "cnn" / "example.png"), top_k=10)) == 10
 

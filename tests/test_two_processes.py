@@ -100,6 +100,11 @@ def test_every_evaluation_image_counts_once(one, two):
         if "accuracy" in name:
             assert results[1][name] == pytest.approx(results[0][name], abs=1e-12), name
             assert results[1][name] * 51 == pytest.approx(round(results[1][name] * 51), abs=1e-9), name
+    reports = [json.loads((folder / "run" / "report.json").read_text()) for folder in (one, two[0])]
+    for name in ("num_images", "classes", "confusion", "teacher"):
+        assert reports[0][name] == reports[1][name], name
+    mistakes = [{one["row"]: (one["label"], one["predicted"]) for one in report["mistakes"]} for report in reports]
+    assert mistakes[0] == mistakes[1]
 
 
 def test_every_file_is_written_and_everything_said_by_one_process(one, two):

@@ -1,24 +1,37 @@
 """What a finished run says about itself: its record, its training curves and its model card.
 
 `RunRecord` (record.py) is plain data that the run fills in. `plot_training_curves` (curves.py) draws its log.
-`write_model_card` (card.py) renders the record through template.md, with the help of markdown.py.
+`Report` (report.py) is what its predictions say, `draw_report` (report_pictures.py) its pictures.
+`write_model_card` (card.py) renders record and report through their templates, with the help of markdown.py.
 """
 
-from .card import EXAMPLE_FILE, PUBLISHED_BASELINE, write_model_card
+from .card import EXAMPLE_FILE, PUBLISHED_BASELINE, report_section, write_model_card
 from .curves import CURVES_FILE, curve_series, plot_training_curves
-from .record import DatasetRecord, RunRecord, TeacherRecord, describe_hardware, library_versions
+from .record import DatasetRecord, RunRecord, TeacherRecord, describe_hardware, folder_name, library_versions
+from .report import REPORT_FILE, Predictions, Report, compare, confidence_interval, make_report, verdict
+from .report_pictures import draw_report
 
 
 __all__ = [
     "CURVES_FILE",
     "EXAMPLE_FILE",
     "PUBLISHED_BASELINE",
+    "REPORT_FILE",
     "DatasetRecord",
+    "Predictions",
+    "Report",
     "RunRecord",
     "TeacherRecord",
+    "compare",
+    "confidence_interval",
     "curve_series",
     "describe_hardware",
+    "draw_report",
+    "folder_name",
     "library_versions",
+    "make_report",
     "plot_training_curves",
+    "report_section",
+    "verdict",
     "write_model_card",
 ]

@@ -1,4 +1,4 @@
-"""The model card of a run: `template.md` holds the prose, this module the numbers, formulas and metadata."""
+"""The model card of a run: the templates hold the prose, this module the numbers, formulas and metadata."""
 
 import json
 import os
@@ -6,16 +6,18 @@ import shlex
 from dataclasses import dataclass
 from pathlib import Path
 
+import jinja2
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
-from scipy.stats import binomtest
 
 from ..distillation import DistillMode
 from .curves import CURVES_FILE
 from .markdown import clean, code, duration, percent, text
 from .record import RunRecord, folder_name
+from .report import MAX_MATRIX_CLASSES, NUM_BINS, REPORT_FILE, confidence_interval
+from .report_pictures import MISTAKES_FILE
 
 
-TEMPLATE = Path(__file__).with_name("template.md")
+TEMPLATE, REPORT_TEMPLATE = (Path(__file__).with_name(name) for name in ("template.md", "report.md"))
 EXAMPLE_FILE = "example.png"
 
 # Top-1 of the published baseline, a student re-implementation of DeiT-Ti on CIFAR-10: 20 epochs, 224x224, one T4 GPU.
@@ -30,6 +32,7 @@ PUBLISHED_BASELINE = {
     "both, hard teacher": 0.4611,
     "resnet18": 0.8846,
 }
+NUM_WORST_CLASSES = 10  # are listed of many
 READOUT_NAMES = {"class": "class head", "distillation": "distillation head", "both": "both heads, mean of logits"}
 
 
@@ -62,6 +65,7 @@ def write_model_card(record: RunRecord, folder: str | os.PathLike) -> None:
         equation=loss_equation(record.mode, record.hyperparameters.get("class_weights") is not None),
         labels_in_training=labels_in_training(record.hyperparameters),
         has_curves=(folder / CURVES_FILE).is_file(),
+        report=report_section(folder) if (folder / REPORT_FILE).is_file() else None,
         has_timm=(folder / "timm" / "config.json").is_file(),
         has_onnx=(folder / "transformers" / "onnx" / "model.onnx").is_file(),
         has_example=record.example_label is not None and (folder / EXAMPLE_FILE).is_file(),
@@ -155,9 +159,22 @@ def baseline_row(record: RunRecord, readout: str) -> float | None:
     return PUBLISHED_BASELINE.get(f"both, {mode.teacher_targets} teacher" if readout == "both" else readout)
 
 
-def confidence_interval(accuracy: float, num_images: int) -> tuple[float, float]:
-    """The 95 % Wilson interval of an accuracy measured on this many images."""
-    return binomtest(round(accuracy * num_images), num_images).proportion_ci(method="wilson")
+def report_section(folder: str | os.PathLike) -> str:
+    """The report that is in the folder, in short and in markdown."""
+    folder = Path(folder)
+    report = json.loads((folder / REPORT_FILE).read_text(encoding="utf-8"))
+    classes = report["classes"]
+    if len(classes) > MAX_MATRIX_CLASSES:
+        with_images = [row for row in classes if row["num_images"]]
+        classes = sorted(with_images, key=lambda row: row["f1"])[:NUM_WORST_CLASSES]
+    return jinja2.Template(REPORT_TEMPLATE.read_text(encoding="utf-8")).render(
+        report=report,
+        classes=classes,
+        num_bins=NUM_BINS,
+        has_mistakes=(folder / MISTAKES_FILE).is_file(),
+        text=text,
+        percent=percent,
+    )
 
 
 # ---- How it was trained ----

@@ -13,19 +13,19 @@ from .record import is_finite
 CURVES_FILE = "training_curves.png"
 
 # Name, colour and line style. Okabe and Ito's colours can be told apart with any type of colour vision.
-_BLUE, _VERMILLION, _GREEN, _PURPLE, _GREY, _BLACK = "#0072B2", "#D55E00", "#009E73", "#AA4499", "#777777", "#000000"
+BLUE, VERMILLION, GREEN, PURPLE, GREY, BLACK = "#0072B2", "#D55E00", "#009E73", "#AA4499", "#777777", "#000000"
 ACCURACY_CURVES = {
-    "eval_accuracy_both": ("both heads", _GREEN, "-"),
-    "eval_accuracy_class": ("class head", _BLUE, "-"),
-    "eval_accuracy_distillation": ("distillation head", _VERMILLION, "-"),
-    "eval_accuracy": ("student", _BLUE, "-"),
-    "teacher_agreement": ("agrees with teacher (training)", _GREY, ":"),
+    "eval_accuracy_both": ("both heads", GREEN, "-"),
+    "eval_accuracy_class": ("class head", BLUE, "-"),
+    "eval_accuracy_distillation": ("distillation head", VERMILLION, "-"),
+    "eval_accuracy": ("student", BLUE, "-"),
+    "teacher_agreement": ("agrees with teacher (training)", GREY, ":"),
 }
 LOSS_CURVES = {
-    "loss": ("training loss", _BLACK, "-"),
-    "label_loss": ("label term", _BLUE, "-"),
-    "distillation_loss": ("teacher term", _VERMILLION, "-"),
-    "eval_loss": ("evaluation loss", _PURPLE, "--"),
+    "loss": ("training loss", BLACK, "-"),
+    "label_loss": ("label term", BLUE, "-"),
+    "distillation_loss": ("teacher term", VERMILLION, "-"),
+    "eval_loss": ("evaluation loss", PURPLE, "--"),
 }
 
 
@@ -70,7 +70,7 @@ def plot_training_curves(
         _draw(left, epochs, values, *ACCURACY_CURVES[key], lambda value: f"{100 * value:.1f} %")
     if teacher_accuracy is not None:
         label = f"teacher {100 * teacher_accuracy:.1f} %"
-        left.axhline(teacher_accuracy, color=_BLACK, linestyle="--", linewidth=1.2, label=label)
+        left.axhline(teacher_accuracy, color=BLACK, linestyle="--", linewidth=1.2, label=label)
     for key, (epochs, values) in losses.items():
         _draw(right, epochs, values, *LOSS_CURVES[key], lambda value: f"{value:.3g}")
 
@@ -79,7 +79,7 @@ def plot_training_curves(
             # Below the axes, where no curve can be; constrained layout makes room for it.
             axes.legend(loc="upper left", bbox_to_anchor=(-0.025, -0.17), ncols=2, frameon=False, fontsize=9)
         else:
-            axes.text(0.5, 0.5, "nothing was logged", transform=axes.transAxes, ha="center", va="center", color=_GREY)
+            axes.text(0.5, 0.5, "nothing was logged", transform=axes.transAxes, ha="center", va="center", color=GREY)
             axes.set_yticks([])
     left.set_xlim(left=0)
     # Runs of less than one epoch need ticks between 0 and 1.

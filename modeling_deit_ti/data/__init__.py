@@ -5,7 +5,7 @@ makes of it what the model takes.
 """
 
 from ..arguments import ImageArguments
-from .loading import ImageData, load_stored_images
+from .loading import EvaluationData, ImageData, load_evaluation_images, load_stored_images
 from .streaming import load_streamed_images
 
 
@@ -20,4 +20,4 @@ def load_images(args: ImageArguments, labels_needed: bool = True) -> ImageData:
     return (load_streamed_images if args.streaming else load_stored_images)(args, labels_needed)
 
 
-__all__ = ["ImageData", "load_images"]
+__all__ = ["EvaluationData", "ImageData", "load_evaluation_images", "load_images"]

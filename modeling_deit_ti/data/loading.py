@@ -5,6 +5,7 @@ import hashlib
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 from datasets import ClassLabel, Dataset, Features, Image, Value, concatenate_datasets
@@ -14,7 +15,7 @@ from ..arguments import ImageArguments
 from ..errors import UserError, first_line, list_some
 from .decoding import decode_image, open_image
 from .sampling import random_rows
-from .sources import load_splits, train_and_evaluation
+from .sources import EVALUATION_SPLITS, load_splits, train_and_evaluation
 
 
 # Larger splits stay encoded, and are decoded again in each epoch.
@@ -99,6 +100,41 @@ def load_stored_images(args: ImageArguments, labels_needed: bool = True) -> Imag
     content.update(np.asarray(train.with_format("numpy")["digest"][:]).tobytes())
     train = train.remove_columns("digest")
     return ImageData(args, train, evaluation, label_names, source, eval_split, content.hexdigest())
+
+
+class EvaluationData(NamedTuple):
+    """One split of checked images, in the form of [`ImageData`], whose fields these are."""
+
+    images: Dataset
+    label_names: list[str]
+    source: str
+    split: str
+
+
+def load_evaluation_images(args: ImageArguments, split: str | None = None) -> EvaluationData:
+    """
+    The images to evaluate a finished model on. By default those that a run with these arguments evaluates on; of a
+    dataset without training images, the split that one would evaluate on, or the first.
+
+    Raises:
+        UserError: as `load_images`, or if there is no such split.
+    """
+    splits, source = load_splits(args.dataset_name, args.dataset_config_name)
+    if split is None and "train" in splits:
+        train, images, split = train_and_evaluation(splits, args)
+    else:
+        split = split or next((name for name in EVALUATION_SPLITS if name in splits), next(iter(splits)))
+        if split not in splits:
+            raise UserError(f"--split {split}: {args.dataset_name} has no such split; it has {', '.join(splits)}.")
+        images = splits[split]
+        train = splits.get("train", images)  # it decides the ids of labels that have no names
+    image_column = find_image_column(images.features, args)
+    label_column = find_label_column(images.features, args)
+    train = train.select_columns([name for name in train.column_names if name == label_column])
+    is_held_out = split not in splits
+    _, images, label_names = with_label_ids(train, images, label_column, False, is_held_out)
+    images = check_split(images, split, image_column, label_column, len(label_names), args.max_eval_samples)
+    return EvaluationData(images.remove_columns("digest"), label_names, source, split)
 
 
 # ---- Columns and labels ----
