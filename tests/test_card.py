@@ -384,7 +384,7 @@ def test_the_card_tells_the_report_and_stays_whole_whatever_the_labels(with_teac
     (classes,) = (table for table in tables(content) if table[0][0] == "class")
     assert [row[0] for row in classes[1:]] == [" ".join(name.split()) or "(blank)" for name in NASTY_LABELS]
     assert classes[1][1:] == ["1", "0.00 %", "0.00 %", "0.00 %"]
-    for picture in ("confusion.png", "reliability.png", "mistakes.png"):
+    for picture in ("confusion_matrix.png", "reliability.png", "mistakes.png"):
         assert f"]({picture})" in content
     assert ("### Against its teacher" in content) == with_teacher
     assert "as far off as [Calibration](#calibration) says" in content and "were not calibrated" not in content

@@ -157,7 +157,7 @@ def test_any_label_is_drawn_and_without_images_there_are_no_mistakes_to_see(tmp_
     numbers = np.arange(len(NASTY_LABELS))
     report = report_of(numbers, np.roll(numbers, 1), NASTY_LABELS)
     draw_report(report, tmp_path)
-    assert {path.name for path in tmp_path.iterdir()} == {"confusion.png", "reliability.png"}
+    assert {path.name for path in tmp_path.iterdir()} == {"confusion_matrix.png", "reliability.png"}
     figure = draw_mistakes(report, lambda row: Image.new("RGB", (300, 1 + 20 * row)))
     assert len(report.mistakes) == 12
     assert figure.axes[1].get_title() == "true: *bold* __init__\npredicted: a|b, 90 %"
@@ -210,7 +210,7 @@ def test_a_model_of_another_project_gets_a_report_by_the_names_of_its_labels(mod
     assert (first["model"], first["dataset"], first["split"], first["num_images"]) == ("digits", "digits", "test", 60)
     assert first["confusion"] == turned["confusion"]
     assert {path.name for path in (tmp_path / "first").iterdir()} == {
-        *("report.json", "report.md", "confusion.png", "reliability.png", "mistakes.png")
+        *("report.json", "report.md", "confusion_matrix.png", "reliability.png", "mistakes.png")
     }
     assert f"{first['accuracy']:.2%}" in capsys.readouterr().out
     more = evaluate(models / "more", "--dataset_name=digits", "--temperature_scaling", output=tmp_path / "more")

@@ -120,7 +120,7 @@ def test_a_pushed_repository_is_complete_and_holds_what_the_output_folder_holds(
         "README.md",
         "all_results.json",
         "config.json",
-        "confusion.png",
+        "confusion_matrix.png",
         "configuration_deit_ti.py",
         "eval_results.json",
         "example.png",

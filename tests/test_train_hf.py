@@ -86,7 +86,7 @@ def test_a_run_leaves_the_files_that_the_design_names(finished):
         "training_args.bin",
         "training_curves.png",
         "report.json",
-        "confusion.png",
+        "confusion_matrix.png",
         "reliability.png",
         "mistakes.png",
         "transformers/model.safetensors",

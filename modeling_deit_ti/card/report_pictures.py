@@ -16,7 +16,7 @@ from .markdown import clean
 from .report import NUM_BINS, Report, confidence_interval
 
 
-CONFUSION_FILE = "confusion.png"
+CONFUSION_FILE = "confusion_matrix.png"
 RELIABILITY_FILE = "reliability.png"
 MISTAKES_FILE = "mistakes.png"
 
