@@ -16,14 +16,13 @@ import torch
 from PIL import Image
 from tqdm import tqdm
 from transformers import BaseImageProcessor, PreTrainedModel
-from transformers.utils import ModelOutput
 from transformers.utils import logging as transformers_logging
 
 from modeling_deit_ti.arguments import check_at_least
-from modeling_deit_ti.classifiers import check_complete, load_classifier, load_image_processor
 from modeling_deit_ti.data.decoding import decode_image
 from modeling_deit_ti.device import PRECISION_NAMES, autocast, automatic_precision
-from modeling_deit_ti.errors import UserError, first_line
+from modeling_deit_ti.errors import UserError
+from modeling_deit_ti.prediction import head_logits, load_for_prediction
 
 
 PRECISIONS = {name: precision for precision, name in PRECISION_NAMES.items()}
@@ -71,16 +70,6 @@ def read_images(files: list[Path]) -> Iterator[tuple[Path, Image.Image]]:
             yield file, decode_image({"bytes": None, "path": file})
         except Exception as error:  # a broken file makes PIL's decoders raise anything
             tqdm.write(f"skipped {file}: {' '.join(str(error).split()) or type(error).__name__}", file=sys.stderr)
-
-
-def head_logits(output: ModelOutput, readout: str | None) -> dict[str, torch.Tensor]:
-    """Logits `(B, K)` of each head: `class`, `distillation` and their mean `both`, or the one head of other models."""
-    class_logits = output.get("class_logits", output.get("cls_logits"))  # ours, transformers' DeiT
-    distillation_logits = output.get("distillation_logits")
-    if class_logits is None or distillation_logits is None:
-        return {readout or "class": output.logits}
-    both = (class_logits + distillation_logits) / 2
-    return {"class": class_logits, "distillation": distillation_logits, "both": both}
 
 
 @torch.no_grad()
@@ -170,14 +159,7 @@ def run(options: argparse.Namespace) -> int:
         if not output.parent.is_dir():
             raise UserError(f"--output {output}: there is no folder {output.parent}.")
     files = find_images(options.images)
-    model, missing = load_classifier(options.model, "MODEL", options.trust_remote_code)
-    check_complete(missing, options.model, "MODEL")
-    image_processor = load_image_processor(options.model, "MODEL", options.trust_remote_code)
-    device = options.device or ("cuda" if torch.cuda.is_available() else "cpu")
-    try:
-        model.to(device)
-    except (RuntimeError, AssertionError) as error:
-        raise UserError(f"--device {device}: {first_line(error)}.") from error
+    model, image_processor = load_for_prediction(options.model, "MODEL", options.trust_remote_code, options.device)
     precision = PRECISIONS.get(options.precision) or automatic_precision(model.device, model)
     predictions = predict(model, image_processor, files, options.top_k, options.batch_size, precision)
     if output is None:

@@ -1,0 +1,39 @@
+"""A classifier that is ready to predict, and what each of its heads says."""
+
+import torch
+from transformers import BaseImageProcessor, PreTrainedModel
+from transformers.utils import ModelOutput
+
+from .classifiers import check_complete, load_classifier, load_image_processor
+from .errors import UserError, first_line
+
+
+def load_for_prediction(
+    name: str, flag: str, trust_remote_code: bool = False, device: str | None = None
+) -> tuple[PreTrainedModel, BaseImageProcessor]:
+    """
+    A complete classifier in `eval()` on `device` (default: a GPU if there is one), and its image processor. Names and
+    errors are those of [`load_classifier`].
+
+    Raises:
+        UserError: if it cannot be loaded, lacks weights, or the device is not there.
+    """
+    model, missing = load_classifier(name, flag, trust_remote_code)
+    check_complete(missing, name, flag)
+    image_processor = load_image_processor(name, flag, trust_remote_code)
+    device = device or ("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        model.to(device)
+    except (RuntimeError, AssertionError) as error:
+        raise UserError(f"--device {device}: {first_line(error)}.") from error
+    return model, image_processor
+
+
+def head_logits(output: ModelOutput, readout: str | None) -> dict[str, torch.Tensor]:
+    """Logits `(B, K)` of each head: `class`, `distillation` and their mean `both`, or the one head of other models."""
+    class_logits = output.get("class_logits", output.get("cls_logits"))  # ours, transformers' DeiT
+    distillation_logits = output.get("distillation_logits")
+    if class_logits is None or distillation_logits is None:
+        return {readout or "class": output.logits}
+    both = (class_logits + distillation_logits) / 2
+    return {"class": class_logits, "distillation": distillation_logits, "both": both}
