@@ -12,11 +12,12 @@ import tempfile
 from pathlib import Path
 
 
+os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"  # before it is imported
 try:
-    os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"  # read when it is imported
     import gradio as gr
 except ImportError as error:
-    sys.exit(f"app.py: the page needs Gradio ({error}): pip install gradio")
+    print(f"app.py: the page needs packages that are missing ({error}): pip install gradio", file=sys.stderr)
+    sys.exit(2)
 
 import torch
 from PIL import Image
@@ -31,7 +32,7 @@ from modeling_deit_ti.card.facts import facts
 from modeling_deit_ti.card.markdown import text
 from modeling_deit_ti.card.record import RECORD_FILE, folder_name
 from modeling_deit_ti.data.decoding import decode_image, open_image
-from modeling_deit_ti.errors import EXIT_USER_ERROR, UserError, first_line
+from modeling_deit_ti.errors import EXIT_USER_ERROR, UserError
 from modeling_deit_ti.interop.space import MODELS_FOLDER, push_space, write_space
 from modeling_deit_ti.prediction import head_logits, load_for_prediction
 
@@ -99,17 +100,16 @@ def read_picture(file: str) -> tuple[Image.Image, str]:
     try:
         with open_image(encoded) as header:
             if max(header.size) > MAX_SIDE:
-                raise ValueError(
-                    f"it has {header.width:,}x{header.height:,} pixels, and {MAX_SIDE:,} are the most a side"
-                )
+                raise ValueError(f"it has {header.width:,}x{header.height:,} pixels, and a side may have {MAX_SIDE:,}")
             if getattr(header, "is_animated", False):
-                remark = f"An animation of {header.n_frames} pictures: the model sees the first alone."
+                remark = f"This is an animation of {header.n_frames} pictures, and the model sees only the first."
         return decode_image(encoded), remark
     except Image.UnidentifiedImageError as error:
-        raise UserError("This file is not a picture. Take a JPEG, PNG, WebP, GIF, BMP or TIFF file.") from error
+        raise UserError("This file is not a picture: take a JPEG, PNG, WebP, GIF, BMP or TIFF file.") from error
+    except Image.DecompressionBombError as error:
+        raise UserError("This picture has too many pixels: make it smaller.") from error
     except Exception as error:  # a broken file makes PIL's decoders raise anything
-        reason = str(error) if type(error) is ValueError else first_line(error)
-        raise UserError(f"This picture cannot be used: {reason}.") from error
+        raise UserError(f"This picture cannot be used: {str(error).rstrip('.') or type(error).__name__}.") from error
 
 
 # ---- The page ----
@@ -294,8 +294,10 @@ def run(options: argparse.Namespace) -> None:
         raise UserError("--dry_run and --static need --to_space USER/NAME.")
     own_models = Path(__file__).with_name(MODELS_FOLDER)  # in a Space
     if options.compare:
-        names = {path: path for path in options.compare}
-        chosen = options.compare
+        chosen = [folder_name(path) if os.path.isdir(path) else path for path in options.compare]
+        if chosen[0] == chosen[1]:
+            chosen = [f"{name} ({which})" for name, which in zip(chosen, "AB", strict=True)]
+        names = dict(zip(chosen, options.compare, strict=True))
     elif options.model or own_models.is_dir():
         names = find_models(options.model or str(own_models))
         chosen = list(names)[:1]
