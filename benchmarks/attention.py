@@ -2,7 +2,8 @@
 
     OMP_NUM_THREADS=1 python benchmarks/attention.py RUN...
 
-Each RUN is the folder of a model of the digits, whose 8x8 pixels are divided by its grid of patches.
+Each RUN is the folder of a model of the digits, whose 8x8 pixels its grid of patches divides. The
+picture shows most of the last one.
 """
 
 import argparse
@@ -66,8 +67,8 @@ def measure(maps: np.ndarray, where: dict[str, np.ndarray]) -> dict[str, float]:
 
 
 def draw(pictures: list[Image.Image], rows: list[tuple[str, np.ndarray]], file: Path) -> None:
-    """The pictures, and below them a row for each model and token."""
-    figure, axes = plt.subplots(len(rows) + 1, SHOWN, figsize=(1.25 * SHOWN + 1.6, 1.25 * (len(rows) + 1)))
+    """The pictures, and below them a row for each title with its maps."""
+    figure, axes = plt.subplots(len(rows) + 1, SHOWN, figsize=(SHOWN + 1.5, len(rows) + 1))
     for axis in axes.flat:
         axis.set_xticks([])
         axis.set_yticks([])
@@ -97,7 +98,8 @@ def main() -> None:
         about = {"patch": patch, "mode": record.mode.name, "accuracy": record.metrics["eval_accuracy"]}
         for (blocks, token), maps in look(model, pixel_values).items():
             table.append({**about, "blocks": blocks, "token": token, **measure(maps, where)})
-            drawn.append((f"patches of {patch}\n{token} token\n{blocks}", maps))
+            if run == runs[-1] or (blocks == "all blocks" and token == model.config.tokens[0]):
+                drawn.append((f"{record.mode.name}, {patch} pixels\n{token} token\n{blocks}", maps))
         torch.manual_seed(0)
         for maps in look(type(model)(model.config), pixel_values).values():
             untrained += [measure(maps, where)[place] for place in where]

@@ -16,10 +16,10 @@ from ..errors import UserError, first_line
 
 PACKAGE = Path(__file__).resolve().parents[1]
 MODELS_FOLDER = "models"
-# What the page imports, beside the standard library and what these bring along.
+# What the package and the page import, beside the standard library and what these bring along.
 REQUIREMENTS = (
-    *("accelerate", "datasets", "gradio", "huggingface_hub", "jinja2", "matplotlib", "numpy", "pillow", "safetensors"),
-    *("scikit-learn", "scipy", "timm", "torch", "torchvision", "transformers"),
+    *("accelerate", "datasets", "evaluate", "gradio", "huggingface_hub", "jinja2", "matplotlib", "numpy", "pillow"),
+    *("pyyaml", "safetensors", "scikit-learn", "scipy", "timm", "torch", "torchvision", "tqdm", "transformers"),
 )
 # Of a model's folder. Neither checkpoints nor the arguments of the run, and no code: the package is its code.
 MODEL_FILES = (
