@@ -27,7 +27,6 @@ from transformers.utils import logging as transformers_logging
 
 from modeling_deit_ti.attention import attention_maps, draw_attention, learned_tokens, seen_picture
 from modeling_deit_ti.card import EXAMPLE_FILE, RunRecord
-from modeling_deit_ti.card.card import READOUT_NAMES
 from modeling_deit_ti.card.facts import facts
 from modeling_deit_ti.card.markdown import text
 from modeling_deit_ti.card.record import RECORD_FILE, folder_name
@@ -38,6 +37,7 @@ from modeling_deit_ti.prediction import head_logits, load_for_prediction
 
 
 MAX_SIDE = 20_000  # pixels: browsers show no larger pictures, and resizing one takes gigabytes
+HEADS = {"class": "class head", "distillation": "distillation head", "both": "mean of both"}
 MAX_LABELS = 5
 MAX_MAPS = 3  # of the class token, of the distillation token, and their difference
 NO_OTHER = "no other model"
@@ -156,7 +156,7 @@ class Models:
     def answer(self, picture: str | None, name: str, min_probability: float, blocks: str) -> list:
         """What a panel shows of a picture: the verdict, the labels of each head, the attention maps."""
         hidden = gr.update(visible=False)
-        nothing = [hidden] * (len(READOUT_NAMES) + MAX_MAPS) + [""]
+        nothing = [hidden] * (len(HEADS) + MAX_MAPS) + [""]
         if picture is None or name == NO_OTHER:
             return ["", *nothing]
         try:
@@ -173,9 +173,10 @@ class Models:
             shares = attention_maps(output.attentions[BLOCKS[blocks]], tokens)
             maps = {token: shares[token][0] for token in tokens}
             pictures, words = draw_attention(seen_picture(image, image_processor), maps)
+        by = f" By {text(name)}. " if len(self.names) > 1 else " "
         drawn = [gr.update(value=picture, label=title, visible=True) for title, picture in pictures.items()]
         return [
-            verdict(model, output.logits[0], min_probability, remark),
+            verdict(model, output.logits[0], min_probability) + by + remark,
             *show_heads(model, output),
             *drawn,
             *[hidden] * (MAX_MAPS - len(drawn)),
@@ -183,14 +184,13 @@ class Models:
         ]
 
 
-def verdict(model: PreTrainedModel, logits: torch.Tensor, min_probability: float, remark: str) -> str:
+def verdict(model: PreTrainedModel, logits: torch.Tensor, min_probability: float) -> str:
     """What the model says by its logits `(K,)`, as markdown, or that no label fits."""
     probability, label = logits.float().softmax(-1).max(-1)
     probability, name = probability.item(), text(model.config.id2label[label.item()])
-    said = f"## {name}\n\n{probability:.0%} probable."
     if probability < min_probability:
-        said = f"## No label fits\n\nThe most probable is {name}, with {probability:.0%}."
-    return f"{said} {remark}"
+        return f"## No label fits\n\nThe most probable is {name}, with {probability:.0%}."
+    return f"## {name}\n\n{probability:.0%} probable."
 
 
 def show_heads(model: PreTrainedModel, output: ModelOutput) -> list[dict]:
@@ -198,7 +198,7 @@ def show_heads(model: PreTrainedModel, output: ModelOutput) -> list[dict]:
     readout = getattr(model.config, "readout", None)
     heads = head_logits(output, readout)
     updates = []
-    for head, title in READOUT_NAMES.items():
+    for head, title in HEADS.items():
         if head in heads:
             probabilities = heads[head][0].float().softmax(-1).tolist()
             predicts = " (predicts)" if head == readout and len(heads) > 1 else ""
@@ -212,17 +212,27 @@ def show_heads(model: PreTrainedModel, output: ModelOutput) -> list[dict]:
 def make_page(models: Models, chosen: list[str], min_probability: float) -> gr.Blocks:
     """The page, with the `chosen` one or two of the models side by side."""
     names = list(models.names)
-    with gr.Blocks(title="What is on this picture?", analytics_enabled=False, delete_cache=(3600, 3600)) as page:
+    with gr.Blocks(
+        title="What is on this picture?", analytics_enabled=False, delete_cache=(3600, 3600), fill_width=True
+    ) as page:
         gr.Markdown("# What is on this picture?")
         with gr.Row():
             with gr.Column(scale=1, min_width=280):
-                picture = gr.Image(
-                    label="Picture", sources=["upload", "clipboard", "webcam"], height=320, elem_id="picture"
-                )
+                sources = ["upload", "clipboard", "webcam"]
+                picture = gr.Image(label="Picture", sources=sources, format="png", height=320, elem_id="picture")
                 # Just the uploaded file: to read it, and to say why that fails, is for `read_picture`.
                 picture.preprocess = lambda uploaded: uploaded and uploaded.path
                 if examples := models.examples():
-                    gr.Examples(examples, picture, label="From the data it was tested on")
+                    samples = [[file] for file in examples]
+                    # Not gr.Examples: it replaces the component above, and with it `preprocess`.
+                    row = gr.Dataset(
+                        components=[picture],
+                        samples=samples,
+                        label="From the data it was tested on",
+                        type="index",
+                        elem_id="examples",
+                    )
+                    row.click(lambda index: Image.open(examples[index]), row, picture, api_name=False)
                 with gr.Group(visible=len(names) > 1):
                     other = chosen[1] if len(chosen) > 1 else NO_OTHER
                     choices = [
@@ -255,8 +265,7 @@ def make_panel(name: str, at: str) -> tuple[gr.Column, list[gr.Component]]:
         said = gr.Markdown(elem_id=f"{at}-verdict")
         with gr.Row():
             heads = [
-                gr.Label(num_top_classes=MAX_LABELS, show_heading=False, visible=False, min_width=180)
-                for _ in READOUT_NAMES
+                gr.Label(num_top_classes=MAX_LABELS, show_heading=False, visible=False, min_width=120) for _ in HEADS
             ]
         with gr.Row(elem_id=f"{at}-maps"):
             maps = [

@@ -189,7 +189,7 @@ def digit(tmp_path_factory) -> Path:
 def test_each_head_says_what_the_model_says(client, digit, runs):
     said, heads, _, _ = ask(client, digit)
     assert re.match(r"## &#42;four&#42;\n\n\d\d% probable", said)
-    assert list(heads) == ["class head", "distillation head", "both heads, mean of logits (predicts)"]
+    assert list(heads) == ["class head", "distillation head", "mean of both (predicts)"]
     model = DeiTTiForImageClassification.from_pretrained(runs / "both").eval()
     with torch.no_grad():
         output = model(**image_processor(32)(Image.open(digit).convert("RGB"), return_tensors="pt"))
@@ -403,6 +403,13 @@ def test_in_a_browser_a_text_file_gets_a_message_and_the_next_picture_its_label(
     upload = wait(browser, lambda _: browser.find_element(By.CSS_SELECTOR, "#picture input[type=file]"))
     upload.send_keys(str(digit))
     wait(browser, lambda _: verdict(browser).startswith("*four*"))
+
+
+def test_in_a_browser_the_example_of_the_run_can_be_chosen(browser, page):
+    browser.set_window_size(1400, 1000)
+    browser.get(page)
+    wait(browser, lambda _: browser.find_elements(By.CSS_SELECTOR, "#examples button"))[0].click()
+    assert wait(browser, lambda _: verdict(browser)).startswith("nought\n")
 
 
 def test_the_page_needed_no_network(client, digit, log):
