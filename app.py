@@ -1,0 +1,357 @@
+"""A page to try a model on: `python app.py MODEL`, or `--compare A B`; with `--to_space USER/NAME` it becomes a Space.
+
+MODEL is the folder of a run, or one with several runs, among which the page chooses; a Hub id; or a timm architecture.
+The page is for this machine only, unless --share is given, and needs no network.
+"""
+
+import argparse
+import functools
+import os
+import sys
+import tempfile
+from pathlib import Path
+
+
+os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"  # before it is imported
+try:
+    import gradio as gr
+except ImportError as error:
+    print(f"app.py: the page needs packages that are missing ({error}): pip install gradio", file=sys.stderr)
+    sys.exit(2)
+
+import torch
+from PIL import Image
+from transformers import BaseImageProcessor, PreTrainedModel
+from transformers.utils import ModelOutput
+from transformers.utils import logging as transformers_logging
+
+from modeling_deit_ti.attention import attention_maps, draw_attention, learned_tokens, seen_picture
+from modeling_deit_ti.card import EXAMPLE_FILE, RunRecord
+from modeling_deit_ti.card.facts import facts
+from modeling_deit_ti.card.markdown import text
+from modeling_deit_ti.card.record import RECORD_FILE, folder_name
+from modeling_deit_ti.data.decoding import decode_image, open_image
+from modeling_deit_ti.errors import EXIT_USER_ERROR, UserError
+from modeling_deit_ti.interop.space import MODELS_FOLDER, push_space, write_space
+from modeling_deit_ti.prediction import head_logits, load_for_prediction
+
+
+MAX_SIDE = 20_000  # pixels: browsers show no larger pictures, and resizing one takes gigabytes
+HEADS = {"class": "class head", "distillation": "distillation head", "both": "mean of both"}
+MAX_LABELS = 5
+MAX_MAPS = 3  # of the class token, of the distillation token, and their difference
+NO_OTHER = "no other model"
+PANELS = ("classify", "compare")
+BLOCKS = {"all blocks (attention rollout)": slice(None), "the last block alone": slice(-1, None)}
+
+
+def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(prog="app.py", description="A page to try a model on.")
+    parser.add_argument("model", metavar="MODEL", nargs="?", help="folder of a run or of several, Hub id, timm name")
+    parser.add_argument("--compare", metavar=("A", "B"), nargs=2, help="two models on the same picture")
+    parser.add_argument(
+        "--min_probability",
+        type=float,
+        default=0.5,
+        help="below it, the page says that no label fits (default: 0.5, where any other label is as likely together)",
+    )
+    parser.add_argument("--port", type=int, help="default: the first free one from 7860")
+    parser.add_argument("--no_browser", action="store_true", help="only print the address")
+    parser.add_argument("--share", action="store_true", help="a public address for a week, through Gradio's servers")
+    parser.add_argument("--trust_remote_code", action="store_true", help="run the code that the model brings along")
+    parser.add_argument("--to_space", metavar="USER/NAME", help="push the page and its models as a Space instead")
+    parser.add_argument(
+        "--dry_run", type=Path, metavar="FOLDER", help="with --to_space: only write it, to a new folder"
+    )
+    parser.add_argument("--static", action="store_true", help="with --to_space: a Space without a server")
+    return parser.parse_args(arguments)
+
+
+def find_models(name: str) -> dict[str, str]:
+    """
+    The models that `name` stands for, by what the page calls them: itself, or the folders inside that hold one.
+
+    Raises:
+        UserError: if it is a folder without a model.
+    """
+    if not os.path.isdir(name):
+        return {name: name}  # a Hub id, or a timm architecture
+    if Path(name, "config.json").is_file():
+        return {folder_name(name): name}
+    models = {}
+    for parent, folders, files in os.walk(name):
+        folders.sort()
+        if "config.json" in files:
+            models[Path(parent).relative_to(name).as_posix()] = parent
+            folders.clear()  # a model's exports and checkpoints are the same model
+    if not models:
+        raise UserError(f"MODEL {name}: neither the folder nor one inside holds a model (there is no config.json).")
+    return models
+
+
+def read_picture(file: str) -> tuple[Image.Image, str]:
+    """
+    The upright RGB picture, and a remark if it is not all that the file holds.
+
+    Raises:
+        UserError: if it cannot be read, or is too large.
+    """
+    encoded, remark = {"bytes": None, "path": file}, ""
+    try:
+        with open_image(encoded) as header:
+            if max(header.size) > MAX_SIDE:
+                raise ValueError(f"it has {header.width:,}x{header.height:,} pixels, and a side may have {MAX_SIDE:,}")
+            if getattr(header, "is_animated", False):
+                remark = f"This is an animation of {header.n_frames} pictures, and the model sees only the first."
+        return decode_image(encoded), remark
+    except Image.UnidentifiedImageError as error:
+        raise UserError("This file is not a picture: take a JPEG, PNG, WebP, GIF, BMP or TIFF file.") from error
+    except Image.DecompressionBombError as error:
+        raise UserError("This picture has too many pixels: make it smaller.") from error
+    except Exception as error:  # a broken file makes PIL's decoders raise anything
+        raise UserError(f"This picture cannot be used: {str(error).rstrip('.') or type(error).__name__}.") from error
+
+
+# ---- The page ----
+
+
+class Models:
+    """
+    The models of the page, each loaded when it is first asked.
+
+    Args:
+        names (`dict`): names or folders of the models, by what the page calls them.
+    """
+
+    def __init__(self, names: dict[str, str], trust_remote_code: bool = False):
+        self.names, self.trust_remote_code = names, trust_remote_code
+        self.load = functools.lru_cache(maxsize=4)(self._load)
+
+    def _load(self, name: str) -> tuple[PreTrainedModel, BaseImageProcessor, list[str]]:
+        """The model, its image processor, and the tokens whose attention can be drawn."""
+        model, image_processor = load_for_prediction(self.names[name], "MODEL", self.trust_remote_code)
+        tokens = learned_tokens(model)
+        if tokens:
+            model.set_attn_implementation("eager")  # fused attention keeps its probabilities to itself
+        return model, image_processor, tokens
+
+    def facts(self, name: str) -> str:
+        """What is known about a model, as markdown."""
+        if name == NO_OTHER:
+            return ""
+        if not Path(self.names[name], RECORD_FILE).is_file():
+            return "Nothing is known about its training: it comes without the record of a run."
+        return facts(RunRecord.load(self.names[name]))
+
+    def introduce(self, name: str) -> list:
+        """Shows or hides a panel and what is known about its model."""
+        shown = gr.update(visible=name != NO_OTHER)
+        return [shown, shown, self.facts(name)]
+
+    def examples(self) -> list[str]:
+        """The pictures that the runs have kept, each once."""
+        files = (Path(path, EXAMPLE_FILE) for path in self.names.values())
+        return list({file.read_bytes(): str(file) for file in files if file.is_file()}.values())
+
+    def answer(self, picture: str | None, name: str, min_probability: float, blocks: str) -> list:
+        """What a panel shows of a picture: the verdict, the labels of each head, the attention maps."""
+        hidden = gr.update(visible=False)
+        nothing = [hidden] * (len(HEADS) + MAX_MAPS) + [""]
+        if picture is None or name == NO_OTHER:
+            return ["", *nothing]
+        try:
+            image, remark = read_picture(picture)
+            model, image_processor, tokens = self.load(name)
+        except UserError as error:
+            return [f"### {text(error)}", *nothing]
+        pixel_values = image_processor(images=image, return_tensors="pt")["pixel_values"]
+        with torch.no_grad():
+            asked = {"output_attentions": True} if tokens else {}
+            output = model(pixel_values=pixel_values.to(model.device, model.dtype), **asked)
+        pictures, words = {}, ""
+        if tokens:
+            shares = attention_maps(output.attentions[BLOCKS[blocks]], tokens)
+            maps = {token: shares[token][0] for token in tokens}
+            pictures, words = draw_attention(seen_picture(image, image_processor), maps)
+        by = f" By {text(name)}. " if len(self.names) > 1 else " "
+        drawn = [gr.update(value=picture, label=title, visible=True) for title, picture in pictures.items()]
+        return [
+            verdict(model, output.logits[0], min_probability) + by + remark,
+            *show_heads(model, output),
+            *drawn,
+            *[hidden] * (MAX_MAPS - len(drawn)),
+            words,
+        ]
+
+
+def verdict(model: PreTrainedModel, logits: torch.Tensor, min_probability: float) -> str:
+    """What the model says by its logits `(K,)`, as markdown, or that no label fits."""
+    probability, label = logits.float().softmax(-1).max(-1)
+    probability, name = probability.item(), text(model.config.id2label[label.item()])
+    if probability < min_probability:
+        return f"## No label fits\n\nThe most probable is {name}, with {probability:.0%}."
+    return f"## {name}\n\n{probability:.0%} probable."
+
+
+def show_heads(model: PreTrainedModel, output: ModelOutput) -> list[dict]:
+    """An update for each read-out: its most probable labels, or nothing if the model does not have it."""
+    readout = getattr(model.config, "readout", None)
+    heads = head_logits(output, readout)
+    updates = []
+    for head, title in HEADS.items():
+        if head in heads:
+            probabilities = heads[head][0].float().softmax(-1).tolist()
+            predicts = " (predicts)" if head == readout and len(heads) > 1 else ""
+            value = {model.config.id2label[label]: probability for label, probability in enumerate(probabilities)}
+            updates.append(gr.update(value=value, label=f"{title}{predicts}", visible=True))
+        else:
+            updates.append(gr.update(visible=False))
+    return updates
+
+
+def make_page(models: Models, chosen: list[str], min_probability: float) -> gr.Blocks:
+    """The page, with the `chosen` one or two of the models side by side."""
+    names = list(models.names)
+    with gr.Blocks(
+        title="What is on this picture?", analytics_enabled=False, delete_cache=(3600, 3600), fill_width=True
+    ) as page:
+        gr.Markdown("# What is on this picture?")
+        with gr.Row():
+            with gr.Column(scale=1, min_width=280):
+                sources = ["upload", "clipboard", "webcam"]
+                picture = gr.Image(label="Picture", sources=sources, format="png", height=320, elem_id="picture")
+                # Just the uploaded file: to read it, and to say why that fails, is for `read_picture`.
+                picture.preprocess = lambda uploaded: uploaded and uploaded.path
+                if examples := models.examples():
+                    samples = [[file] for file in examples]
+                    # Not gr.Examples: it replaces the component above, and with it `preprocess`.
+                    row = gr.Dataset(
+                        components=[picture],
+                        samples=samples,
+                        label="From the data it was tested on",
+                        type="index",
+                        elem_id="examples",
+                    )
+                    row.click(lambda index: Image.open(examples[index]), row, picture, api_name=False)
+                with gr.Group(visible=len(names) > 1):
+                    other = chosen[1] if len(chosen) > 1 else NO_OTHER
+                    choices = [
+                        gr.Dropdown(names, value=chosen[0], label="Model"),
+                        gr.Dropdown([NO_OTHER, *names], value=other, label="Compare with"),
+                    ]
+            with gr.Column(scale=2, min_width=320), gr.Row():
+                panels = [make_panel(choice.value, at) for choice, at in zip(choices, PANELS, strict=True)]
+        with gr.Row():
+            threshold = gr.Slider(0, 1, min_probability, step=0.01, label="No label fits below this probability")
+            blocks = gr.Radio(list(BLOCKS), value=next(iter(BLOCKS)), label="Where it looks, by the attention of")
+        with gr.Row():
+            for choice, (panel, parts), at in zip(choices, panels, PANELS, strict=True):
+                with gr.Column(min_width=320, visible=choice.value != NO_OTHER) as about:
+                    known = gr.Markdown(models.facts(choice.value), container=True)
+                gr.on(
+                    [picture.change, choice.change, threshold.release, blocks.change],
+                    models.answer,
+                    [picture, choice, threshold, blocks],
+                    parts,
+                    api_name=at,
+                )
+                choice.change(models.introduce, choice, [panel, about, known], api_name=False)
+    return page
+
+
+def make_panel(name: str, at: str) -> tuple[gr.Column, list[gr.Component]]:
+    """A column for the answers of one model, and its parts in the order of [`Models.answer`]."""
+    with gr.Column(min_width=320, visible=name != NO_OTHER) as panel:
+        said = gr.Markdown(elem_id=f"{at}-verdict")
+        with gr.Row():
+            heads = [
+                gr.Label(num_top_classes=MAX_LABELS, show_heading=False, visible=False, min_width=120) for _ in HEADS
+            ]
+        with gr.Row(elem_id=f"{at}-maps"):
+            maps = [
+                gr.Image(format="png", visible=False, min_width=120, interactive=False, buttons=["fullscreen"])
+                for _ in range(MAX_MAPS)
+            ]
+        words = gr.Markdown()
+    return panel, [said, *heads, *maps, words]
+
+
+def launch(page: gr.Blocks, options: argparse.Namespace) -> None:
+    """Serves the page until Ctrl-C."""
+    theme = gr.themes.Default(font=["system-ui", "sans-serif"], font_mono=["ui-monospace", "monospace"])
+    page.launch(
+        server_port=options.port,
+        share=options.share,
+        inbrowser=not (options.no_browser or gr.utils.get_space()),
+        theme=theme,
+        css="#picture img { width: 100%; height: 100%; object-fit: contain }",  # also if it has 32 pixels
+        max_file_size="64mb",
+        footer_links=["api"],
+        run_history=False,
+        ssr_mode=False,
+        pwa=False,
+    )
+
+
+def run(options: argparse.Namespace) -> None:
+    """Raises a `UserError` if there is nothing to show."""
+    if options.model and options.compare:
+        raise UserError("MODEL and --compare exclude each other: name two models after --compare.")
+    if not 0 <= options.min_probability <= 1:
+        raise UserError(f"--min_probability {options.min_probability:g}: must be between 0 and 1.")
+    if (options.dry_run or options.static) and not options.to_space:
+        raise UserError("--dry_run and --static need --to_space USER/NAME.")
+    own_models = Path(__file__).with_name(MODELS_FOLDER)  # in a Space
+    if options.compare:
+        chosen = [folder_name(path) if os.path.isdir(path) else path for path in options.compare]
+        if chosen[0] == chosen[1]:
+            chosen = [f"{name} ({which})" for name, which in zip(chosen, "AB", strict=True)]
+        names = dict(zip(chosen, options.compare, strict=True))
+    elif options.model or own_models.is_dir():
+        names = find_models(options.model or str(own_models))
+        chosen = list(names)[:1]
+    else:
+        raise UserError("name a MODEL, such as outputs/demo, or two after --compare.")
+    if options.to_space:
+        make_space(names, options)
+        return
+    models = Models(names, options.trust_remote_code)
+    if len(names) == 1:
+        models.load(chosen[0])  # of several, a broken one says so on the page
+    launch(make_page(models, chosen, options.min_probability), options)
+
+
+def make_space(names: dict[str, str], options: argparse.Namespace) -> None:
+    """Writes a Space with the models, and pushes it unless it is a dry run. Raises a `UserError`."""
+    if options.dry_run and options.dry_run.exists():
+        raise UserError(f"--dry_run {options.dry_run} exists already: move it away, or name another folder.")
+    with tempfile.TemporaryDirectory() as temporary:
+        folder = options.dry_run or Path(temporary, "space")
+        if options.static:
+            from modeling_deit_ti.interop.browser import write_static_space
+
+            if len(names) > 1:
+                raise UserError("--static shows one model: name its folder.")
+            write_static_space(Path(*names.values()), folder)
+        else:
+            write_space(names, folder, Path(__file__), title=options.to_space.rpartition("/")[2])
+        if options.dry_run:
+            print(f"Written to {folder}. To try it there: pip install -r requirements.txt && python app.py")
+        else:
+            print(f"Pushed to {push_space(folder, options.to_space)}")
+
+
+def main(arguments: list[str] | None = None) -> int:
+    options = parse_arguments(arguments)
+    transformers_logging.set_verbosity_error()
+    transformers_logging.disable_progress_bar()
+    try:
+        run(options)
+    except UserError as error:
+        print(f"app.py: {error}", file=sys.stderr)
+        return EXIT_USER_ERROR
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
