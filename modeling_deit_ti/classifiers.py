@@ -204,6 +204,7 @@ def fine_tunable_classifier(
     model, _ = load_classifier(name, flag, trust_remote_code, **options)
     if isinstance(model.config, TimmWrapperConfig):
         model.config.pretrained_cfg |= timm_input_format(image_processor)
+        model.config.label_names = list(label_names)  # a saved config has those of the source, which would win
     return model
 
 

@@ -17,8 +17,8 @@ ENDED_BAR = "{desc}: {percentage:3.0f}%|{bar}| {elapsed}{postfix}"
 
 
 # Warnings of transformers about what is as it should be here: two checkpoints within a second; a run that is resumed
-# at its end.
-FALSE_ALARMS = ("mtime may not be reliable", "There seems not to be a single sample")
+# at its end; a pretrained network that gets a new head.
+FALSE_ALARMS = ("mtime may not be reliable", "There seems not to be a single sample", "LOAD REPORT")
 
 
 def quiet_libraries(all_bars: bool = False) -> None:
@@ -29,8 +29,8 @@ def quiet_libraries(all_bars: bool = False) -> None:
     set_tqdm_hook(lambda bar, args, options: bar(*args, **options | {"disable": True}))
     if all_bars:
         datasets.disable_progress_bars()
-    for name in ("transformers.trainer", "transformers.trainer_utils"):
-        logging.getLogger(name).addFilter(lambda record: not str(record.msg).startswith(FALSE_ALARMS))
+    for name in ("transformers.trainer", "transformers.trainer_utils", "transformers.modeling_utils"):
+        logging.getLogger(name).addFilter(lambda record: not any(alarm in str(record.msg) for alarm in FALSE_ALARMS))
 
 
 class RunProgress(TrainerCallback):

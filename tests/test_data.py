@@ -26,6 +26,7 @@ from modeling_deit_ti.data.inputs import (
     make_train_images,
     make_train_transform,
 )
+from modeling_deit_ti.data.loading import hold_out
 from modeling_deit_ti.data.sampling import TrainSampler, collate_images, mix_images
 from modeling_deit_ti.errors import UserError
 
@@ -90,6 +91,14 @@ def test_a_folder_of_images_by_class_loads_and_holds_a_share_out(tmp_path):
     data = load(tmp_path / "photos", train_val_split=0.25)
     assert data.label_names == ["ant", "bee"] and data.eval_split == "train (held out)"
     assert (len(data.train), len(data.evaluation)) == (15, 5)
+
+
+def test_each_label_has_its_share_of_the_images_that_are_held_out():
+    labels = ["ant"] * 40 + ["bee"] * 20
+    kept, held_out = hold_out(labels, 0.1)
+    assert sorted(kept + held_out) == list(range(60))
+    assert [labels[row] for row in sorted(held_out)] == ["ant"] * 4 + ["bee"] * 2
+    assert len(hold_out(["ant"] * 9 + ["bee"], 0.2)[1]) == 2  # a single bee cannot be in both parts
 
 
 def test_a_recipe_can_be_chosen_without_the_test_images():

@@ -24,7 +24,7 @@ from transformers import (
 from modeling_deit_ti import DeiTTiConfig, DeiTTiForImageClassification
 from modeling_deit_ti.arguments import ImageArguments
 from modeling_deit_ti.checkpoints import seal
-from modeling_deit_ti.classifiers import input_format, label_maps, load_classifier, new_timm_classifier
+from modeling_deit_ti.classifiers import input_format, label_maps, label_names, load_classifier, new_timm_classifier
 from modeling_deit_ti.data import load_images
 from modeling_deit_ti.data.inputs import EvalImages, make_image_processor
 from modeling_deit_ti.distillation import resolve_mode
@@ -279,6 +279,7 @@ def test_a_pretrained_timm_network_that_was_fitted_at_another_size_is_used_at_th
     assert record.fitted == "pretrained" and record.image_size == 64
     later, record, _ = prepare(digits, tmp_path, teacher_model_name_or_path=path, teacher_num_train_epochs=0)
     assert record.fitted is None and record.image_size == 64
+    assert label_names(later.model.config) == DIGITS
     images = torch.randn(2, 3, 32, 32, generator=torch.Generator().manual_seed(0))
     torch.testing.assert_close(later(images), fitted(images), rtol=0, atol=0)
 

@@ -3,19 +3,21 @@
 import contextlib
 import hashlib
 import os
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
 import numpy as np
-from datasets import ClassLabel, Dataset, Features, Image, Value, concatenate_datasets
+from datasets import ClassLabel, Dataset, DatasetDict, Features, Image, Value, concatenate_datasets
 from PIL import Image as PILImage
+from sklearn.model_selection import train_test_split
 
 from ..arguments import ImageArguments
 from ..errors import UserError, first_line, list_some
 from .decoding import decode_image, open_image
-from .sampling import random_rows
-from .sources import EVALUATION_SPLITS, load_splits, train_and_evaluation
+from .sampling import SUBSET_SEED, random_rows
+from .sources import EVALUATION_SPLITS, check_not_empty, find_eval_split, load_splits
 
 
 # Larger splits stay encoded, and are decoded again in each epoch.
@@ -137,7 +139,36 @@ def load_evaluation_images(args: ImageArguments, split: str | None = None) -> Ev
     return EvaluationData(images.remove_columns("digest"), label_names, source, split)
 
 
-# ---- Columns and labels ----
+# ---- Splits, columns and labels ----
+
+
+def train_and_evaluation(splits: DatasetDict, args: ImageArguments) -> tuple[Dataset, Dataset, str]:
+    """The training split, the evaluation split, and the latter's name."""
+    eval_split = find_eval_split(splits, args.dataset_name)
+    if eval_split is not None and not args.validation_from_train:
+        train, evaluation = splits["train"], splits[eval_split]
+    else:
+        if len(splits["train"]) < 2:
+            raise UserError(f"{args.dataset_name} has {len(splits['train'])} images: too few to hold some out.")
+        labels = splits["train"][find_label_column(splits["train"].features, args)][:]
+        kept, held_out = hold_out(labels, args.train_val_split)
+        train, evaluation = splits["train"].select(kept), splits["train"].select(held_out)
+        eval_split = "train (held out)"
+    check_not_empty(args.dataset_name, {"train": len(train), eval_split: len(evaluation)})
+    return train, evaluation, eval_split
+
+
+def hold_out(labels: list, share: float) -> tuple[list[int], list[int]]:
+    """The rows to keep and those to hold out: of each label the same share, if there are enough images of it."""
+    held_out = max(1, round(share * len(labels)))
+    counts = Counter(labels)
+    is_divisible = min(counts.values()) > 1 and len(counts) <= min(held_out, len(labels) - held_out)
+    return train_test_split(
+        range(len(labels)),
+        test_size=held_out,
+        random_state=SUBSET_SEED,
+        stratify=[str(label) for label in labels] if is_divisible else None,
+    )
 
 
 def find_image_column(features: Features, args: ImageArguments) -> str:

@@ -1,4 +1,4 @@
-"""Where rows come from (the Hub, a local folder, scikit-learn): one training split and one to evaluate on."""
+"""Where rows come from, split by split: the Hub, a local folder, scikit-learn."""
 
 import contextlib
 import glob
@@ -25,9 +25,7 @@ from datasets.packaged_modules.parquet.parquet import ParquetConfig
 from PIL import Image as PILImage
 from sklearn.datasets import load_digits
 
-from ..arguments import ImageArguments
 from ..errors import UserError, first_line, list_some
-from .sampling import SUBSET_SEED
 
 
 logger = logging.getLogger(__name__)
@@ -150,21 +148,6 @@ def _digits() -> DatasetDict:
     held_out = np.arange(len(rows)) % 5 == 4
     train, test = (rows.select(np.flatnonzero(selected)) for selected in (~held_out, held_out))
     return DatasetDict({"train": train, "test": test})
-
-
-def train_and_evaluation(splits: DatasetDict, args: ImageArguments) -> tuple[Dataset, Dataset, str]:
-    """The training split, the evaluation split, and the latter's name."""
-    eval_split = find_eval_split(splits, args.dataset_name)
-    if eval_split is not None and not args.validation_from_train:
-        train, evaluation = splits["train"], splits[eval_split]
-    else:
-        if len(splits["train"]) < 2:
-            raise UserError(f"{args.dataset_name} has {len(splits['train'])} images: too few to hold some out.")
-        held_out = max(1, round(args.train_val_split * len(splits["train"])))
-        parts = splits["train"].train_test_split(test_size=held_out, seed=SUBSET_SEED)
-        train, evaluation, eval_split = parts["train"], parts["test"], "train (held out)"
-    check_not_empty(args.dataset_name, {"train": len(train), eval_split: len(evaluation)})
-    return train, evaluation, eval_split
 
 
 def find_eval_split(splits: Collection[str], dataset_name: str) -> str | None:

@@ -38,6 +38,7 @@ from .loading import (
     decode_checked,
     find_image_column,
     find_label_column,
+    train_and_evaluation,
     with_label_ids,
 )
 from .sampling import augmented_batch, collate_images
@@ -47,7 +48,6 @@ from .sources import (
     find_eval_split,
     load_splits,
     naming_the_dataset,
-    train_and_evaluation,
 )
 
 
