@@ -328,7 +328,7 @@ def make_space(names: dict[str, str], options: argparse.Namespace) -> None:
     with tempfile.TemporaryDirectory() as temporary:
         folder = options.dry_run or Path(temporary, "space")
         if options.static:
-            from modeling_deit_ti.interop.browser import write_static_space
+            from modeling_deit_ti.interop.browser import write_static_space  # a Space has no need of what it imports
 
             if len(names) > 1:
                 raise UserError("--static shows one model: name its folder.")
@@ -336,7 +336,10 @@ def make_space(names: dict[str, str], options: argparse.Namespace) -> None:
         else:
             write_space(names, folder, Path(__file__), title=options.to_space.rpartition("/")[2])
         if options.dry_run:
-            print(f"Written to {folder}. To try it there: pip install -r requirements.txt && python app.py")
+            how = f": python -m http.server --directory {folder}"
+            if not options.static:
+                how = " there: pip install -r requirements.txt && python app.py"
+            print(f"Written to {folder}. To try it{how}")
         else:
             print(f"Pushed to {push_space(folder, options.to_space)}")
 

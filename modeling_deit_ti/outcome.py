@@ -151,13 +151,14 @@ def describe_run(
 def summary(trainer: DistillationTrainer, teacher: TeacherRecord | None, metrics: dict) -> str:
     """What a person wants to know at the end. `metrics` are those of `all_results.json`."""
     folder = trainer.args.output_dir
-    lines = ["", f"{'':34}{'top-1':>8}{'top-5':>9}"]
+    has_top5 = trainer.num_labels > 5
+    lines = ["", f"{'':34}{'top-1':>8}" + f"{'top-5':>9}" * has_top5]
     if teacher is not None:
         lines.append(f"{'teacher, ' + teacher.name:34}{teacher.accuracy:8.2%}")
     for readout in trainer.readouts:
         name = {"": "student", "_both": "  mean of both heads"}.get(readout, f"  {readout[1:]} head")
         top1, top5 = metrics[f"eval_accuracy{readout}"], metrics[f"eval_accuracy{readout}_top5"]
-        lines.append(f"{name:34}{top1:8.2%}{top5:9.2%}")
+        lines.append(f"{name:34}{top1:8.2%}" + f"{top5:9.2%}" * has_top5)
     share, time = metrics.get("teacher_cached", 0), duration(metrics["train_runtime"])
     cached = f", {share:.0%} of the teacher's logits read from its cache" if share else ""
     remote_code = ", trust_remote_code=True" if trainer.is_deit_ti else ""

@@ -479,6 +479,14 @@ def test_a_spaces_requirements_are_all_that_its_code_imports(space):
     assert set(map(canonicalize_name, needed)) <= set(map(canonicalize_name, {*pinned, *brought}))
 
 
+def test_a_static_space_is_the_page_that_needs_no_server(runs, tmp_path, capsys):
+    folder = tmp_path / "static"
+    assert app.main([str(runs / "both"), "--to_space=tester/digits", "--static", f"--dry_run={folder}"]) == 0
+    assert f"python -m http.server --directory {folder}" in capsys.readouterr().out
+    assert SpaceCard.load(folder / "README.md").data.sdk == "static"
+    assert (folder / "index.html").is_file() and list(folder.rglob("model_quantized.onnx"))
+
+
 def test_a_space_is_pushed_and_what_the_hub_refuses_is_one_message(hub, space, runs, monkeypatch, capsys):
     monkeypatch.setattr("huggingface_hub.constants.ENDPOINT", hub.endpoint)
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_DISABLE_IMPLICIT_TOKEN", False)
