@@ -32,6 +32,7 @@ from modeling_deit_ti.card.markdown import text
 from modeling_deit_ti.card.record import RECORD_FILE, folder_name
 from modeling_deit_ti.data.decoding import decode_image, open_image
 from modeling_deit_ti.errors import EXIT_USER_ERROR, UserError
+from modeling_deit_ti.interop.browser import write_static_space
 from modeling_deit_ti.interop.space import MODELS_FOLDER, push_space, write_space
 from modeling_deit_ti.prediction import head_logits, load_for_prediction
 
@@ -328,8 +329,6 @@ def make_space(names: dict[str, str], options: argparse.Namespace) -> None:
     with tempfile.TemporaryDirectory() as temporary:
         folder = options.dry_run or Path(temporary, "space")
         if options.static:
-            from modeling_deit_ti.interop.browser import write_static_space  # a Space has no need of what it imports
-
             if len(names) > 1:
                 raise UserError("--static shows one model: name its folder.")
             write_static_space(Path(*names.values()), folder)

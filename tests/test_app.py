@@ -439,7 +439,7 @@ def test_a_space_runs_by_itself_in_a_clean_folder(space, digit, tmp_path):
 def test_a_space_holds_the_models_and_the_code_and_nothing_private(space):
     held = {file.relative_to(space).as_posix() for file in space.rglob("*") if file.is_file()}
     code = {file.relative_to(REPOSITORY).as_posix() for file in (REPOSITORY / "modeling_deit_ti").rglob("*.*")}
-    code = {file for file in code if file.endswith((".py", ".md"))}
+    code = {file for file in code if file.endswith((".py", ".md", ".html", ".css", ".js"))}
     model = {"config.json", "model.safetensors", "preprocessor_config.json"}
     assert {file for file in held if "__pycache__" not in file} == {
         *("README.md", "app.py", "requirements.txt"),

@@ -7,7 +7,6 @@ from pathlib import Path
 
 from huggingface_hub import SpaceCardData
 from jinja2 import Environment, FileSystemLoader, select_autoescape
-from markupsafe import Markup
 
 from ..card import EXAMPLE_FILE, RunRecord
 from ..card.markdown import clean, percent, text
@@ -84,7 +83,7 @@ def write_static_space(
             "q8": f"8-bit weights, {megabytes[QUANTIZED_FILE]:.0f} MB",
             "fp32": f"float32, {megabytes[ONNX_FILE]:.0f} MB",
         },
-        "import_map": Markup(json.dumps({"imports": VENDORED if vendored else ON_CDN})),
+        "import_map": json.dumps({"imports": VENDORED if vendored else ON_CDN}),
     }
     templates = Environment(
         loader=FileSystemLoader(TEMPLATES), autoescape=select_autoescape(["html"]), keep_trailing_newline=True
