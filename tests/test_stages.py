@@ -68,10 +68,14 @@ def test_a_run_killed_in_its_second_stage_goes_on_there_and_ends_the_same(tmp_pa
         assert ended.returncode == (0 if failure is None else -signal.SIGKILL), ended.stderr
     finished = tmp_path / "killed" / "stage-1" / "all_results.json"
     before = finished.stat().st_mtime_ns
-    ended = run(*flags, f"--output_dir={tmp_path / 'killed'}", "--resume_from_checkpoint=True", "--learning_rate=1")
-    assert ended.returncode == 2 and "stage-1: it belongs to another run, with learning_rate 0.001" in ended.stderr
-    ended = run(*flags, f"--output_dir={tmp_path / 'killed'}", "--resume_from_checkpoint=True")
+    ended = run(*flags, f"--output_dir={tmp_path / 'killed'}", "--learning_rate=1")
+    assert ended.returncode == 2 and "stage-1 belongs to another run, with learning_rate 0.001" in ended.stderr
+    ended = run(*flags, f"--output_dir={tmp_path / 'killed'}")
     assert ended.returncode == 0, ended.stderr
+    assert "Student: finished by an earlier run" in ended.stdout
+    ended = run(*flags, f"--output_dir={tmp_path / 'killed'}")
+    assert ended.returncode == 2 and "already holds a finished run" in ended.stderr
+    assert not ended.stdout  # before any stage
     assert finished.stat().st_mtime_ns == before
     whole, killed = (tmp_path / name for name in ("whole", "killed"))
     assert (whole / "model.safetensors").read_bytes() == (killed / "model.safetensors").read_bytes()
