@@ -60,6 +60,13 @@ def test_stages_that_make_no_sense_are_a_users_mistake(tmp_path, stages, message
         parse_stages([write_recipe(tmp_path, stages)])
 
 
+def test_stages_find_their_own_checkpoint(tmp_path):
+    config = write_recipe(tmp_path, STAGES)
+    assert parse_stages([config, "--resume_from_checkpoint=True"])[1].training.resume_from_checkpoint == "auto"
+    with pytest.raises(UserError, match="--resume_from_checkpoint a/folder: a recipe with stages finds its own"):
+        parse_stages([config, "--resume_from_checkpoint=a/folder"])
+
+
 def test_a_run_killed_in_its_second_stage_goes_on_there_and_ends_the_same(tmp_path):
     flags = [*FOUR_STEPS[1:], "--dataset_name=digits", "--distill_mode=none", write_recipe(tmp_path, STAGES)]
     fault = {"function": "modeling_deit_ti.trainer.DistillationTrainer.compute_loss", "call": 6}
