@@ -214,7 +214,7 @@ def make_runs(args: ReproduceArguments, seeds: list[int]) -> list[Run]:
             folder = args.folder / f"cnn-{folder_name(args.cnn_model_name_or_path)}-seed{seed}"
         else:
             flags += [f"--teacher_model_name_or_path={teacher_folder}", "--teacher_pretrained=False"]
-        flags += [f"--seed={seed}", f"--output_dir={folder}", "--disable_tqdm=true", "--resume_from_checkpoint=True"]
+        flags += [f"--seed={seed}", f"--output_dir={folder}", "--disable_tqdm=true"]
         runs.append(Run(name, seed, flags, parse_arguments(flags)))
     return runs
 

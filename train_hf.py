@@ -48,6 +48,8 @@ from modeling_deit_ti.teacher_cache import make_teacher_cache
 
 def main() -> None:
     *earlier, last = stages = parse_stages(sys.argv[1:], description=__doc__.splitlines()[0])
+    if earlier:
+        preflight.checkpoint_to_resume(last.training)  # refused now, rather than after hours of the earlier stages
     for number, args in enumerate(stages, start=1):
         if earlier and args.training.process_index == 0:
             print(f"Stage {number} of {len(stages)}: {args.training.output_dir}", flush=True)
@@ -75,6 +77,9 @@ def train(args: Arguments, is_last: bool = True) -> None:
     if checkpoint is not None:
         resume_precision(training, checkpoint)
         preflight.check_same_run(checkpoint, run_settings(args, data))
+        if is_main:
+            told = "finished by an earlier run" if is_finished else f"resuming from {checkpoint}"
+            print(f"Student: {told}", flush=True)
     if is_finished:
         return
 
@@ -102,10 +107,8 @@ def train(args: Arguments, is_last: bool = True) -> None:
             check_better_than_chance(teacher_record.accuracy, data.evaluation["label"][:], teacher_record.name)
 
     # 6. Training, evaluation, and what is left in the output folder
-    with storing(
-        training.output_dir,
-        "What was written before is intact: make room, then run the same command with --resume_from_checkpoint True.",
-    ):
+    advice = "What was written before is intact: make room, then run the same command again."
+    with storing(training.output_dir, advice):
         metrics = train_and_save(trainer, args, data, checkpoint, teacher_record, teacher_path)
 
     # 7. Summary
@@ -140,8 +143,7 @@ def run() -> int:
     except (FloatingPointError, StorageError) as error:
         return _end(f"error: {error}", 1)
     except Interrupted as interruption:
-        advice = "Resume with the same command and --resume_from_checkpoint True."
-        return _end(f"{interruption} {advice}", EXIT_INTERRUPTED)
+        return _end(f"{interruption} Run the same command again to go on.", EXIT_INTERRUPTED)
     except Exception as error:  # a fault, ours or the machine's: the reason first, then where it happened
         _end(f"process {os.environ.get('RANK', 0)} failed: {first_line(error)}", 1)
         raise

@@ -34,6 +34,8 @@ TEACHER_RECIPE = {
     "save_total_limit": 1,
     "seed": 42,
 }
+# What --resume_from_checkpoint may say instead of a folder. A recipe's bare `true` and `false` arrive as yes and no.
+RESUME = {"auto": "auto", "true": "auto", "yes": "auto", "false": "false", "no": "false"}
 # The fields of `TrainingArguments` that decide what a run learns.
 HYPERPARAMETERS = (
     *("num_train_epochs", "max_steps", "per_device_train_batch_size", "gradient_accumulation_steps", "learning_rate"),
@@ -250,6 +252,11 @@ class DistillationTrainingArguments(TrainingArguments):
     """`TrainingArguments` with DeiT's recipe as defaults (paper, table 9) and the options of distillation."""
 
     output_dir: str | None = HfArg(default=None, help="Where the run goes. Default: outputs/<model>-<dataset>-<mode>.")
+    resume_from_checkpoint: str = HfArg(
+        default="auto",
+        help="`auto`: go on with an unfinished run of the same arguments in --output_dir. `false`: refuse to. Or a "
+        "checkpoint's folder; `last-checkpoint` is the one that --hub_strategy checkpoint has pushed.",
+    )
     distill_mode: str = HfArg(
         default="none", help="What teaches which head; see the README's table.", metadata={"choices": list(MODES)}
     )
@@ -346,6 +353,7 @@ class DistillationTrainingArguments(TrainingArguments):
             raise UserError("--output_dir: the name of a folder is missing.")
         self.has_default_output_dir = self.output_dir is None
         self.output_dir = self.output_dir or "outputs"
+        self.resume_from_checkpoint = RESUME.get(self.resume_from_checkpoint.lower(), self.resume_from_checkpoint)
         self.mode = resolve_mode(
             self.distill_mode,
             single_token=self.single_token,

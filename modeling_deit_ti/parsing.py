@@ -149,8 +149,11 @@ def parse_stages(argv: list[str], description: str | None = None) -> list[Argume
     final = _parse_run(parser, [*shared, *parser.flags(stages[-1]), *argv], argv)
     if len(stages) == 1:
         return [final]
-    if final.training.resume_from_checkpoint not in (None, "True", "False"):
-        raise UserError("--resume_from_checkpoint: a recipe with stages goes on where it ended with True.")
+    if final.training.resume_from_checkpoint not in ("auto", "false"):
+        raise UserError(
+            f"--resume_from_checkpoint {final.training.resume_from_checkpoint}: a recipe with stages finds its own "
+            "checkpoint; leave this out."
+        )
     runs, folders = [], [os.path.join(final.training.output_dir, f"stage-{i}") for i in range(1, len(stages))]
     for position, (stage, folder) in enumerate(zip(stages, [*folders, final.training.output_dir], strict=True)):
         own = [*parser.flags(stage), *argv, f"--output_dir={folder}"]

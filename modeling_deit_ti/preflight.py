@@ -18,7 +18,7 @@ from .muon import make_muon
 
 def checkpoint_to_resume(args: DistillationTrainingArguments) -> str | None:
     """
-    The checkpoint to resume from, if any. `True` means the last complete one, or the beginning if there is none yet.
+    The checkpoint to resume from, if any. `auto` means the last complete one, or the beginning if there is none yet.
 
     Raises:
         UserError: if something would be overwritten; or if the checkpoint does not exist, or is incomplete or damaged.
@@ -28,19 +28,18 @@ def checkpoint_to_resume(args: DistillationTrainingArguments) -> str | None:
         raise UserError(f"--output_dir {folder}: this is a file, not a folder.")
     if (folder / "all_results.json").is_file():
         raise UserError(f"--output_dir {folder} already holds a finished run: choose another, or delete this one.")
-    if resume is None or resume.lower() == "false":
-        if checkpoints_of(folder):
-            raise UserError(
-                f"--output_dir {folder} holds an unfinished run: continue it with --resume_from_checkpoint True, or "
-                "choose another folder."
-            )
-        for name in ("model.safetensors", "config.json", "README.md"):
-            if (folder / name).exists():
-                raise UserError(f"--output_dir {folder}: its {name} would be overwritten; choose another folder.")
-        return None
-    if resume.lower() == "true":
+    if resume == "false" and checkpoints_of(folder):
+        raise UserError(
+            f"--output_dir {folder} holds an unfinished run: choose another folder, or leave out "
+            "--resume_from_checkpoint to go on with it."
+        )
+    if resume in ("auto", "false"):
         # One process decides for all: another machine may see another folder.
-        return broadcast_object_list([last_complete(folder)])[0]
+        (checkpoint,) = broadcast_object_list([last_complete(folder)])
+        for name in ("model.safetensors", "config.json", "README.md"):
+            if checkpoint is None and (folder / name).exists():
+                raise UserError(f"--output_dir {folder}: its {name} would be overwritten; choose another folder.")
+        return checkpoint
     if resume == "last-checkpoint" and not os.path.isdir(resume):
         resume = _pushed_checkpoint(args)
     if not os.path.isdir(resume):
@@ -54,7 +53,7 @@ def checkpoint_to_resume(args: DistillationTrainingArguments) -> str | None:
 def is_finished_stage(args: DistillationTrainingArguments) -> bool:
     """Whether a stage need not be run, since the run that goes on has been through it."""
     is_finished = (Path(args.output_dir) / "all_results.json").is_file()
-    return broadcast_object_list([is_finished and args.resume_from_checkpoint == "True"])[0]
+    return broadcast_object_list([is_finished and args.resume_from_checkpoint == "auto"])[0]
 
 
 def check_same_run(checkpoint: str, settings: dict) -> None:
@@ -62,8 +61,8 @@ def check_same_run(checkpoint: str, settings: dict) -> None:
     changed = changed_settings(checkpoint, settings)
     if changed:
         raise UserError(
-            f"--resume_from_checkpoint {checkpoint}: it belongs to another run, with {'; '.join(changed)}. Resume "
-            "with the same flags and images, or choose another --output_dir."
+            f"{checkpoint} belongs to another run, with {'; '.join(changed)}. Go on with the same flags and images, "
+            "or start a new run in another --output_dir."
         )
 
 

@@ -341,7 +341,7 @@ class DistillationTrainer(Trainer):
             if "error" in batch:
                 raise UnreadableRow(
                     f"{batch['error']} The run stopped at step {self.state.global_step}; its checkpoints are in "
-                    f"{self.args.output_dir}. Repair that row, then resume with --resume_from_checkpoint True."
+                    f"{self.args.output_dir}. Repair that row, then run the same command again."
                 )
         return batches, num_items_in_batch
 

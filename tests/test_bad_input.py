@@ -461,8 +461,8 @@ MISTAKES = {
     "output of a finished run": (files(**{"run__all_results.json": b"{}"}), [], ["already holds a finished run"]),
     "output of an unfinished run": (
         files(**{"run__checkpoint-10__": b""}),
-        [],
-        ["--output_dir run", "unfinished run: continue it with --resume_from_checkpoint True"],
+        ["--resume_from_checkpoint=false"],
+        ["--output_dir run", "unfinished run: choose another folder, or leave out --resume_from_checkpoint"],
     ),
     "output with a card of somebody's": (
         files(**{"run__README.md": b"mine"}),
@@ -568,12 +568,12 @@ class TestDisk:
         result = run(*flags, cwd=tmp_path)
         assert result.returncode == 1, result.stderr
         message = message_of(result)
-        assert message.startswith("disk/run cannot be written (") and "--resume_from_checkpoint True" in message
+        assert message.startswith("disk/run cannot be written (") and "run the same command again" in message
         before = snapshot(tmp_path / "disk" / "run" / "checkpoint-2")
         assert load_file(tmp_path / "disk" / "run" / "checkpoint-2" / "model.safetensors")
 
         disk("remount,size=64m")
-        result = run(*flags, "--resume_from_checkpoint=True", "--save_total_limit=9", cwd=tmp_path)
+        result = run(*flags, "--save_total_limit=9", cwd=tmp_path)
         assert result.returncode == 0, result.stderr
         assert snapshot(tmp_path / "disk" / "run" / "checkpoint-2") == before
         assert json.loads((tmp_path / "disk" / "run" / "all_results.json").read_text())["epoch"] == 3

@@ -131,9 +131,9 @@ def test_a_run_is_told_its_precision_and_a_resumed_one_keeps_it(cpu, tmp_path):
     step = "modeling_deit_ti.trainer.DistillationTrainer.compute_loss"
     stopped = run(*flags, "--bf16=true", "--use_cpu", fault={"function": step, "call": 2, "signum": signal.SIGTERM})
     assert stopped.returncode == 75, stopped.stderr
-    refused = run(*flags, "--bf16=false", "--resume_from_checkpoint=True")
+    refused = run(*flags, "--bf16=false")
     assert refused.returncode == 2 and "precision bf16, not no" in refused.stderr
-    resumed = run(*flags, "--resume_from_checkpoint=True")
+    resumed = run(*flags)
     assert resumed.returncode == 0, resumed.stderr
     assert "images/s in bfloat16" in resumed.stdout
     assert json.loads((tmp_path / "run" / "all_results.json").read_text())["precision"] == "bfloat16"

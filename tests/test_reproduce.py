@@ -306,7 +306,7 @@ def test_the_teachers_run_is_the_one_that_train_hf_would_fit_a_teacher_with(tmp_
     teacher, student = runs["teacher"].args, runs["hard"].args
     assert student.teacher.teacher_model_name_or_path == str(runs["teacher"].folder)
     fitting = parse_arguments([f"--config={recipe}", "--distill_mode=hard"]).fitting
-    differ = ("seed", "output_dir", "logging_dir", "run_name", "disable_tqdm", "resume_from_checkpoint")
+    differ = ("seed", "output_dir", "logging_dir", "run_name", "disable_tqdm")
     differ += ("has_default_output_dir",)
     assert teacher.images == fitting.images == student.images
     assert teacher.augmentation == fitting.augmentation and teacher.model == fitting.model

@@ -57,11 +57,19 @@ def stopped(tmp_path_factory) -> Path:
 )
 def test_another_run_is_refused_in_one_line_that_names_what_differs(stopped, flags, difference):
     before = {path: path.stat().st_mtime_ns for path in stopped.rglob("*")}
-    ended = run(*FLAGS, *flags, f"--output_dir={stopped}", "--resume_from_checkpoint=True")
+    ended = run(*FLAGS, *flags, f"--output_dir={stopped}")
     assert ended.returncode == 2
     message = ended.stderr.strip().splitlines()[-1]
-    assert message.startswith("train_hf.py: error: --resume_from_checkpoint") and "Traceback" not in ended.stderr
+    assert message.startswith(f"train_hf.py: error: {stopped / 'checkpoint-8'} belongs to another run, with ")
+    assert "Traceback" not in ended.stderr and "resuming" not in ended.stdout
     assert difference in message
+    assert {path: path.stat().st_mtime_ns for path in stopped.rglob("*")} == before
+
+
+def test_told_not_to_resume_it_touches_nothing(stopped):
+    before = {path: path.stat().st_mtime_ns for path in stopped.rglob("*")}
+    ended = run(*FLAGS, f"--output_dir={stopped}", "--resume_from_checkpoint=False")
+    assert ended.returncode == 2 and f"{stopped} holds an unfinished run: " in ended.stderr.splitlines()[-1]
     assert {path: path.stat().st_mtime_ns for path in stopped.rglob("*")} == before
 
 
@@ -72,21 +80,22 @@ def test_what_does_not_decide_a_run_may_differ(stopped):
         "--logging_strategy=steps",
         "--logging_steps=5",
     ]
-    ended = run(*FLAGS, *flags, f"--output_dir={stopped}", "--resume_from_checkpoint=True")
+    ended = run(*FLAGS, *flags, f"--output_dir={stopped}")
     assert ended.returncode == 0, ended.stderr
+    assert ended.stdout.count(f"Student: resuming from {stopped / 'checkpoint-8'}\n") == 1
     assert json.loads((stopped / "all_results.json").read_text())["epoch"] == 2
 
 
 @pytest.mark.parametrize(
     "flags", [["--optim=muon", "--optim_args=momentum=0.9", "--ema_decay=0.9"]], ids=["muon-averaged"]
 )
-def test_a_killed_run_ends_bit_by_bit_as_one_that_was_not(flags, tmp_path):
+def test_the_same_command_after_a_kill_ends_bit_by_bit_as_one_that_was_not_killed(flags, tmp_path):
     fault = {"function": "modeling_deit_ti.trainer.DistillationTrainer.compute_loss", "call": 9}
     endings = {"whole": None, "killed": fault}
     for name, fault in endings.items():
         ended = run(*FLAGS, *flags, f"--output_dir={tmp_path / name}", fault=fault)
         assert ended.returncode == (0 if fault is None else -signal.SIGKILL), ended.stderr
-    ended = run(*FLAGS, *flags, f"--output_dir={tmp_path / 'killed'}", "--resume_from_checkpoint=True")
+    ended = run(*FLAGS, *flags, f"--output_dir={tmp_path / 'killed'}")
     assert ended.returncode == 0, ended.stderr
     whole, killed = tmp_path / "whole", tmp_path / "killed"
     assert (whole / "model.safetensors").read_bytes() == (killed / "model.safetensors").read_bytes()

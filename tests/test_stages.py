@@ -60,6 +60,13 @@ def test_stages_that_make_no_sense_are_a_users_mistake(tmp_path, stages, message
         parse_stages([write_recipe(tmp_path, stages)])
 
 
+def test_stages_find_their_own_checkpoint(tmp_path):
+    config = write_recipe(tmp_path, STAGES)
+    assert parse_stages([config, "--resume_from_checkpoint=True"])[1].training.resume_from_checkpoint == "auto"
+    with pytest.raises(UserError, match="--resume_from_checkpoint a/folder: a recipe with stages finds its own"):
+        parse_stages([config, "--resume_from_checkpoint=a/folder"])
+
+
 def test_a_run_killed_in_its_second_stage_goes_on_there_and_ends_the_same(tmp_path):
     flags = [*FOUR_STEPS[1:], "--dataset_name=digits", "--distill_mode=none", write_recipe(tmp_path, STAGES)]
     fault = {"function": "modeling_deit_ti.trainer.DistillationTrainer.compute_loss", "call": 6}
@@ -68,10 +75,14 @@ def test_a_run_killed_in_its_second_stage_goes_on_there_and_ends_the_same(tmp_pa
         assert ended.returncode == (0 if failure is None else -signal.SIGKILL), ended.stderr
     finished = tmp_path / "killed" / "stage-1" / "all_results.json"
     before = finished.stat().st_mtime_ns
-    ended = run(*flags, f"--output_dir={tmp_path / 'killed'}", "--resume_from_checkpoint=True", "--learning_rate=1")
-    assert ended.returncode == 2 and "stage-1: it belongs to another run, with learning_rate 0.001" in ended.stderr
-    ended = run(*flags, f"--output_dir={tmp_path / 'killed'}", "--resume_from_checkpoint=True")
+    ended = run(*flags, f"--output_dir={tmp_path / 'killed'}", "--learning_rate=1")
+    assert ended.returncode == 2 and "stage-1 belongs to another run, with learning_rate 0.001" in ended.stderr
+    ended = run(*flags, f"--output_dir={tmp_path / 'killed'}")
     assert ended.returncode == 0, ended.stderr
+    assert "Student: finished by an earlier run" in ended.stdout
+    ended = run(*flags, f"--output_dir={tmp_path / 'killed'}")
+    assert ended.returncode == 2 and "already holds a finished run" in ended.stderr
+    assert not ended.stdout  # before any stage
     assert finished.stat().st_mtime_ns == before
     whole, killed = (tmp_path / name for name in ("whole", "killed"))
     assert (whole / "model.safetensors").read_bytes() == (killed / "model.safetensors").read_bytes()

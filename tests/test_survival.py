@@ -56,7 +56,7 @@ def places(folder: Path) -> list[str]:
 
 
 def resume(folder: Path):
-    return run(*FLAGS, *places(folder), "--resume_from_checkpoint=True")
+    return run(*FLAGS, *places(folder))
 
 
 def with_teacher(reference: Path, folder: Path) -> Path:
@@ -145,7 +145,7 @@ def kill_and_resume(folder: Path, moments: dict) -> list[str]:
     said = []
     for moment, (function, call, when) in moments.items():
         fault = {"function": function, "call": call, "moment": when}
-        killed = run(*FLAGS, *places(folder), "--resume_from_checkpoint=True", fault=fault)
+        killed = run(*FLAGS, *places(folder), fault=fault)
         assert killed.returncode == -signal.SIGKILL, f"{moment}: {killed.stderr}"
         incomplete = [path for path in checkpoints_of(folder / "run") if flaw_of(path) is not None]
         assert incomplete or moments is FITTING or "a checkpoint" not in moment, moment
@@ -172,7 +172,7 @@ def test_killed_with_one_checkpoint_kept_there_is_always_a_complete_one(referenc
     """Between a new checkpoint and the end of the old one."""
     with_teacher(reference, tmp_path)
     for function, call in ((SEAL, 2), ("modeling_deit_ti.trainer.rotate_checkpoints", 2)):
-        flags = [*FLAGS, *places(tmp_path), "--save_total_limit=1", "--resume_from_checkpoint=True"]
+        flags = [*FLAGS, *places(tmp_path), "--save_total_limit=1"]
         killed = run(*flags, fault={"function": function, "call": call})
         assert killed.returncode == -signal.SIGKILL
         assert last_complete(tmp_path / "run") is not None
@@ -190,7 +190,7 @@ def test_killed_again_and_again_at_random_moments(reference, tmp_path):
     while kills < 30:
         folder = tmp_path / str(runs)
         for _ in range(chance.randint(1, 4)):
-            command = Run(*FLAGS, *places(folder), "--resume_from_checkpoint=True")
+            command = Run(*FLAGS, *places(folder))
             time.sleep(chance.uniform(0, seconds))
             if command.kill():
                 kills += 1
@@ -219,7 +219,7 @@ def test_told_to_stop_in_a_step(reference, tmp_path, signum):
     assert f"{name}: finishing the step, then writing a checkpoint." in stopped.stderr
     assert stopped.stderr.splitlines()[-1] == (
         f"train_hf.py: stopped by {name} after step 9 of 12; {checkpoint} is written. "
-        "Resume with the same command and --resume_from_checkpoint True."
+        "Run the same command again to go on."
     )
     assert "Traceback" not in stopped.stderr
     assert last_complete(tmp_path / "run") == str(checkpoint)
@@ -231,7 +231,7 @@ def test_what_was_told_to_stop_goes_on_to_the_same_end(reference, tmp_path):
     with_teacher(reference, tmp_path)
     for call in (4, 1, 2):  # in steps 4, 5 and 7
         fault = {"function": STEP, "call": call, "signum": signal.SIGTERM}
-        assert run(*FLAGS, *places(tmp_path), "--resume_from_checkpoint=True", fault=fault).returncode == 75
+        assert run(*FLAGS, *places(tmp_path), fault=fault).returncode == 75
     assert resume(tmp_path).returncode == 0
     assert_same_end(reference, tmp_path, logged_alike=False)
 

@@ -237,7 +237,7 @@ def test_the_results_take_an_evaluation_of_their_own_only_if_training_has_not_do
     # Ended before its results were written, and resumed at its last step: this process has measured nothing yet.
     (tmp_path / "all_results.json").unlink()
     counted.clear()
-    in_process(monkeypatch, *command, "--resume_from_checkpoint=True")
+    in_process(monkeypatch, *command)
     assert counted == [8]
     again = json.loads((tmp_path / "eval_results.json").read_text())
     assert [again[name] for name in ("eval_loss", "eval_accuracy")] == [
@@ -314,12 +314,19 @@ def test_only_complete_checkpoints_are_resumed_from(finished, tmp_path):
     def resume(value: str):
         return checkpoint_to_resume(arguments(output_dir=tmp_path, resume_from_checkpoint=value).training)
 
-    assert resume("True") == str(tmp_path / "checkpoint-4")
+    for value in ("auto", "True", "yes"):
+        assert resume(value) == str(tmp_path / "checkpoint-4")
+    for value in ("False", "no"):  # as a recipe's `false` arrives
+        with pytest.raises(UserError, match="holds an unfinished run"):
+            resume(value)
     for step, flaw in ((8, "was being written when the run ended"), (12, "its model.safetensors is damaged")):
         with pytest.raises(UserError, match=f"not a complete checkpoint; .*{flaw}"):
             resume(str(tmp_path / f"checkpoint-{step}"))
     shutil.rmtree(tmp_path / "checkpoint-4")
-    assert resume("True") is None  # nothing complete yet: from the beginning
+    assert resume("auto") is None  # nothing complete yet: from the beginning
+    (tmp_path / "model.safetensors").touch()
+    with pytest.raises(UserError, match="its model.safetensors would be overwritten"):
+        resume("auto")
 
 
 def test_a_finished_run_is_not_overwritten(finished, teachers, monkeypatch):

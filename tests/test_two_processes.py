@@ -126,7 +126,7 @@ def test_a_run_that_is_killed_in_both_processes_goes_on_in_both(one, two, tmp_pa
     fault = {"function": STEP, "call": 9, "rank": 1}
     killed = launch(json.dumps(fault), *flags, script="tests/real_command.py")
     assert killed.returncode != 0
-    ended = launch(*flags, "--resume_from_checkpoint=True")
+    ended = launch(*flags)
     assert ended.returncode == 0, ended.stderr
     first, second = (load_file(folder / "run" / "model.safetensors") for folder in (two[0], tmp_path))
     assert all(torch.equal(first[name], second[name]) for name in first)
@@ -155,7 +155,7 @@ def test_the_teacher_is_fitted_once_and_a_signal_to_one_process_stops_both_after
     assert "train_hf.py: stopped by SIGTERM after step 5 of 72" in stopped.stderr
     (checkpoint,) = (tmp_path / "teachers").glob("*/checkpoint-*")
     assert checkpoint.name == "checkpoint-5" and flaw_of(checkpoint) is None
-    ended = launch(*flags, "--resume_from_checkpoint=True")
+    ended = launch(*flags)
     assert ended.returncode == 0, ended.stderr
     assert ended.stdout.count("resuming from") == 1 and ended.stdout.count("Teacher: epoch 12/12, ") == 1
     assert not list((tmp_path / "teachers").glob("*/checkpoint-*"))
