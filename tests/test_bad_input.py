@@ -290,7 +290,11 @@ MISTAKES = {
     "drop path nan": (nothing, ["--drop_path_rate=nan"], ["--drop_path_rate", "nan is not a finite number"]),
     "model nowhere": (nothing, ["--model_name_or_path=nowhere"], ["--model_name_or_path nowhere"]),
     "model with one head for two tokens": (nothing, ["--distill_mode=both"], ["test_resnet has one head"]),
-    "model that is no DeiT": (teacher(), ["--model_name_or_path=teacher"], ["test_resnet is no DeiT"]),
+    "model that is no DeiT": (
+        teacher(),
+        ["--distill_mode=both", "--model_name_or_path=teacher"],
+        ["test_resnet is no DeiT"],
+    ),
     "batch norm of one image": (nothing, ["--max_train_samples=1"], ["test_resnet", "batches of 1 images"]),
     # The teacher
     "teacher nowhere": (nothing, [HARD, "--teacher_model_name_or_path=nowhere"], ["nowhere", "no such folder"]),

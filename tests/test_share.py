@@ -30,6 +30,7 @@ from sklearn.datasets import load_digits
 from transformers import AutoImageProcessor
 
 from modeling_deit_ti import DeiTTiConfig, DeiTTiForImageClassification
+from modeling_deit_ti.checkpoints import SETTINGS_FILE
 from modeling_deit_ti.distillation import resolve_mode
 from modeling_deit_ti.interop import export_onnx, save_timm, save_transformers
 
@@ -145,7 +146,7 @@ def test_a_pushed_repository_is_complete_and_holds_what_the_output_folder_holds(
         "transformers/preprocessor_config.json",
     }
     stored.pop(".gitattributes")
-    assert stored == without(contents(shared.folder), "checkpoint-")
+    assert stored == without(contents(shared.folder), "checkpoint-", SETTINGS_FILE)
 
 
 def test_the_token_is_nowhere(hub, shared):
@@ -498,7 +499,7 @@ def test_a_push_that_fails_leaves_a_complete_run_and_says_how_to_push_it_later(h
     assert result.returncode == 0, result.stderr
     stored = hub.files(RESUMED)
     stored.pop(".gitattributes")
-    assert without(stored, "last-checkpoint/") == without(contents(folder), "checkpoint-")
+    assert without(stored, "last-checkpoint/") == without(contents(folder), "checkpoint-", SETTINGS_FILE)
 
 
 def test_the_last_checkpoint_on_the_hub_is_enough_to_go_on_elsewhere_to_the_same_weights(interrupted):

@@ -656,10 +656,12 @@ def test_balanced_class_weights_teach_the_rare_classes_of_unbalanced_digits(tmp_
     for weights in ({}, {"class_weights": "balanced"}):
         recipe = {"model_name_or_path": TINY_CNN, "learning_rate": 1e-2, "num_train_epochs": 3, "save_strategy": "no"}
         recipe |= {**NOTHING_RANDOM, "image_size": 32, "per_device_train_batch_size": 32, "eval_strategy": "no"}
-        args, processor = arguments(output_dir=tmp_path, **recipe, **weights), image_processor(32)
-        trainer = build_trainer(args, data, build_network(args, data, processor)[0], processor)
+        args = arguments(output_dir=tmp_path, **recipe, **weights)
+        network, processor, _ = build_network(args, data)
+        trainer = build_trainer(args, data, network, processor)
         trainer.train()
-        predicted = torch.from_numpy(trainer.predict(trainer.eval_dataset).predictions)[:, 0, 0]
+        trainer.evaluate()
+        predicted = torch.from_numpy(trainer.predictions.predicted)
         rare = truth >= 5
         recalls.append((predicted == truth)[rare].float().mean().item())
     assert recalls[1] > recalls[0] + 0.1

@@ -150,6 +150,7 @@ def train_and_evaluation(splits: DatasetDict, args: ImageArguments) -> tuple[Dat
     else:
         if len(splits["train"]) < 2:
             raise UserError(f"{args.dataset_name} has {len(splits['train'])} images: too few to hold some out.")
+        find_image_column(splits["train"].features, args)  # to say first that these are no images
         labels = splits["train"][find_label_column(splits["train"].features, args)][:]
         kept, held_out = hold_out(labels, args.train_val_split)
         train, evaluation = splits["train"].select(kept), splits["train"].select(held_out)
