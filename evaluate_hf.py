@@ -41,7 +41,7 @@ from modeling_deit_ti.card.markdown import percent, text
 from modeling_deit_ti.classifiers import label_names
 from modeling_deit_ti.data import EvaluationData, load_evaluation_images
 from modeling_deit_ti.data.decoding import read_image
-from modeling_deit_ti.device import PRECISION_NAMES, autocast, automatic_precision
+from modeling_deit_ti.device import autocast
 from modeling_deit_ti.errors import (
     EXIT_USER_ERROR,
     StorageError,
@@ -51,13 +51,12 @@ from modeling_deit_ti.errors import (
     list_some,
     storing,
 )
-from modeling_deit_ti.prediction import load_for_prediction
+from modeling_deit_ti.prediction import add_prediction_flags, chosen_precision, load_for_prediction
 from modeling_deit_ti.teacher import match_labels
 
 
 REPORT_TEXT_FILE = "report.md"
 COMPARISON_FILE = "comparison.json"
-PRECISIONS = {name: precision for precision, name in PRECISION_NAMES.items()}
 
 
 def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
@@ -86,16 +85,8 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument(
         "--thumbnails", action="store_true", help="show mistakes on images of a local folder too, which may be private"
     )
-    parser.add_argument("--batch_size", type=int, default=64, help="images at a time (default: 64)")
     parser.add_argument("--num_workers", type=int, default=0, help="processes that prepare images (default: none)")
-    parser.add_argument("--device", help="cpu, cuda, ... (default: a GPU if there is one)")
-    parser.add_argument(
-        "--precision",
-        choices=["auto", *PRECISIONS],
-        default="auto",
-        help="of the computation (default: the fastest that the device is good at, as in training)",
-    )
-    parser.add_argument("--trust_remote_code", action="store_true", help="run the code that a model brings along")
+    add_prediction_flags(parser)
     return parser.parse_args(arguments)
 
 
@@ -122,7 +113,7 @@ def predict(name: str, flag: str, data: EvaluationData, options: argparse.Namesp
             f"dataset has {list_some(data.label_names)}."
         )
     others = sorted(set(range(len(known))) - set(order))
-    precision = PRECISIONS.get(options.precision) or automatic_precision(model.device, model)
+    precision = chosen_precision(options.precision, model)
     prepare = functools.partial(prepare_batch, image_processor=image_processor)
     loader = DataLoader(data.images, options.batch_size, num_workers=options.num_workers, collate_fn=prepare)
     predicted, confidence, kept = [], [], []

@@ -20,12 +20,9 @@ from transformers.utils import logging as transformers_logging
 
 from modeling_deit_ti.arguments import check_at_least
 from modeling_deit_ti.data.decoding import decode_image
-from modeling_deit_ti.device import PRECISION_NAMES, autocast, automatic_precision
+from modeling_deit_ti.device import autocast
 from modeling_deit_ti.errors import UserError
-from modeling_deit_ti.prediction import head_logits, load_for_prediction
-
-
-PRECISIONS = {name: precision for precision, name in PRECISION_NAMES.items()}
+from modeling_deit_ti.prediction import add_prediction_flags, chosen_precision, head_logits, load_for_prediction
 
 
 def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
@@ -34,15 +31,7 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("images", metavar="IMAGE_OR_FOLDER", nargs="+", type=Path, help="folders are searched through")
     parser.add_argument("--top_k", type=int, default=3, help="labels to name for each head (default: 3)")
     parser.add_argument("--output", type=Path, metavar="FILE", help="a new .csv or .json file instead of a table")
-    parser.add_argument("--batch_size", type=int, default=64, help="images at a time (default: 64)")
-    parser.add_argument("--device", help="cpu, cuda, ... (default: a GPU if there is one)")
-    parser.add_argument(
-        "--precision",
-        choices=["auto", *PRECISIONS],
-        default="auto",
-        help="of the computation (default: the fastest that the device is good at, as in training)",
-    )
-    parser.add_argument("--trust_remote_code", action="store_true", help="run the code that the model brings along")
+    add_prediction_flags(parser)
     return parser.parse_args(arguments)
 
 
@@ -160,7 +149,7 @@ def run(options: argparse.Namespace) -> int:
             raise UserError(f"--output {output}: there is no folder {output.parent}.")
     files = find_images(options.images)
     model, image_processor = load_for_prediction(options.model, "MODEL", options.trust_remote_code, options.device)
-    precision = PRECISIONS.get(options.precision) or automatic_precision(model.device, model)
+    precision = chosen_precision(options.precision, model)
     predictions = predict(model, image_processor, files, options.top_k, options.batch_size, precision)
     if output is None:
         if predictions:

@@ -1,11 +1,35 @@
 """A classifier that is ready to predict, and what each of its heads says."""
 
+import argparse
+
 import torch
 from transformers import BaseImageProcessor, PreTrainedModel
 from transformers.utils import ModelOutput
 
 from .classifiers import check_complete, load_classifier, load_image_processor
+from .device import PRECISION_NAMES, automatic_precision
 from .errors import UserError, first_line
+
+
+PRECISIONS = {name: precision for precision, name in PRECISION_NAMES.items()}
+
+
+def add_prediction_flags(parser: argparse.ArgumentParser) -> None:
+    """How a model computes, for the commands that ask one."""
+    parser.add_argument("--batch_size", type=int, default=64, help="images at a time (default: 64)")
+    parser.add_argument("--device", help="cpu, cuda, ... (default: a GPU if there is one)")
+    parser.add_argument(
+        "--precision",
+        choices=["auto", *PRECISIONS],
+        default="auto",
+        help="of the computation (default: the fastest that the device is good at, as in training)",
+    )
+    parser.add_argument("--trust_remote_code", action="store_true", help="run the code that a model brings along")
+
+
+def chosen_precision(name: str, model: PreTrainedModel) -> str:
+    """The precision that `--precision` names, for `device.autocast`; `auto` goes by the model and its device."""
+    return PRECISIONS.get(name) or automatic_precision(model.device, model)
 
 
 def load_for_prediction(
