@@ -21,7 +21,6 @@ from .arguments import Arguments, TeacherArguments
 from .card import TeacherRecord
 from .checkpoints import checkpoints_of, last_complete
 from .classifiers import (
-    check_takes_images,
     fine_tunable_classifier,
     input_format,
     is_timm_architecture,
@@ -41,7 +40,7 @@ from .runs import (
     own_accelerator_state,
     resume_precision,
     run_settings,
-    settle_precision,
+    settle_classifier,
     train_and_save,
 )
 from .teacher import Teacher, match_labels, teacher_folder_name
@@ -159,9 +158,7 @@ def _fit(args: Arguments, pretrained: PreTrainedModel | None, source: str, data:
             else:
                 set_seed(run.training.seed)
                 network = _with_labels(pretrained, source, data.label_names, image_processor, args.teacher)
-                batch_size = min(run.training.train_batch_size, len(data.train))
-                check_takes_images(network, name, run.model.image_size, batch_size)
-                settle_precision(run.training, network)
+                settle_classifier(run, data, network, name)
             if is_main:
                 (folder / "all_results.json").unlink(missing_ok=True)  # of another recipe, or of none
             (checkpoint,) = broadcast_object_list([last_complete(folder)])

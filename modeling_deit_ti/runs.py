@@ -59,8 +59,7 @@ def build_network(args: Arguments, data: ImageData) -> tuple[PreTrainedModel, De
             image_processor = make_image_processor(model, args.augmentation, mean, std)
             network = fine_tunable_classifier(name, FLAG, data.label_names, image_processor)
     if is_classifier:
-        check_takes_images(network, name, model.image_size, min(training.train_batch_size, len(data.train)))
-        settle_precision(training, network)
+        settle_classifier(args, data, network, name)
         return network, image_processor, []
     config = DeiTTiConfig(
         image_size=model.image_size,
@@ -116,8 +115,14 @@ def run_settings(args: Arguments, data: ImageData) -> dict:
     return settings
 
 
-def settle_precision(training: DistillationTrainingArguments, network: PreTrainedModel) -> None:
-    """Unless the user says otherwise, a CNN is trained in what suits it, not only the device."""
+def settle_classifier(args: Arguments, data: ImageData, network: PreTrainedModel, name: str) -> None:
+    """
+    Checks that the classifier, called `name` by the user, takes the images. Unless the user says otherwise, it is then
+    trained in the precision that suits it, not only the device.
+    """
+    training = args.training
+    batch_size = min(training.train_batch_size, len(data.train))
+    check_takes_images(network, name, args.model.image_size, batch_size)
     if training.has_automatic_precision:
         training.mixed_precision = automatic_precision(training.device, network)
 
