@@ -48,6 +48,7 @@ from modeling_deit_ti.teacher_cache import make_teacher_cache
 
 def main() -> None:
     *earlier, last = stages = parse_stages(sys.argv[1:], description=__doc__.splitlines()[0])
+    quiet_libraries(all_bars=last.training.disable_tqdm or last.training.process_index > 0)
     if earlier:
         preflight.checkpoint_to_resume(last.training)  # refused now, rather than after hours of the earlier stages
     for number, args in enumerate(stages, start=1):
@@ -62,7 +63,6 @@ def train(args: Arguments, is_last: bool = True) -> None:
     """One run, unless it is an earlier stage that has been finished."""
     # 1. What must hold before anything else
     training, mode = args.training, args.training.mode
-    quiet_libraries(all_bars=training.disable_tqdm or training.process_index > 0)
     is_finished = not is_last and preflight.is_finished_stage(training)
     checkpoint = training.output_dir if is_finished else preflight.checkpoint_to_resume(training)
     preflight.check_folders(args)

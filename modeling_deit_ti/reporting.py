@@ -10,9 +10,10 @@ from transformers import Trainer
 from transformers.integrations import MLflowCallback, TensorBoardCallback, TrackioCallback, WandbCallback
 
 from .card import CURVES_FILE
+from .card.report_pictures import CONFUSION_FILE
 
 
-PICTURES = (CURVES_FILE, "confusion_matrix.png")
+PICTURES = (CURVES_FILE, CONFUSION_FILE)
 
 
 def grouped(logs: dict) -> dict:
