@@ -35,9 +35,20 @@ REPOSITORY = Path(__file__).resolve().parents[1]
 @pytest.fixture(scope="session")
 def cifar10_dir() -> Path:
     """The real CIFAR-10 as Parquet, in the layout of the Hub's `uoft-cs/cifar10`, where there is a copy."""
-    path = Path(os.environ.get("CIFAR10_DIR") or REPOSITORY.parent / "shared" / "data" / "cifar10")
+    return folder_of("CIFAR10_DIR", "data/cifar10", "the real CIFAR-10", "its Parquet files")
+
+
+@pytest.fixture(scope="session")
+def efficientnet_lite0() -> Path:
+    """A real CNN with ImageNet's weights, where there is a copy."""
+    return folder_of("EFFICIENTNET_DIR", "models/efficientnet_lite0", "a pretrained CNN", "a model of transformers")
+
+
+def folder_of(variable: str, default: str, what: str, content: str) -> Path:
+    """What is too large for the repository, and skips the test where it is absent."""
+    path = Path(os.environ.get(variable) or REPOSITORY.parent / "shared" / default)
     if not path.is_dir():
-        pytest.skip(f"needs the real CIFAR-10: no folder {path} (set CIFAR10_DIR to one with its Parquet files)")
+        pytest.skip(f"needs {what}: no folder {path} (set {variable} to one with {content})")
     return path
 
 

@@ -1,11 +1,8 @@
 """recipes/photos.yaml on a folder of photos: both networks know ImageNet already."""
 
 import json
-import os
-from pathlib import Path
 
 import numpy as np
-import pytest
 import yaml
 from PIL import Image
 from real_command import REPOSITORY, run
@@ -13,15 +10,6 @@ from transformers import DeiTConfig, DeiTForImageClassificationWithTeacher, DeiT
 
 from modeling_deit_ti.card import RunRecord
 from modeling_deit_ti.parsing import parse_arguments
-
-
-@pytest.fixture(scope="module")
-def efficientnet_lite0() -> Path:
-    """A real CNN with ImageNet's weights, where there is a copy."""
-    path = Path(os.environ.get("EFFICIENTNET_DIR") or REPOSITORY.parent / "shared" / "models" / "efficientnet_lite0")
-    if not path.is_dir():
-        pytest.skip(f"needs a pretrained CNN: no folder {path} (set EFFICIENTNET_DIR to one that transformers loads)")
-    return path
 
 
 def test_the_recipe_names_models_of_the_hub():
