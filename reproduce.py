@@ -126,8 +126,9 @@ def main() -> None:
     taught = {run.seed for run in runs if run.name in args.rows and run.args.training.mode.has_teacher}
     wanted = [run for run in runs if run.name in args.rows or (run.name == "teacher" and run.seed in taught)]
     if args.list:
+        width = max(len(run.title) for run in wanted)
         for run in wanted:
-            print(f"{run.title:22}{run.state}")
+            print(f"{run.title:{width}}  {run.state}")
         return
     check_settings(args)
 

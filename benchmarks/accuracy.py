@@ -120,11 +120,21 @@ class Run:
 def write_results(budget: str, settings: dict, runs: list[Run]) -> None:
     """
     Writes `results/<budget>/` and the cards of the finished runs. `settings` is what all runs share, and `runs` has
-    every run at least once, finished or not.
+    every run at least once, finished or not. A run that is in the table already stays there, with its curve, until it
+    has finished again: a table takes hours, and may be made on several machines.
     """
     folder = RESULTS / budget
     folder.mkdir(parents=True, exist_ok=True)
-    table, curves = make_table(budget, settings, runs), make_curves(runs)
+    before, curves_before = (
+        json.loads((folder / name).read_text()) if (folder / name).is_file() else {}
+        for name in ("table.json", "curves.json")
+    )
+    if any(before.get(name) != value for name, value in shareable(settings).items()):
+        before = curves_before = {}  # of another recipe
+    facts_before = {row["row"]: row["runs"] for row in before.get("rows", [])}
+    table = make_table(budget, settings, runs, facts_before)
+    curves = make_curves(runs)
+    curves = curves_before | {name: curves_before.get(name, {}) | of_seeds for name, of_seeds in curves.items()}
     (folder / "table.json").write_text(json.dumps(table, indent=2) + "\n")
     (folder / "table.md").write_text(render_table(table))
     (folder / "curves.json").write_text(json.dumps(curves, indent=2) + "\n")
@@ -138,14 +148,19 @@ def write_results(budget: str, settings: dict, runs: list[Run]) -> None:
 # ---- The table ----
 
 
-def make_table(budget: str, settings: dict, runs: list[Run]) -> dict:
-    """`table.json`: what all rows share, and for each row its mean accuracies, their spread and every run."""
+def make_table(budget: str, settings: dict, runs: list[Run], facts_before: dict[str, list[dict]]) -> dict:
+    """
+    `table.json`: what all rows share, and for each row its mean accuracies, their spread and every run. `facts_before`
+    has the runs of each row that finished earlier; those that `runs` has finished count instead.
+    """
     is_cifar10 = settings["dataset"].lower() == "cifar10"
     rows = []
     for row in ROWS:
         of_row = sorted((run for run in runs if run.name == row.run), key=lambda run: run.seed)
         training = of_row[0].args.training
-        facts = [run_facts(run, row) for run in of_row if run.is_finished]
+        facts = {fact["seed"]: fact for fact in facts_before.get(row.name, [])}
+        facts |= {run.seed: run_facts(run, row) for run in of_row if run.is_finished}
+        facts = [fact for _, fact in sorted(facts.items())]
         entry = {
             "row": row.name,
             "run": row.run,

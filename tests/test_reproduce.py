@@ -114,7 +114,7 @@ def test_an_interrupted_run_continues_where_it_stopped(tmp_path, call):
     with open(log) as file:
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)  # the run held it, so it has ended
     assert not (runs / "none-seed0" / "all_results.json").exists()
-    assert call("--list", "--rows", "none")[1].startswith("none, seed 0          interrupted after ")
+    assert call("--list", "--rows", "none")[1].startswith("none, seed 0  interrupted after ")
 
     length, before = log.stat().st_size, read(runs / "none-seed0" / "reproduce.json")
     code, printed = call("--rows", "none")
@@ -410,9 +410,22 @@ def test_a_command_for_one_seed_keeps_the_others_in_the_table(recorded):
     assert (row["baseline_top1"], row["paper_top1"]) == (0.6769, 0.722)
 
 
+def test_a_row_stays_in_the_table_when_its_outputs_are_gone_unless_the_recipe_changes(recorded):
+    args, runs = recorded
+    reproduce.update_results(args, runs)
+    shutil.rmtree(args.output_dir)
+    reproduce.update_results(args, runs)
+    results = Path("results/cifar10-small")
+    assert [len(row["runs"]) for row in read(results / "table.json")["rows"]] == [3] * len(accuracy.ROWS)
+    assert set(read(results / "curves.json")) == {row.name for row in accuracy.ROWS}
+    args = reproduce.parse_command(["--budget=small", "--", "--weight_decay=0.2"])
+    reproduce.update_results(args, reproduce.make_runs(args, args.seeds))
+    assert not any(row["runs"] for row in read(results / "table.json")["rows"])
+
+
 def test_the_plot_has_all_rows_and_nothing_covers_the_curves(recorded):
     args, runs = recorded
-    curves, table = accuracy.make_curves(runs), accuracy.make_table(args.name, args.settings(), runs)
+    curves, table = accuracy.make_curves(runs), accuracy.make_table(args.name, args.settings(), runs, {})
     assert list(curves) == [row.name for row in accuracy.ROWS]
     figure = accuracy.plot_curves(curves, table, Path("curves.png"))
     axes = figure.axes[0]
