@@ -23,15 +23,14 @@ import torch
 from PIL import Image
 from transformers import BaseImageProcessor, PreTrainedModel
 from transformers.utils import ModelOutput
-from transformers.utils import logging as transformers_logging
 
 from modeling_deit_ti.attention import attention_maps, draw_attention, learned_tokens, seen_picture
-from modeling_deit_ti.card import EXAMPLE_FILE, RunRecord
+from modeling_deit_ti.card import RunRecord, example_files
 from modeling_deit_ti.card.facts import facts
 from modeling_deit_ti.card.markdown import text
 from modeling_deit_ti.card.record import RECORD_FILE, folder_name
 from modeling_deit_ti.data.decoding import decode_image, open_image
-from modeling_deit_ti.errors import EXIT_USER_ERROR, UserError
+from modeling_deit_ti.errors import UserError, exit_code
 from modeling_deit_ti.interop.browser import write_static_space
 from modeling_deit_ti.interop.space import MODELS_FOLDER, push_space, write_space
 from modeling_deit_ti.prediction import head_logits, load_for_prediction
@@ -151,8 +150,8 @@ class Models:
 
     def examples(self) -> list[str]:
         """The pictures that the runs have kept, each once."""
-        files = (Path(path, EXAMPLE_FILE) for path in self.names.values())
-        return list({file.read_bytes(): str(file) for file in files if file.is_file()}.values())
+        files = (file for path in self.names.values() for file in example_files(path))
+        return list({file.read_bytes(): str(file) for file in files}.values())
 
     def answer(self, picture: str | None, name: str, min_probability: float, blocks: str) -> list:
         """What a panel shows of a picture: the verdict, the labels of each head, the attention maps."""
@@ -277,21 +276,38 @@ def make_panel(name: str, at: str) -> tuple[gr.Column, list[gr.Component]]:
     return panel, [said, *heads, *maps, words]
 
 
+# Gradio has a button for it, but does not know Ctrl-V.
+PASTE = """() => document.addEventListener("paste", ({ clipboardData }) => {
+    const upload = document.querySelector("#picture input[type=file]");
+    if (!upload || clipboardData.files.length === 0) return;
+    upload.files = clipboardData.files;
+    upload.dispatchEvent(new Event("change"));
+})"""
+
+
 def launch(page: gr.Blocks, options: argparse.Namespace) -> None:
-    """Serves the page until Ctrl-C."""
+    """Serves the page until Ctrl-C. Raises a `UserError` if the port is taken."""
     theme = gr.themes.Default(font=["system-ui", "sans-serif"], font_mono=["ui-monospace", "monospace"])
-    page.launch(
-        server_port=options.port,
-        share=options.share,
-        inbrowser=not (options.no_browser or gr.utils.get_space()),
-        theme=theme,
-        css="#picture img { width: 100%; height: 100%; object-fit: contain }",  # also if it has 32 pixels
-        max_file_size="64mb",
-        footer_links=["api"],
-        run_history=False,
-        ssr_mode=False,
-        pwa=False,
-    )
+    try:
+        _, address, _ = page.launch(
+            server_port=options.port,
+            share=options.share,
+            inbrowser=not (options.no_browser or gr.utils.get_space()),
+            theme=theme,
+            css="#picture img { width: 100%; height: 100%; object-fit: contain }",  # also if it has 32 pixels
+            js=PASTE,
+            max_file_size="64mb",
+            footer_links=["api"],
+            run_history=False,
+            ssr_mode=False,
+            pwa=False,
+            quiet=True,
+            prevent_thread_lock=True,
+        )
+    except OSError as error:
+        raise UserError(f"--port {options.port}: another program has it. Name another one, or none.") from error
+    print(f"The page is at {address} until you press Ctrl-C.", flush=True)
+    page.block_thread()
 
 
 def run(options: argparse.Namespace) -> None:
@@ -345,14 +361,7 @@ def make_space(names: dict[str, str], options: argparse.Namespace) -> None:
 
 def main(arguments: list[str] | None = None) -> int:
     options = parse_arguments(arguments)
-    transformers_logging.set_verbosity_error()
-    transformers_logging.disable_progress_bar()
-    try:
-        run(options)
-    except UserError as error:
-        print(f"app.py: {error}", file=sys.stderr)
-        return EXIT_USER_ERROR
-    return 0
+    return exit_code("app.py", lambda: run(options))
 
 
 if __name__ == "__main__":

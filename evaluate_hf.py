@@ -22,7 +22,6 @@ import torch
 from torch.utils.data import DataLoader
 from tqdm import tqdm
 from transformers import BaseImageProcessor
-from transformers.utils import logging as transformers_logging
 
 from modeling_deit_ti.arguments import ImageArguments, check_at_least
 from modeling_deit_ti.card import (
@@ -35,6 +34,7 @@ from modeling_deit_ti.card import (
     folder_name,
     make_report,
     report_section,
+    scale_temperature,
     verdict,
 )
 from modeling_deit_ti.card.markdown import percent, text
@@ -42,15 +42,7 @@ from modeling_deit_ti.classifiers import label_names
 from modeling_deit_ti.data import EvaluationData, load_evaluation_images
 from modeling_deit_ti.data.decoding import read_image
 from modeling_deit_ti.device import autocast
-from modeling_deit_ti.errors import (
-    EXIT_USER_ERROR,
-    StorageError,
-    UserError,
-    check_writable,
-    first_line,
-    list_some,
-    storing,
-)
+from modeling_deit_ti.errors import UserError, check_writable, exit_code, first_line, list_some, storing
 from modeling_deit_ti.prediction import add_prediction_flags, chosen_precision, load_for_prediction
 from modeling_deit_ti.teacher import match_labels
 
@@ -214,7 +206,9 @@ def run(options: argparse.Namespace) -> None:
     data = load_evaluation_images(images, options.split)
     answers = [predict(name, flag, data, options) for flag, name in names.items()]
     reports = [
-        make_report(predictions, label_names, model, dataset, data.split)
+        make_report(
+            predictions, label_names, model, dataset, data.split, temperature_scaling=scale_temperature(predictions)
+        )
         for model, (predictions, label_names) in zip(called, answers, strict=True)
     ]
     with storing(folder, f"Make room, delete {folder}, then run the same command again."):
@@ -243,14 +237,7 @@ def run(options: argparse.Namespace) -> None:
 
 def main(arguments: list[str] | None = None) -> int:
     options = parse_arguments(arguments)
-    transformers_logging.set_verbosity_error()
-    transformers_logging.disable_progress_bar()
-    try:
-        run(options)
-    except (UserError, StorageError) as error:
-        print(f"evaluate_hf.py: {error}", file=sys.stderr)
-        return EXIT_USER_ERROR if isinstance(error, UserError) else 1
-    return 0
+    return exit_code("evaluate_hf.py", lambda: run(options))
 
 
 if __name__ == "__main__":

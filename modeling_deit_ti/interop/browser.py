@@ -8,7 +8,7 @@ from pathlib import Path
 from huggingface_hub import SpaceCardData
 from jinja2 import Environment, FileSystemLoader, select_autoescape
 
-from ..card import EXAMPLE_FILE, RunRecord
+from ..card import RunRecord, example_files
 from ..card.markdown import clean, percent, text
 from ..card.record import RECORD_FILE, folder_name
 from ..classifiers import label_names
@@ -71,14 +71,14 @@ def write_static_space(
     for file in vendored:
         (folder / "vendor").mkdir(exist_ok=True)
         shutil.copy(file, folder / "vendor")
-    for file in (TEMPLATES / "page.js", TEMPLATES / "page.css", model_folder / EXAMPLE_FILE):
-        if file.is_file():  # not every run leaves an example
-            shutil.copy(file, folder)
+    examples = example_files(model_folder)
+    for file in (TEMPLATES / "page.js", TEMPLATES / "page.css", *examples):
+        shutil.copy(file, folder)
 
     megabytes = {file: (onnx / file).stat().st_size / 1e6 for file in (QUANTIZED_FILE, ONNX_FILE)}
     facts = run_facts(model_folder) | {
         "labels": label_names(model.config),
-        "has_example": (folder / EXAMPLE_FILE).is_file(),
+        "examples": [file.name for file in examples],
         "precisions": {  # by transformers.js's names
             "q8": f"8-bit weights, {megabytes[QUANTIZED_FILE]:.0f} MB",
             "fp32": f"float32, {megabytes[ONNX_FILE]:.0f} MB",
@@ -106,6 +106,7 @@ def run_facts(folder: Path) -> dict:
         "num_images": record.dataset.num_eval_images,
         "accuracy": metrics.get("eval_accuracy"),
         "quantized": metrics.get("eval_accuracy_quantized"),
+        "num_quantized": record.metrics.get("eval_samples_quantized"),
     }
 
 

@@ -24,7 +24,7 @@ REQUIREMENTS = (
 # Of a model's folder. Neither checkpoints nor the arguments of the run, and no code: the package is its code.
 MODEL_FILES = (
     *("config.json", "preprocessor_config.json", "*.safetensors", "*.safetensors.index.json"),
-    *(RECORD_FILE, "example.png"),
+    *(RECORD_FILE, "example*.png"),
 )
 
 
