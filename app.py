@@ -64,6 +64,12 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
         "--dry_run", type=Path, metavar="FOLDER", help="with --to_space: only write it, to a new folder"
     )
     parser.add_argument("--static", action="store_true", help="with --to_space: a Space without a server")
+    parser.add_argument(
+        "--node_modules",
+        type=Path,
+        metavar="FOLDER",
+        help="with --static: where npm has put transformers.js, to copy it (default: browsers fetch it from a CDN)",
+    )
     return parser.parse_args(arguments)
 
 
@@ -318,6 +324,8 @@ def run(options: argparse.Namespace) -> None:
         raise UserError(f"--min_probability {options.min_probability:g}: must be between 0 and 1.")
     if (options.dry_run or options.static) and not options.to_space:
         raise UserError("--dry_run and --static need --to_space USER/NAME.")
+    if options.node_modules and not options.static:
+        raise UserError("--node_modules needs --static.")
     own_models = Path(__file__).with_name(MODELS_FOLDER)  # in a Space
     if options.compare:
         chosen = [folder_name(path) if os.path.isdir(path) else path for path in options.compare]
@@ -342,14 +350,15 @@ def make_space(names: dict[str, str], options: argparse.Namespace) -> None:
     """Writes a Space with the models, and pushes it unless it is a dry run. Raises a `UserError`."""
     if options.dry_run and options.dry_run.exists():
         raise UserError(f"--dry_run {options.dry_run} exists already: move it away, or name another folder.")
+    title = options.to_space.rpartition("/")[2]
     with tempfile.TemporaryDirectory() as temporary:
         folder = options.dry_run or Path(temporary, "space")
         if options.static:
             if len(names) > 1:
                 raise UserError("--static shows one model: name its folder.")
-            write_static_space(Path(*names.values()), folder)
+            write_static_space(Path(*names.values()), folder, title, options.node_modules)
         else:
-            write_space(names, folder, Path(__file__), title=options.to_space.rpartition("/")[2])
+            write_space(names, folder, Path(__file__), title)
         if options.dry_run:
             how = f": python -m http.server --directory {folder}"
             if not options.static:

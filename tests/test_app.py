@@ -305,6 +305,7 @@ MISTAKES = {
     "a model without weights": (["runs/broken"], "safetensors"),
     "a probability above 1": (["runs/both", "--min_probability=50"], "between 0 and 1"),
     "a dry run of nothing": (["runs/both", "--dry_run=space"], "--to_space"),
+    "a copy of nothing": (["runs/both", "--to_space=me/it", "--node_modules=."], "--node_modules needs --static"),
     "a dry run into what is there": (["runs/both", "--to_space=me/it", "--dry_run=."], "exists already"),
     "a Space of a Hub id": (["me/it", "--to_space=me/it", "--dry_run=space"], "download it first"),
     "a push without the Hub": (["runs/both", "--to_space=me/it"], "--dry_run FOLDER only writes the folder"),
@@ -422,7 +423,7 @@ def test_in_a_browser_a_picture_can_be_pasted(how, chromium, page, digit):
 
 def test_in_a_browser_a_picture_can_be_taken_with_the_camera(chromium, page):
     chromium.get(page)
-    for button in ("//*[@aria-label='Capture from camera']", "//*[text()='Click to Access Webcam']"):
+    for button in ("//*[@aria-label='Capture from camera']", "//button[contains(., 'Access Webcam')]"):
         wait(chromium, lambda _, button=button: chromium.find_elements(By.XPATH, button))[0].click()
     wait(chromium, lambda _: chromium.execute_script("return document.querySelector('#picture video')?.videoWidth"))
     chromium.find_element(By.XPATH, "//*[@aria-label='capture photo']").click()
@@ -501,7 +502,8 @@ def test_a_static_space_is_the_page_that_needs_no_server(runs, tmp_path, capsys)
     folder = tmp_path / "static"
     assert app.main([str(runs / "both"), "--to_space=tester/digits", "--static", f"--dry_run={folder}"]) == 0
     assert f"python -m http.server --directory {folder}" in capsys.readouterr().out
-    assert SpaceCard.load(folder / "README.md").data.sdk == "static"
+    card = SpaceCard.load(folder / "README.md").data
+    assert (card.title, card.sdk) == ("digits", "static")
     assert (folder / "index.html").is_file() and list(folder.rglob("model_quantized.onnx"))
 
 

@@ -127,9 +127,9 @@ def test_the_page_names_the_versions_that_are_tested(transformers_js):
 
 
 def test_a_static_space_is_complete_and_loads_pinned_scripts(run, tmp_path):
-    write_static_space(run, tmp_path / "space")
+    write_static_space(run, tmp_path / "space", "Emu or not")
     card = RepoCard.load(tmp_path / "space" / "README.md")
-    assert (card.data.title, card.data.sdk) == ("emu-or-not", "static")
+    assert (card.data.title, card.data.sdk) == ("Emu or not", "static")
     page = (tmp_path / "space" / "index.html").read_text()
     assert "&lt;b&gt;dog&lt;/b&gt;" in page and "<b>" not in page
     (import_map,) = re.findall(r'<script type="importmap">(.*?)</script>', page)
@@ -148,11 +148,11 @@ def test_a_static_space_is_complete_and_loads_pinned_scripts(run, tmp_path):
 def test_a_page_that_cannot_be_written_is_one_message(run, tmp_path):
     (tmp_path / "notes.txt").write_text("mine")
     with pytest.raises(UserError, match="is not empty"):
-        write_static_space(run, tmp_path)
+        write_static_space(run, tmp_path, "title")
     with pytest.raises(UserError, match="it is a deit, not a deit_ti"):
-        write_static_space(run / "transformers", tmp_path / "space")
+        write_static_space(run / "transformers", tmp_path / "space", "title")
     with pytest.raises(UserError, match="npm install"):
-        write_static_space(run, tmp_path / "space", tmp_path)
+        write_static_space(run, tmp_path / "space", "title", tmp_path)
     assert [path.name for path in tmp_path.iterdir()] == ["notes.txt"]
 
 
@@ -160,7 +160,7 @@ def test_a_page_that_cannot_be_written_is_one_message(run, tmp_path):
 def page(run, transformers_js, tmp_path_factory) -> Iterator[str]:
     """The address of the page, served by this machine with its own copy of transformers.js."""
     folder = tmp_path_factory.mktemp("page")
-    write_static_space(run, folder, transformers_js)
+    write_static_space(run, folder, "title", transformers_js)
     handler = functools.partial(SimpleHTTPRequestHandler, directory=str(folder))
     with ThreadingHTTPServer(("127.0.0.1", 0), handler) as server:
         threading.Thread(target=server.serve_forever, daemon=True).start()

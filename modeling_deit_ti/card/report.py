@@ -297,6 +297,6 @@ def verdict(comparison: dict, first: str, second: str) -> str:
     probability = f"p = {p:.2g}" if p >= 0.001 else "p < 0.001"
     facts = f"(95 % interval {100 * low:.1f} to {100 * high:.1f}, {probability})"
     if difference == 0:
-        return f"{first} and {second} are right equally often {facts}."
-    found = f"{second} is right on {100 * difference:.1f} points more images than {first}"
+        return f"{first} and {second} are equally accurate {facts}."
+    found = f"{second} is {100 * difference:.1f} points more accurate than {first}"
     return f"{found} {facts}." if p < 0.05 else f"{found}, but that may be chance {facts}."
