@@ -25,10 +25,10 @@ from transformers import BaseImageProcessor, PreTrainedModel
 from transformers.utils import ModelOutput
 
 from modeling_deit_ti.attention import attention_maps, draw_attention, learned_tokens, seen_picture
-from modeling_deit_ti.card import RunRecord, example_files
+from modeling_deit_ti.card import RunRecord, example_files, shown_names
 from modeling_deit_ti.card.facts import facts
 from modeling_deit_ti.card.markdown import text
-from modeling_deit_ti.card.record import RECORD_FILE, folder_name
+from modeling_deit_ti.card.record import RECORD_FILE
 from modeling_deit_ti.data.decoding import decode_image, open_image
 from modeling_deit_ti.errors import UserError, exit_code
 from modeling_deit_ti.interop.browser import write_static_space
@@ -83,7 +83,7 @@ def find_models(name: str) -> dict[str, str]:
     if not os.path.isdir(name):
         return {name: name}  # a Hub id, or a timm architecture
     if Path(name, "config.json").is_file():
-        return {folder_name(name): name}
+        return {shown_names([name])[0]: name}
     models = {}
     for parent, folders, files in os.walk(name):
         folders.sort()
@@ -328,9 +328,7 @@ def run(options: argparse.Namespace) -> None:
         raise UserError("--node_modules needs --static.")
     own_models = Path(__file__).with_name(MODELS_FOLDER)  # in a Space
     if options.compare:
-        chosen = [folder_name(path) if os.path.isdir(path) else path for path in options.compare]
-        if chosen[0] == chosen[1]:
-            chosen = [f"{name} ({which})" for name, which in zip(chosen, "AB", strict=True)]
+        chosen = shown_names(options.compare)
         names = dict(zip(chosen, options.compare, strict=True))
     elif options.model or own_models.is_dir():
         names = find_models(options.model or str(own_models))

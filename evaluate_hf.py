@@ -12,7 +12,6 @@ import argparse
 import dataclasses
 import functools
 import json
-import os
 import re
 import sys
 from pathlib import Path
@@ -31,10 +30,10 @@ from modeling_deit_ti.card import (
     compare,
     confidence_interval,
     draw_report,
-    folder_name,
     make_report,
     report_section,
     scale_temperature,
+    shown_names,
     verdict,
 )
 from modeling_deit_ti.card.markdown import percent, text
@@ -110,7 +109,7 @@ def predict(name: str, flag: str, data: EvaluationData, options: argparse.Namesp
     loader = DataLoader(data.images, options.batch_size, num_workers=options.num_workers, collate_fn=prepare)
     predicted, confidence, kept = [], [], []
     try:
-        with tqdm(total=len(data.images), unit="image", desc=shown(name)) as progress:
+        with tqdm(total=len(data.images), unit="image", desc=shown_names([name])[0]) as progress:
             for pixel_values in loader:
                 with autocast(model.device, precision):
                     logits = model(pixel_values=pixel_values.to(model.device, model.dtype)).logits
@@ -130,11 +129,6 @@ def predict(name: str, flag: str, data: EvaluationData, options: argparse.Namesp
         logits=torch.cat(kept).numpy() if kept else None,
     )
     return predictions, data.label_names + [known[label] for label in others]
-
-
-def shown(name: str) -> str:
-    """What a report calls a model or a dataset: of a path, only the last part, since reports are shared."""
-    return folder_name(name) if os.path.isdir(os.path.expanduser(name)) else name
 
 
 def write_report(report: Report, data: EvaluationData, folder: Path, thumbnails: bool) -> None:
@@ -189,10 +183,7 @@ def run(options: argparse.Namespace) -> None:
     """Evaluates as asked. Raises a `UserError`, or a `StorageError` if the disk is full."""
     check_at_least(options, batch_size=1, num_workers=0)
     names = {"MODEL": options.model} | ({"OTHER_MODEL": options.other} if options.other else {})
-    called = [shown(name) for name in names.values()]
-    if len(set(called)) < len(called):  # outputs/a/best, outputs/b/best
-        called = [f"{name} ({order})" for name, order in zip(called, ("first", "second"), strict=True)]
-    dataset = shown(options.dataset_name)
+    called, (dataset,) = shown_names(list(names.values())), shown_names([options.dataset_name])
     folder = options.output_dir or Path("outputs", "reports", re.sub(r"[^\w.-]+", "-", "-".join([*called, dataset])))
     for file in (REPORT_FILE, COMPARISON_FILE):
         if (folder / file).exists():

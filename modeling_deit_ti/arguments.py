@@ -332,7 +332,7 @@ class DistillationTrainingArguments(TrainingArguments):
     temperature_scaling: bool = HfArg(
         default=False,
         help="Fit a temperature to half of the evaluation images, measure the calibration with it on the other half, "
-        "and divide the logits of the saved DeiT-Ti by it.",
+        "and if it is better, divide the logits of the saved DeiT-Ti by it.",
     )
     tf32: bool | None = HfArg(default=None, help="TF32 in float32 products. Default: on where the GPU has it.")
     # Not flags here.

@@ -7,7 +7,15 @@
 
 from .card import EXAMPLE_FILE, PUBLISHED_BASELINE, example_files, report_section, write_model_card
 from .curves import CURVES_FILE, curve_series, plot_training_curves
-from .record import DatasetRecord, RunRecord, TeacherRecord, describe_hardware, folder_name, library_versions
+from .record import (
+    DatasetRecord,
+    RunRecord,
+    TeacherRecord,
+    describe_hardware,
+    folder_name,
+    library_versions,
+    shown_names,
+)
 from .report import (
     REPORT_FILE,
     Predictions,
@@ -45,6 +53,7 @@ __all__ = [
     "plot_training_curves",
     "report_section",
     "scale_temperature",
+    "shown_names",
     "verdict",
     "write_model_card",
 ]

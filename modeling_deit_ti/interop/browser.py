@@ -5,15 +5,15 @@ import os
 import shutil
 from pathlib import Path
 
-from huggingface_hub import SpaceCardData
 from jinja2 import Environment, FileSystemLoader, select_autoescape
 
 from ..card import RunRecord, example_files
-from ..card.markdown import clean, percent, text
+from ..card.markdown import percent, text
 from ..card.record import RECORD_FILE
 from ..classifiers import label_names
 from ..errors import UserError
 from .exports import ONNX_FILE, QUANTIZED_FILE, load_run, save_onnx, to_transformers
+from .space import space_metadata
 
 
 TEMPLATES = Path(__file__).with_name("page")
@@ -83,7 +83,7 @@ def write_static_space(
     record = RunRecord.load(model_folder) if (model_folder / RECORD_FILE).is_file() else None
     facts = (run_facts(record) if record else {}) | {
         "title": title,
-        "metadata": space_metadata(title, record),
+        "metadata": space_metadata(title, [record] if record else [], sdk="static").to_yaml(),
         "labels": label_names(model.config),
         "examples": [file.name for file in examples],
         "precisions": {  # by transformers.js's names
@@ -109,11 +109,3 @@ def run_facts(record: RunRecord) -> dict:
         "quantized": metrics.get("eval_accuracy_quantized"),
         "num_quantized": record.metrics.get("eval_samples_quantized"),
     }
-
-
-def space_metadata(title: str, record: RunRecord | None) -> str:
-    """The YAML block that Spaces want at the top of a README."""
-    models = [record.hub_model_id] if record and record.hub_model_id else None
-    license = record.license if record and record.license != "unknown" else None
-    look = {"title": clean(title), "emoji": "🔎", "colorFrom": "blue", "colorTo": "indigo"}
-    return SpaceCardData(**look, sdk="static", license=license, models=models).to_yaml()
