@@ -271,7 +271,7 @@ def make_panel(name: str, at: str) -> tuple[gr.Column, list[gr.Component]]:
         said = gr.Markdown(elem_id=f"{at}-verdict")
         with gr.Row():
             heads = [
-                gr.Label(num_top_classes=MAX_LABELS, show_heading=False, visible=False, min_width=120) for _ in HEADS
+                gr.Label(num_top_classes=MAX_LABELS, show_heading=False, visible=False, min_width=160) for _ in HEADS
             ]
         with gr.Row(elem_id=f"{at}-maps"):
             maps = [
