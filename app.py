@@ -23,15 +23,14 @@ import torch
 from PIL import Image
 from transformers import BaseImageProcessor, PreTrainedModel
 from transformers.utils import ModelOutput
-from transformers.utils import logging as transformers_logging
 
 from modeling_deit_ti.attention import attention_maps, draw_attention, learned_tokens, seen_picture
-from modeling_deit_ti.card import EXAMPLE_FILE, RunRecord
+from modeling_deit_ti.card import RunRecord, example_files, shown_names
 from modeling_deit_ti.card.facts import facts
 from modeling_deit_ti.card.markdown import text
-from modeling_deit_ti.card.record import RECORD_FILE, folder_name
+from modeling_deit_ti.card.record import RECORD_FILE
 from modeling_deit_ti.data.decoding import decode_image, open_image
-from modeling_deit_ti.errors import EXIT_USER_ERROR, UserError
+from modeling_deit_ti.errors import UserError, exit_code
 from modeling_deit_ti.interop.browser import write_static_space
 from modeling_deit_ti.interop.space import MODELS_FOLDER, push_space, write_space
 from modeling_deit_ti.prediction import head_logits, load_for_prediction
@@ -65,6 +64,12 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
         "--dry_run", type=Path, metavar="FOLDER", help="with --to_space: only write it, to a new folder"
     )
     parser.add_argument("--static", action="store_true", help="with --to_space: a Space without a server")
+    parser.add_argument(
+        "--node_modules",
+        type=Path,
+        metavar="FOLDER",
+        help="with --static: where npm has put transformers.js, to copy it (default: browsers fetch it from a CDN)",
+    )
     return parser.parse_args(arguments)
 
 
@@ -78,7 +83,7 @@ def find_models(name: str) -> dict[str, str]:
     if not os.path.isdir(name):
         return {name: name}  # a Hub id, or a timm architecture
     if Path(name, "config.json").is_file():
-        return {folder_name(name): name}
+        return {shown_names([name])[0]: name}
     models = {}
     for parent, folders, files in os.walk(name):
         folders.sort()
@@ -151,8 +156,8 @@ class Models:
 
     def examples(self) -> list[str]:
         """The pictures that the runs have kept, each once."""
-        files = (Path(path, EXAMPLE_FILE) for path in self.names.values())
-        return list({file.read_bytes(): str(file) for file in files if file.is_file()}.values())
+        files = (file for path in self.names.values() for file in example_files(path))
+        return list({file.read_bytes(): str(file) for file in files}.values())
 
     def answer(self, picture: str | None, name: str, min_probability: float, blocks: str) -> list:
         """What a panel shows of a picture: the verdict, the labels of each head, the attention maps."""
@@ -266,7 +271,7 @@ def make_panel(name: str, at: str) -> tuple[gr.Column, list[gr.Component]]:
         said = gr.Markdown(elem_id=f"{at}-verdict")
         with gr.Row():
             heads = [
-                gr.Label(num_top_classes=MAX_LABELS, show_heading=False, visible=False, min_width=120) for _ in HEADS
+                gr.Label(num_top_classes=MAX_LABELS, show_heading=False, visible=False, min_width=160) for _ in HEADS
             ]
         with gr.Row(elem_id=f"{at}-maps"):
             maps = [
@@ -277,21 +282,38 @@ def make_panel(name: str, at: str) -> tuple[gr.Column, list[gr.Component]]:
     return panel, [said, *heads, *maps, words]
 
 
+# Gradio has a button for it, but does not know Ctrl-V.
+PASTE = """() => document.addEventListener("paste", ({ clipboardData }) => {
+    const upload = document.querySelector("#picture input[type=file]");
+    if (!upload || clipboardData.files.length === 0) return;
+    upload.files = clipboardData.files;
+    upload.dispatchEvent(new Event("change"));
+})"""
+
+
 def launch(page: gr.Blocks, options: argparse.Namespace) -> None:
-    """Serves the page until Ctrl-C."""
+    """Serves the page until Ctrl-C. Raises a `UserError` if the port is taken."""
     theme = gr.themes.Default(font=["system-ui", "sans-serif"], font_mono=["ui-monospace", "monospace"])
-    page.launch(
-        server_port=options.port,
-        share=options.share,
-        inbrowser=not (options.no_browser or gr.utils.get_space()),
-        theme=theme,
-        css="#picture img { width: 100%; height: 100%; object-fit: contain }",  # also if it has 32 pixels
-        max_file_size="64mb",
-        footer_links=["api"],
-        run_history=False,
-        ssr_mode=False,
-        pwa=False,
-    )
+    try:
+        _, address, _ = page.launch(
+            server_port=options.port,
+            share=options.share,
+            inbrowser=not (options.no_browser or gr.utils.get_space()),
+            theme=theme,
+            css="#picture img { width: 100%; height: 100%; object-fit: contain }",  # also if it has 32 pixels
+            js=PASTE,
+            max_file_size="64mb",
+            footer_links=["api"],
+            run_history=False,
+            ssr_mode=False,
+            pwa=False,
+            quiet=True,
+            prevent_thread_lock=True,
+        )
+    except OSError as error:
+        raise UserError(f"--port {options.port}: another program has it. Name another one, or none.") from error
+    print(f"The page is at {address} until you press Ctrl-C.", flush=True)
+    page.block_thread()
 
 
 def run(options: argparse.Namespace) -> None:
@@ -302,11 +324,11 @@ def run(options: argparse.Namespace) -> None:
         raise UserError(f"--min_probability {options.min_probability:g}: must be between 0 and 1.")
     if (options.dry_run or options.static) and not options.to_space:
         raise UserError("--dry_run and --static need --to_space USER/NAME.")
+    if options.node_modules and not options.static:
+        raise UserError("--node_modules needs --static.")
     own_models = Path(__file__).with_name(MODELS_FOLDER)  # in a Space
     if options.compare:
-        chosen = [folder_name(path) if os.path.isdir(path) else path for path in options.compare]
-        if chosen[0] == chosen[1]:
-            chosen = [f"{name} ({which})" for name, which in zip(chosen, "AB", strict=True)]
+        chosen = shown_names(options.compare)
         names = dict(zip(chosen, options.compare, strict=True))
     elif options.model or own_models.is_dir():
         names = find_models(options.model or str(own_models))
@@ -326,14 +348,15 @@ def make_space(names: dict[str, str], options: argparse.Namespace) -> None:
     """Writes a Space with the models, and pushes it unless it is a dry run. Raises a `UserError`."""
     if options.dry_run and options.dry_run.exists():
         raise UserError(f"--dry_run {options.dry_run} exists already: move it away, or name another folder.")
+    title = options.to_space.rpartition("/")[2]
     with tempfile.TemporaryDirectory() as temporary:
         folder = options.dry_run or Path(temporary, "space")
         if options.static:
             if len(names) > 1:
                 raise UserError("--static shows one model: name its folder.")
-            write_static_space(Path(*names.values()), folder)
+            write_static_space(Path(*names.values()), folder, title, options.node_modules)
         else:
-            write_space(names, folder, Path(__file__), title=options.to_space.rpartition("/")[2])
+            write_space(names, folder, Path(__file__), title)
         if options.dry_run:
             how = f": python -m http.server --directory {folder}"
             if not options.static:
@@ -345,14 +368,7 @@ def make_space(names: dict[str, str], options: argparse.Namespace) -> None:
 
 def main(arguments: list[str] | None = None) -> int:
     options = parse_arguments(arguments)
-    transformers_logging.set_verbosity_error()
-    transformers_logging.disable_progress_bar()
-    try:
-        run(options)
-    except UserError as error:
-        print(f"app.py: {error}", file=sys.stderr)
-        return EXIT_USER_ERROR
-    return 0
+    return exit_code("app.py", lambda: run(options))
 
 
 if __name__ == "__main__":

@@ -12,7 +12,6 @@ import argparse
 import dataclasses
 import functools
 import json
-import os
 import re
 import sys
 from pathlib import Path
@@ -22,7 +21,6 @@ import torch
 from torch.utils.data import DataLoader
 from tqdm import tqdm
 from transformers import BaseImageProcessor
-from transformers.utils import logging as transformers_logging
 
 from modeling_deit_ti.arguments import ImageArguments, check_at_least
 from modeling_deit_ti.card import (
@@ -32,9 +30,10 @@ from modeling_deit_ti.card import (
     compare,
     confidence_interval,
     draw_report,
-    folder_name,
     make_report,
     report_section,
+    scale_temperature,
+    shown_names,
     verdict,
 )
 from modeling_deit_ti.card.markdown import percent, text
@@ -42,15 +41,7 @@ from modeling_deit_ti.classifiers import label_names
 from modeling_deit_ti.data import EvaluationData, load_evaluation_images
 from modeling_deit_ti.data.decoding import read_image
 from modeling_deit_ti.device import autocast
-from modeling_deit_ti.errors import (
-    EXIT_USER_ERROR,
-    StorageError,
-    UserError,
-    check_writable,
-    first_line,
-    list_some,
-    storing,
-)
+from modeling_deit_ti.errors import UserError, check_writable, exit_code, first_line, list_some, storing
 from modeling_deit_ti.prediction import add_prediction_flags, chosen_precision, load_for_prediction
 from modeling_deit_ti.teacher import match_labels
 
@@ -118,7 +109,7 @@ def predict(name: str, flag: str, data: EvaluationData, options: argparse.Namesp
     loader = DataLoader(data.images, options.batch_size, num_workers=options.num_workers, collate_fn=prepare)
     predicted, confidence, kept = [], [], []
     try:
-        with tqdm(total=len(data.images), unit="image", desc=shown(name)) as progress:
+        with tqdm(total=len(data.images), unit="image", desc=shown_names([name])[0]) as progress:
             for pixel_values in loader:
                 with autocast(model.device, precision):
                     logits = model(pixel_values=pixel_values.to(model.device, model.dtype)).logits
@@ -138,11 +129,6 @@ def predict(name: str, flag: str, data: EvaluationData, options: argparse.Namesp
         logits=torch.cat(kept).numpy() if kept else None,
     )
     return predictions, data.label_names + [known[label] for label in others]
-
-
-def shown(name: str) -> str:
-    """What a report calls a model or a dataset: of a path, only the last part, since reports are shared."""
-    return folder_name(name) if os.path.isdir(os.path.expanduser(name)) else name
 
 
 def write_report(report: Report, data: EvaluationData, folder: Path, thumbnails: bool) -> None:
@@ -197,10 +183,7 @@ def run(options: argparse.Namespace) -> None:
     """Evaluates as asked. Raises a `UserError`, or a `StorageError` if the disk is full."""
     check_at_least(options, batch_size=1, num_workers=0)
     names = {"MODEL": options.model} | ({"OTHER_MODEL": options.other} if options.other else {})
-    called = [shown(name) for name in names.values()]
-    if len(set(called)) < len(called):  # outputs/a/best, outputs/b/best
-        called = [f"{name} ({order})" for name, order in zip(called, ("first", "second"), strict=True)]
-    dataset = shown(options.dataset_name)
+    called, (dataset,) = shown_names(list(names.values())), shown_names([options.dataset_name])
     folder = options.output_dir or Path("outputs", "reports", re.sub(r"[^\w.-]+", "-", "-".join([*called, dataset])))
     for file in (REPORT_FILE, COMPARISON_FILE):
         if (folder / file).exists():
@@ -214,7 +197,9 @@ def run(options: argparse.Namespace) -> None:
     data = load_evaluation_images(images, options.split)
     answers = [predict(name, flag, data, options) for flag, name in names.items()]
     reports = [
-        make_report(predictions, label_names, model, dataset, data.split)
+        make_report(
+            predictions, label_names, model, dataset, data.split, temperature_scaling=scale_temperature(predictions)
+        )
         for model, (predictions, label_names) in zip(called, answers, strict=True)
     ]
     with storing(folder, f"Make room, delete {folder}, then run the same command again."):
@@ -243,14 +228,7 @@ def run(options: argparse.Namespace) -> None:
 
 def main(arguments: list[str] | None = None) -> int:
     options = parse_arguments(arguments)
-    transformers_logging.set_verbosity_error()
-    transformers_logging.disable_progress_bar()
-    try:
-        run(options)
-    except (UserError, StorageError) as error:
-        print(f"evaluate_hf.py: {error}", file=sys.stderr)
-        return EXIT_USER_ERROR if isinstance(error, UserError) else 1
-    return 0
+    return exit_code("evaluate_hf.py", lambda: run(options))
 
 
 if __name__ == "__main__":

@@ -16,12 +16,11 @@ import torch
 from PIL import Image
 from tqdm import tqdm
 from transformers import BaseImageProcessor, PreTrainedModel
-from transformers.utils import logging as transformers_logging
 
 from modeling_deit_ti.arguments import check_at_least
 from modeling_deit_ti.data.decoding import decode_image
 from modeling_deit_ti.device import autocast
-from modeling_deit_ti.errors import UserError
+from modeling_deit_ti.errors import UserError, exit_code
 from modeling_deit_ti.prediction import add_prediction_flags, chosen_precision, head_logits, load_for_prediction
 
 
@@ -137,7 +136,7 @@ def write_csv(predictions: list[dict], file: Path) -> None:
 
 
 def run(options: argparse.Namespace) -> int:
-    """Predicts as asked, and returns how many files were skipped. Raises a `UserError`."""
+    """Predicts as asked; returns the exit code. Raises a `UserError`."""
     output = options.output
     check_at_least(options, top_k=1, batch_size=1)
     if output is not None:
@@ -158,21 +157,14 @@ def run(options: argparse.Namespace) -> int:
         write_csv(predictions, output)
     else:
         output.write_text(json.dumps(predictions, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
-    return len(files) - len(predictions)
+    if skipped := len(files) - len(predictions):
+        print(f"predict.py: {skipped} of the images could not be read and were skipped.", file=sys.stderr)
+    return 1 if skipped else 0
 
 
 def main(arguments: list[str] | None = None) -> int:
     options = parse_arguments(arguments)
-    transformers_logging.set_verbosity_error()
-    transformers_logging.disable_progress_bar()
-    try:
-        skipped = run(options)
-    except UserError as error:
-        print(f"predict.py: {error}", file=sys.stderr)
-        return 2
-    if skipped:
-        print(f"predict.py: {skipped} of the images could not be read and were skipped.", file=sys.stderr)
-    return 1 if skipped else 0
+    return exit_code("predict.py", lambda: run(options))
 
 
 if __name__ == "__main__":

@@ -331,8 +331,8 @@ class DistillationTrainingArguments(TrainingArguments):
     fp16: bool | None = HfArg(default=None, help="float16 mixed precision, on a GPU. Default: see --bf16.")
     temperature_scaling: bool = HfArg(
         default=False,
-        help="For the report: fit a temperature to half of the evaluation images, and measure the calibration with it "
-        "on the other half.",
+        help="Fit a temperature to half of the evaluation images, measure the calibration with it on the other half, "
+        "and if it is better, divide the logits of the saved DeiT-Ti by it.",
     )
     tf32: bool | None = HfArg(default=None, help="TF32 in float32 products. Default: on where the GPU has it.")
     # Not flags here.

@@ -104,11 +104,11 @@ def draw_attention(picture: PILImage.Image, maps: dict[str, torch.Tensor]) -> tu
     if len(uneven) == 2:
         first, second = uneven
         difference = uneven[first] - uneven[second]
-        most = difference.abs().max()
+        most = difference.abs().max().item()
         # In full colour from a tenth of an even share: less is next to nothing, and must look like it.
-        pictures["difference"] = overlay(picture, difference / most.clamp(min=0.1) / 2 + 0.5, "coolwarm")
+        pictures["difference"] = overlay(picture, difference / max(most, 0.1) / 2 + 0.5, "coolwarm")
         words += (
-            f" The tokens are at most {most:.4f} even shares apart: red is where the {first} token looks more, blue "
-            f"where the {second} token does."
+            f" The tokens are at most {max(most, 1e-4):.4f} even shares apart: red is where the {first} token looks "
+            f"more, blue where the {second} token does."
         )
     return pictures, words

@@ -3,11 +3,13 @@
 import contextlib
 import errno
 import os
+import sys
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from safetensors import SafetensorError
+from transformers.utils import logging as transformers_logging
 
 
 # How a run ends, for the scheduler: a user's mistake, or worth starting again (EX_TEMPFAIL of sysexits.h).
@@ -24,6 +26,20 @@ class UserError(ValueError):
 
 class StorageError(OSError):
     """Something a run had to write could not be written. Not the user's mistake, so the exit code is 1."""
+
+
+def exit_code(command: str, run: Callable[[], int | None]) -> int:
+    """
+    Runs a command, without what transformers says meanwhile, and returns its exit code: that of `run`, or of the
+    mistake or the disk that ended it, which is reported.
+    """
+    transformers_logging.set_verbosity_error()
+    transformers_logging.disable_progress_bar()
+    try:
+        return run() or 0
+    except (UserError, OSError) as error:
+        print(f"{command}: {error}", file=sys.stderr)
+        return EXIT_USER_ERROR if isinstance(error, UserError) else 1
 
 
 def first_line(error: Exception) -> str:

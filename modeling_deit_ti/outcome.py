@@ -2,22 +2,29 @@
 
 import os
 import shlex
+from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 from huggingface_hub import HfApi
+from safetensors.torch import load_file, save_file
+from transformers.utils import SAFE_WEIGHTS_NAME
 
 from .arguments import Arguments
 from .card import (
     CURVES_FILE,
     EXAMPLE_FILE,
     DatasetRecord,
+    Predictions,
     RunRecord,
     TeacherRecord,
+    TemperatureScaling,
     describe_hardware,
     draw_report,
     folder_name,
     make_report,
     plot_training_curves,
+    scale_temperature,
     write_model_card,
 )
 from .card.markdown import duration
@@ -32,10 +39,36 @@ from .modeling_deit_ti import DeiTTiForImageClassification
 from .trainer import DistillationTrainer
 
 
+MAX_EXAMPLES = 8
+MAX_QUANTIZED_IMAGES = 1000  # one at a time takes 10 to 20 seconds at 224x224
+
+
+def calibrate(trainer: DistillationTrainer) -> TemperatureScaling | None:
+    """
+    Fits a temperature to the predictions of the evaluation, if `--temperature_scaling` has kept their logits. If it
+    improves the calibration on other images, those of the saved DeiT-Ti are divided by it in the weights of its heads:
+    whatever loads the model needs to know nothing of it.
+    """
+    scaling = scale_temperature(trainer.predictions)
+    if scaling is None or not trainer.is_deit_ti:
+        return scaling
+    if scaling.after.expected_calibration_error >= scaling.before.expected_calibration_error:
+        return scaling
+    file = Path(trainer.args.output_dir, SAFE_WEIGHTS_NAME)
+    weights = {
+        name: weight / scaling.temperature if name.startswith(("class_head.", "distillation_head.")) else weight
+        for name, weight in load_file(file).items()
+    }
+    save_file(weights, new := file.with_suffix(".new"), metadata={"format": "pt"})
+    os.replace(new, file)  # not written in place: the weights that were read are still parts of it
+    trainer.predictions = trainer.predictions.divided_by(scaling.temperature)
+    return replace(scaling, is_applied=True)
+
+
 def save_exports(trainer: DistillationTrainer, formats: list[str], images: EvalImages) -> dict[str, float]:
     """
-    The same model for those who do not run this project's code. `formats` are those of `--export`. Returns the
-    accuracy on the images of the one that is rounded, to int8.
+    The same model for those who do not run this project's code. `formats` are those of `--export`. Returns how
+    accurate the one is that is rounded, to int8.
     """
     if not trainer.is_deit_ti:
         return {}
@@ -47,21 +80,31 @@ def save_exports(trainer: DistillationTrainer, formats: list[str], images: EvalI
         save_timm(saved, trainer.processing_class, folder / "timm")
     if "onnx" in formats:
         save_onnx(saved, folder / "transformers" / "onnx")
-        return {"eval_accuracy_quantized": onnx_accuracy(folder / "transformers" / "onnx" / QUANTIZED_FILE, images)}
+        return quantized_accuracy(folder / "transformers" / "onnx" / QUANTIZED_FILE, images, trainer.predictions)
     return {}
 
 
-def onnx_accuracy(file: Path, images: EvalImages) -> float:
-    """Top-1 in ONNX Runtime on a CPU. One image at a time, as in a browser: int8 rounds by what is in the batch."""
+def quantized_accuracy(file: Path, images: EvalImages, predictions: Predictions) -> dict[str, float]:
+    """
+    Top-1 in ONNX Runtime on a CPU, on at most `MAX_QUANTIZED_IMAGES` of the images, and that of the float32 model's
+    predictions of the same. One image at a time, as in a browser: int8 rounds by what is in the batch.
+    """
     from onnxruntime import InferenceSession  # only --export onnx needs it
 
     session = InferenceSession(file, providers=["CPUExecutionProvider"])
+    count = min(len(images), MAX_QUANTIZED_IMAGES)
+    rows = np.random.default_rng(0).permutation(len(images))[:count]
+    is_right = predictions.predicted[rows] == predictions.labels[rows]
     hits = 0
-    for index in range(len(images)):
-        image = images[index]
+    for row in rows.tolist():
+        image = images[row]
         (logits,) = session.run(["logits"], {"pixel_values": image["pixel_values"][None].numpy()})
         hits += int(logits.argmax() == image["labels"])
-    return hits / len(images)
+    return {
+        "eval_accuracy_quantized": hits / count,
+        "eval_accuracy_unquantized": float(is_right.mean()),
+        "eval_samples_quantized": count,
+    }
 
 
 def write_reports(
@@ -70,6 +113,7 @@ def write_reports(
     data: ImageData,
     teacher: TeacherRecord | None,
     results: dict[str, dict],
+    scaling: TemperatureScaling | None,
 ) -> None:
     """Curves, report, card and results. `all_results.json` comes last: where it exists, the run is finished."""
     folder = Path(trainer.args.output_dir)
@@ -83,17 +127,27 @@ def write_reports(
         dataset=record.dataset.name,
         split=data.eval_split,
         teacher=trainer.teacher_predictions,
+        temperature_scaling=scaling,
     )
     report.save(folder)
     draw_report(report, folder, None if is_private else lambda row: read_image(data.evaluation[row]))
     if not is_private:
-        example = data.evaluation[0]
-        read_image(example).save(folder / EXAMPLE_FILE)
-        record.example_label = data.label_names[example["label"]]
+        record.example_label = save_examples(data, folder)
     record.save(folder)
     write_model_card(record, folder)
     for name, metrics in results.items():
         trainer.save_metrics(name, metrics, combined=False)
+
+
+def save_examples(data: ImageData, folder: Path) -> str:
+    """Saves the first evaluated image of some classes, to try the model on; returns the label of `example.png`."""
+    labels = np.asarray(data.evaluation["label"][:])
+    _, firsts = np.unique(labels, return_index=True)
+    rows = sorted(firsts.tolist())[:MAX_EXAMPLES]
+    names = [EXAMPLE_FILE, *(f"example_{number}.png" for number in range(2, MAX_EXAMPLES + 1))]
+    for row, name in zip(rows, names, strict=False):
+        read_image(data.evaluation[row]).save(folder / name)
+    return data.label_names[labels[rows[0]]]
 
 
 def describe_run(

@@ -28,7 +28,7 @@ from .errors import UserError, first_line
 from .initialization import start_from_mimetic_attention, start_from_sincos_positions
 from .interop import is_vit, load_student
 from .modeling_deit_ti import DeiTTiForImageClassification
-from .outcome import save_exports, write_reports
+from .outcome import calibrate, save_exports, write_reports
 from .reporting import finish_reports
 from .teacher import Teacher
 from .teacher_cache import TeacherCache
@@ -261,8 +261,9 @@ def train_and_save(
     trainer.save_model(_internal_call=True)  # otherwise it pushes what is incomplete, and ends the run if it cannot
     trainer.save_state()
     if trainer.is_world_process_zero():
+        scaling = calibrate(trainer)
         metrics |= save_exports(trainer, args.model.export, images)
         save_settings(trainer.args.output_dir, trainer.settings)
-        write_reports(trainer, args, data, teacher, {"train": train, "eval": evaluation, "all": metrics})
+        write_reports(trainer, args, data, teacher, {"train": train, "eval": evaluation, "all": metrics}, scaling)
         finish_reports(trainer)
     return metrics

@@ -3,9 +3,11 @@
 import os
 import shutil
 import tempfile
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from selenium import webdriver
 
 
 # huggingface_hub, datasets and transformers read these once, when they are imported: so before any of them is. The
@@ -42,6 +44,24 @@ def cifar10_dir() -> Path:
 def efficientnet_lite0() -> Path:
     """A real CNN with ImageNet's weights, where there is a copy."""
     return folder_of("EFFICIENTNET_DIR", "models/efficientnet_lite0", "a pretrained CNN", "a model of transformers")
+
+
+@pytest.fixture(scope="session")
+def chromium(tmp_path_factory) -> Iterator[webdriver.Chrome]:
+    """A real browser without a window, whose camera shows a test picture and needs no permission."""
+    binary, driver = shutil.which("chromium"), shutil.which("chromedriver")
+    if binary is None or driver is None:
+        pytest.skip("needs Chromium: apt-get install chromium chromium-driver")
+    options = webdriver.ChromeOptions()
+    options.binary_location = binary
+    for flag in (
+        *("headless", "no-sandbox", "disable-gpu", "disable-quic", "no-first-run", "disable-background-networking"),
+        *("disable-component-update", "disable-sync", f"user-data-dir={tmp_path_factory.mktemp('chromium')}"),
+        *("use-fake-device-for-media-stream", "use-fake-ui-for-media-stream"),
+    ):
+        options.add_argument(f"--{flag}")
+    with webdriver.Chrome(options, webdriver.ChromeService(driver)) as chromium:
+        yield chromium
 
 
 def folder_of(variable: str, default: str, what: str, content: str) -> Path:

@@ -19,6 +19,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from browsing import copy_picture, press_ctrl_v
 from building import TINY_CNN, image_processor
 from gradio_client import Client, handle_file
 from hub_stand_in import hub_fixture  # noqa: F401
@@ -42,7 +43,6 @@ from modeling_deit_ti.distillation import resolve_mode
 REPOSITORY = Path(__file__).resolve().parents[1]
 LABELS = ["nought", "one", "two", "<b>three</b>", "*four*", "five", "six", "seven", "eight", "nine"]
 ROLLOUT, LAST_BLOCK = app.BLOCKS
-CHROMIUM = shutil.which("chromium"), shutil.which("chromedriver")
 
 
 def digit_image(row: int) -> Image.Image:
@@ -72,6 +72,7 @@ def train_on_digits(folder: Path) -> None:
     model.save_pretrained(folder)
     processor.save_pretrained(folder)
     digit_image(0).save(folder / "example.png")
+    digit_image(1).save(folder / "example_2.png")
     make_record(
         mode,
         num_parameters=model.num_parameters(),
@@ -135,7 +136,7 @@ def serve(*arguments, cwd: Path, log: Path) -> Iterator[str]:
         )
     try:
         deadline = time.monotonic() + 180
-        while "Running on local URL" not in log.read_text():
+        while "The page is at" not in log.read_text():
             assert process.poll() is None and time.monotonic() < deadline, log.read_text()
             time.sleep(0.2)
         yield f"http://127.0.0.1:{port}/"
@@ -240,7 +241,7 @@ def test_what_is_known_about_a_model_comes_from_its_record(runs):
     for fact in ("1,697 images of digits", "69.19 %", "on 100 images", "test_resnet", "93.12 %", "&#60;b&#62;three"):
         assert fact in known
     assert "without the record of a run" in models.facts("more/cnn")
-    assert len(models.examples()) == 1  # two folders hold the same picture
+    assert len(models.examples()) == 2  # another folder holds the same pictures
 
 
 # ---- Bad input ----
@@ -304,6 +305,7 @@ MISTAKES = {
     "a model without weights": (["runs/broken"], "safetensors"),
     "a probability above 1": (["runs/both", "--min_probability=50"], "between 0 and 1"),
     "a dry run of nothing": (["runs/both", "--dry_run=space"], "--to_space"),
+    "a copy of nothing": (["runs/both", "--to_space=me/it", "--node_modules=."], "--node_modules needs --static"),
     "a dry run into what is there": (["runs/both", "--to_space=me/it", "--dry_run=."], "exists already"),
     "a Space of a Hub id": (["me/it", "--to_space=me/it", "--dry_run=space"], "download it first"),
     "a push without the Hub": (["runs/both", "--to_space=me/it"], "--dry_run FOLDER only writes the folder"),
@@ -321,6 +323,13 @@ def test_a_mistake_is_one_message_and_exit_code_2(mistake, runs, tmp_path, monke
     assert line.startswith("app.py: ")
     assert message in line
     assert not (tmp_path / "space").exists()
+
+
+def test_a_port_that_is_taken_is_one_message(runs, capsys):
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = taken.getsockname()[1]
+        assert app.main([str(runs / "both"), "--no_browser", f"--port={port}"]) == 2
+    assert capsys.readouterr().err == f"app.py: --port {port}: another program has it. Name another one, or none.\n"
 
 
 def test_without_gradio_one_message_says_what_to_install():
@@ -354,62 +363,72 @@ def test_two_models_are_compared_on_the_same_picture(runs, digit, monkeypatch, t
 # ---- In a browser ----
 
 
-@pytest.fixture(scope="module")
-def browser(tmp_path_factory) -> Iterator[webdriver.Chrome]:
-    if None in CHROMIUM:
-        pytest.skip("needs Chromium: apt-get install chromium chromium-driver")
-    options = webdriver.ChromeOptions()
-    options.binary_location = CHROMIUM[0]
-    for flag in (
-        *("headless", "no-sandbox", "disable-gpu", "disable-quic", "no-first-run", "disable-background-networking"),
-        *("disable-component-update", "disable-sync", f"user-data-dir={tmp_path_factory.mktemp('chromium')}"),
-    ):
-        options.add_argument(f"--{flag}")
-    with webdriver.Chrome(options, webdriver.ChromeService(CHROMIUM[1])) as chromium:
-        yield chromium
+def wait(chromium: webdriver.Chrome, condition):
+    return WebDriverWait(chromium, 60).until(condition)
 
 
-def wait(browser: webdriver.Chrome, condition):
-    return WebDriverWait(browser, 60).until(condition)
-
-
-def verdict(browser: webdriver.Chrome, panel: str = "classify") -> str:
-    return browser.find_element(By.ID, f"{panel}-verdict").text
+def verdict(chromium: webdriver.Chrome, panel: str = "classify") -> str:
+    return chromium.find_element(By.ID, f"{panel}-verdict").text
 
 
 @pytest.mark.parametrize("width", [420, 1400], ids=["narrow", "wide"])
-def test_in_a_browser_an_uploaded_picture_gets_its_label_and_its_maps(width, browser, page, digit):
-    browser.set_window_size(width, 1000)
-    browser.get(page)
-    upload = wait(browser, lambda _: browser.find_element(By.CSS_SELECTOR, "#picture input[type=file]"))
+def test_in_a_browser_an_uploaded_picture_gets_its_label_and_its_maps(width, chromium, page, digit):
+    chromium.set_window_size(width, 1000)
+    chromium.get(page)
+    upload = wait(chromium, lambda _: chromium.find_element(By.CSS_SELECTOR, "#picture input[type=file]"))
     upload.send_keys(str(digit))
-    assert re.match(r"\*four\*\n\d\d% probable", wait(browser, lambda _: verdict(browser)))
-    maps = wait(browser, lambda _: browser.find_elements(By.CSS_SELECTOR, "#classify-maps img"))
-    wait(browser, lambda _: all(browser.execute_script("return arguments[0].naturalWidth", map) for map in maps))
-    assert [browser.execute_script("return arguments[0].naturalWidth", map) for map in maps] == [384] * 3
+    assert re.match(r"\*four\*\n\d\d% probable", wait(chromium, lambda _: verdict(chromium)))
+    maps = wait(chromium, lambda _: chromium.find_elements(By.CSS_SELECTOR, "#classify-maps img"))
+    wait(chromium, lambda _: all(chromium.execute_script("return arguments[0].naturalWidth", map) for map in maps))
+    assert [chromium.execute_script("return arguments[0].naturalWidth", map) for map in maps] == [384] * 3
     assert all(map.is_displayed() and map.size["width"] > 90 for map in maps)
-    body = browser.find_element(By.TAG_NAME, "body")
+    body = chromium.find_element(By.TAG_NAME, "body")
     assert body.text.count("<b>three</b>") >= 1  # a label is text, whatever it looks like
     # Nothing sticks out to the right.
-    assert browser.execute_script("return document.documentElement.scrollWidth") <= width
+    assert chromium.execute_script("return document.documentElement.scrollWidth") <= width
 
 
-def test_in_a_browser_a_text_file_gets_a_message_and_the_next_picture_its_label(browser, page, digit, tmp_path):
+def test_in_a_browser_a_text_file_gets_a_message_and_the_next_picture_its_label(chromium, page, digit, tmp_path):
     (tmp_path / "notes.png").write_text("not a picture")
-    browser.get(page)
-    upload = wait(browser, lambda _: browser.find_element(By.CSS_SELECTOR, "#picture input[type=file]"))
+    chromium.get(page)
+    upload = wait(chromium, lambda _: chromium.find_element(By.CSS_SELECTOR, "#picture input[type=file]"))
     upload.send_keys(str(tmp_path / "notes.png"))
-    assert "This file is not a picture" in wait(browser, lambda _: verdict(browser))
-    upload = wait(browser, lambda _: browser.find_element(By.CSS_SELECTOR, "#picture input[type=file]"))
+    assert "This file is not a picture" in wait(chromium, lambda _: verdict(chromium))
+    upload = wait(chromium, lambda _: chromium.find_element(By.CSS_SELECTOR, "#picture input[type=file]"))
     upload.send_keys(str(digit))
-    wait(browser, lambda _: verdict(browser).startswith("*four*"))
+    wait(chromium, lambda _: verdict(chromium).startswith("*four*"))
 
 
-def test_in_a_browser_the_example_of_the_run_can_be_chosen(browser, page):
-    browser.set_window_size(1400, 1000)
-    browser.get(page)
-    wait(browser, lambda _: browser.find_elements(By.CSS_SELECTOR, "#examples button"))[0].click()
-    assert wait(browser, lambda _: verdict(browser)).startswith("nought\n")
+def test_in_a_browser_an_example_of_the_run_can_be_chosen(chromium, page):
+    chromium.set_window_size(1400, 1000)
+    chromium.get(page)
+    examples = wait(chromium, lambda _: chromium.find_elements(By.CSS_SELECTOR, "#examples button"))
+    assert len(examples) == 2
+    for example, label in zip(examples, ("nought", "one"), strict=True):
+        example.click()
+        wait(chromium, lambda _, label=label: verdict(chromium).startswith(f"{label}\n"))
+
+
+@pytest.mark.parametrize("how", ["Ctrl-V", "Paste from clipboard"])
+def test_in_a_browser_a_picture_can_be_pasted(how, chromium, page, digit):
+    chromium.get(page)
+    wait(chromium, lambda _: chromium.find_element(By.CSS_SELECTOR, "#picture input[type=file]"))
+    copy_picture(chromium, digit)
+    if how == "Ctrl-V":
+        press_ctrl_v(chromium)
+    else:
+        chromium.find_element(By.CSS_SELECTOR, f"#picture button[aria-label='{how}']").click()
+    wait(chromium, lambda _: verdict(chromium).startswith("*four*\n"))
+
+
+def test_in_a_browser_a_picture_can_be_taken_with_the_camera(chromium, page):
+    chromium.get(page)
+    for button in ("//*[@aria-label='Capture from camera']", "//button[contains(., 'Access Webcam')]"):
+        wait(chromium, lambda _, button=button: chromium.find_elements(By.XPATH, button))[0].click()
+    wait(chromium, lambda _: chromium.execute_script("return document.querySelector('#picture video')?.videoWidth"))
+    chromium.find_element(By.XPATH, "//*[@aria-label='capture photo']").click()
+    wait(chromium, lambda _: verdict(chromium))
+    assert chromium.find_element(By.CSS_SELECTOR, "#classify-maps img").is_displayed()
 
 
 def test_the_page_needed_no_network(client, digit, log):
@@ -444,7 +463,7 @@ def test_a_space_holds_the_models_and_the_code_and_nothing_private(space):
     assert {file for file in held if "__pycache__" not in file} == {
         *("README.md", "app.py", "requirements.txt"),
         *code,
-        *(f"models/both/{file}" for file in {*model, "example.png", "run_record.json"}),
+        *(f"models/both/{file}" for file in {*model, "example.png", "example_2.png", "run_record.json"}),
         *(f"models/cnn/{file}" for file in model),
     }
     assert (space / "app.py").read_bytes() == (REPOSITORY / "app.py").read_bytes()
@@ -483,7 +502,8 @@ def test_a_static_space_is_the_page_that_needs_no_server(runs, tmp_path, capsys)
     folder = tmp_path / "static"
     assert app.main([str(runs / "both"), "--to_space=tester/digits", "--static", f"--dry_run={folder}"]) == 0
     assert f"python -m http.server --directory {folder}" in capsys.readouterr().out
-    assert SpaceCard.load(folder / "README.md").data.sdk == "static"
+    card = SpaceCard.load(folder / "README.md").data
+    assert (card.title, card.sdk) == ("digits", "static")
     assert (folder / "index.html").is_file() and list(folder.rglob("model_quantized.onnx"))
 
 

@@ -3,7 +3,6 @@
 import functools
 import json
 import re
-import shutil
 import subprocess
 import threading
 from collections.abc import Iterator
@@ -13,6 +12,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from browsing import copy_picture, press_ctrl_v
 from huggingface_hub import RepoCard
 from PIL import Image
 from selenium import webdriver
@@ -52,6 +52,8 @@ def run(tmp_path_factory) -> Path:
     image_processor.save_pretrained(folder)
     save_transformers(model, image_processor, folder / "transformers")
     save_onnx(model, folder / "transformers" / "onnx")
+    for row, name in enumerate(("example.png", "example_2.png")):
+        Image.fromarray(np.uint8(load_digits().images[row] * 15)).save(folder / name)
     return folder
 
 
@@ -125,9 +127,9 @@ def test_the_page_names_the_versions_that_are_tested(transformers_js):
 
 
 def test_a_static_space_is_complete_and_loads_pinned_scripts(run, tmp_path):
-    write_static_space(run, tmp_path / "space")
+    write_static_space(run, tmp_path / "space", "Emu or not")
     card = RepoCard.load(tmp_path / "space" / "README.md")
-    assert (card.data.title, card.data.sdk) == ("emu-or-not", "static")
+    assert (card.data.title, card.data.sdk) == ("Emu or not", "static")
     page = (tmp_path / "space" / "index.html").read_text()
     assert "&lt;b&gt;dog&lt;/b&gt;" in page and "<b>" not in page
     (import_map,) = re.findall(r'<script type="importmap">(.*?)</script>', page)
@@ -139,41 +141,26 @@ def test_a_static_space_is_complete_and_loads_pinned_scripts(run, tmp_path):
     }
     onnx = {f"model/onnx/{name}" for name in ("model.onnx", "model_quantized.onnx", "preprocessing.js")}
     config = {"model/config.json", "model/preprocessor_config.json"}
-    assert files == {"README.md", "index.html", "page.css", "page.js", *onnx, *config}
+    examples = {"example.png", "example_2.png"}
+    assert files == {"README.md", "index.html", "page.css", "page.js", *examples, *onnx, *config}
 
 
 def test_a_page_that_cannot_be_written_is_one_message(run, tmp_path):
     (tmp_path / "notes.txt").write_text("mine")
     with pytest.raises(UserError, match="is not empty"):
-        write_static_space(run, tmp_path)
+        write_static_space(run, tmp_path, "title")
     with pytest.raises(UserError, match="it is a deit, not a deit_ti"):
-        write_static_space(run / "transformers", tmp_path / "space")
+        write_static_space(run / "transformers", tmp_path / "space", "title")
     with pytest.raises(UserError, match="npm install"):
-        write_static_space(run, tmp_path / "space", tmp_path)
+        write_static_space(run, tmp_path / "space", "title", tmp_path)
     assert [path.name for path in tmp_path.iterdir()] == ["notes.txt"]
-
-
-@pytest.fixture(scope="module")
-def chromium(tmp_path_factory) -> Iterator[webdriver.Chrome]:
-    binary, driver = shutil.which("chromium"), shutil.which("chromedriver")
-    if binary is None or driver is None:
-        pytest.skip("needs Chromium: apt-get install chromium chromium-driver")
-    options = webdriver.ChromeOptions()
-    options.binary_location = binary
-    for flag in (
-        *("headless", "no-sandbox", "disable-gpu", "disable-quic", "no-first-run", "disable-background-networking"),
-        *("disable-component-update", "disable-sync", f"user-data-dir={tmp_path_factory.mktemp('chromium')}"),
-    ):
-        options.add_argument(f"--{flag}")
-    with webdriver.Chrome(options, webdriver.ChromeService(driver)) as chromium:
-        yield chromium
 
 
 @pytest.fixture(scope="module")
 def page(run, transformers_js, tmp_path_factory) -> Iterator[str]:
     """The address of the page, served by this machine with its own copy of transformers.js."""
     folder = tmp_path_factory.mktemp("page")
-    write_static_space(run, folder, transformers_js)
+    write_static_space(run, folder, "title", transformers_js)
     handler = functools.partial(SimpleHTTPRequestHandler, directory=str(folder))
     with ThreadingHTTPServer(("127.0.0.1", 0), handler) as server:
         threading.Thread(target=server.serve_forever, daemon=True).start()
@@ -198,6 +185,26 @@ def test_the_page_labels_pictures_as_python_does(width, chromium, page, pictures
         found = [float(score.removesuffix(" %")) / 100 for score in answers[1::2]]
         np.testing.assert_allclose(found, scores[best_first], atol=0.02, err_msg=picture.name)
     assert chromium.execute_script("return document.documentElement.scrollWidth <= innerWidth")
+
+
+def test_a_picture_can_be_pasted_taken_with_the_camera_or_chosen_from_the_examples(chromium, page, pictures, expected):
+    def first_answer() -> str:
+        return wait_for_text(chromium, "#answers li span")
+
+    chromium.get(page)
+    copy_picture(chromium, pictures[0])
+    press_ctrl_v(chromium)
+    assert first_answer() == LABELS[expected[0].argmax()]
+    camera, video = chromium.find_element(By.ID, "camera"), chromium.find_element(By.ID, "video")
+    camera.click()
+    WebDriverWait(chromium, 60).until(lambda _: video.is_displayed())
+    camera.click()
+    assert first_answer() in LABELS
+    assert camera.text == "Use the camera" and not video.is_displayed()
+    example, _ = chromium.find_elements(By.CLASS_NAME, "example")
+    example.click()
+    WebDriverWait(chromium, 60).until(lambda _: chromium.execute_script("return picture.width") == 8)
+    assert first_answer() == LABELS[expected[2].argmax()]
 
 
 def test_the_page_refuses_a_text_in_one_message_and_takes_the_next_picture(chromium, page, pictures, tmp_path):

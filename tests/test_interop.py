@@ -460,10 +460,9 @@ def test_pickled_weights_and_remote_code_are_refused(tmp_path):
 
 def run_command(*arguments: str) -> int:
     try:
-        main(list(arguments))
-    except SystemExit as exit:
+        return main(list(arguments))
+    except SystemExit as exit:  # of argparse
         return exit.code
-    return 0
 
 
 @pytest.fixture

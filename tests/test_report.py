@@ -9,12 +9,13 @@ import pytest
 import torch
 from building import DIGITS, NASTY_LABELS, image_processor, report_of
 from PIL import Image
+from scipy.special import softmax
 from transformers import ResNetConfig, ResNetForImageClassification
 
 from evaluate_hf import main
 from modeling_deit_ti.arguments import ImageArguments
-from modeling_deit_ti.card import Report, compare, draw_report, verdict
-from modeling_deit_ti.card.report import agreement, calibration, scale_temperature
+from modeling_deit_ti.card import Predictions, Report, compare, draw_report, scale_temperature, verdict
+from modeling_deit_ti.card.report import agreement, calibration
 from modeling_deit_ti.card.report_pictures import draw_confused_pairs, draw_confusion_matrix, draw_mistakes, plain
 from modeling_deit_ti.classifiers import label_maps
 from modeling_deit_ti.data import load_evaluation_images
@@ -77,16 +78,22 @@ def test_temperature_undoes_what_made_the_logits_too_large():
     generator = torch.Generator().manual_seed(0)
     logits = 2 * torch.randn(4000, 5, generator=generator)
     labels = torch.multinomial(logits.softmax(-1), 1, generator=generator)[:, 0].numpy()
-    scaling = scale_temperature((3 * logits).numpy(), labels)
+    logits = 3 * logits.numpy()
+    predictions = Predictions(labels, logits.argmax(-1), softmax(logits, -1).max(-1), logits)
+    scaling = scale_temperature(predictions)
     assert scaling.temperature == pytest.approx(3, rel=0.1)
     assert (scaling.num_fitted, scaling.num_measured) == (2000, 2000)
     assert scaling.after.expected_calibration_error < 0.04 < 0.15 < scaling.before.expected_calibration_error
+    scaled = predictions.divided_by(scaling.temperature)
+    assert calibration(scaled.confidence, scaled.predicted == labels).expected_calibration_error < 0.04
 
 
-def test_temperature_needs_two_images_and_stays_finite_where_all_are_right():
-    logits = np.eye(2, dtype=np.float32)[[0, 1, 0]]
-    assert scale_temperature(logits[:1], np.array([0])) is None
-    assert scale_temperature(logits, np.array([0, 1, 0])).temperature == pytest.approx(0.05, abs=0.05)
+def test_no_temperature_is_fitted_to_a_single_image_or_where_all_are_right():
+    labels, logits = np.array([0, 1, 0]), np.eye(2, dtype=np.float32)[[0, 1, 0]]
+    confidence = np.full(3, 0.73)
+    assert scale_temperature(Predictions(labels[:1], labels[:1], confidence[:1], logits[:1])) is None
+    assert scale_temperature(Predictions(labels, labels, confidence)) is None  # without logits
+    assert scale_temperature(Predictions(labels, labels, confidence, logits)).temperature == 1
 
 
 # ---- Two models ----
@@ -129,14 +136,12 @@ def test_the_verdict_is_one_sentence():
     def said(*counts: int) -> str:
         return verdict(two_models(*counts), "A", "B")
 
-    assert said(794, 150, 86, 570) == (
-        "A is right on 4.0 points more images than B (95 % interval 2.1 to 5.9, p < 0.001)."
-    )
-    assert said(90, 1, 9, 0) == "B is right on 8.0 points more images than A (95 % interval 1.7 to 14.0, p = 0.021)."
+    assert said(794, 150, 86, 570) == ("A is 4.0 points more accurate than B (95 % interval 2.1 to 5.9, p < 0.001).")
+    assert said(90, 1, 9, 0) == "B is 8.0 points more accurate than A (95 % interval 1.7 to 14.0, p = 0.021)."
     assert said(90, 4, 6, 0) == (
-        "B is right on 2.0 points more images than A, but that may be chance (95 % interval -4.4 to 8.3, p = 0.75)."
+        "B is 2.0 points more accurate than A, but that may be chance (95 % interval -4.4 to 8.3, p = 0.75)."
     )
-    assert said(90, 5, 5, 0) == "A and B are right equally often (95 % interval -6.4 to 6.4, p = 1)."
+    assert said(90, 5, 5, 0) == "A and B are equally accurate (95 % interval -6.4 to 6.4, p = 1)."
 
 
 # ---- Pictures ----
@@ -228,7 +233,7 @@ def test_two_models_are_compared_on_the_same_images(models, tmp_path, capsys):
     assert comparison["difference"] == pytest.approx((right[1] - right[0]) / 60)
     assert comparison["verdict"] in capsys.readouterr().out
     same = evaluate(models / "digits", models / "turned", "--dataset_name=digits", output=tmp_path / "same")
-    assert same["verdict"].startswith("digits and turned are right equally often")
+    assert same["verdict"].startswith("digits and turned are equally accurate")
     assert same["neither_right"] == same["same_wrong_label"] > 0
 
 

@@ -125,6 +125,7 @@ def test_a_pushed_repository_is_complete_and_holds_what_the_output_folder_holds(
         "configuration_deit_ti.py",
         "eval_results.json",
         "example.png",
+        *(f"example_{number}.png" for number in range(2, 9)),
         "mistakes.png",
         "model.safetensors",
         "modeling_deit_ti.py",
@@ -169,8 +170,11 @@ def test_the_pushed_card_tells_the_hub_and_the_reader_the_runs_numbers(hub, shar
     assert values["Accuracy, class head"] == pytest.approx(results["eval_accuracy_class"], abs=1e-6)
     for key in ("eval_accuracy", "eval_accuracy_class", "eval_accuracy_both", "teacher_accuracy"):
         assert f"{100 * results[key]:.2f} %" in card.text
-    assert abs(results["eval_accuracy_quantized"] - results["eval_accuracy"]) <= 0.02  # of int8, on 100 images
-    assert f"its top-1 accuracy is {100 * results['eval_accuracy_quantized']:.2f} %" in card.text
+    assert abs(results["eval_accuracy_quantized"] - results["eval_accuracy"]) <= 0.02
+    assert results["eval_accuracy_unquantized"] == results["eval_accuracy"]
+    quantized, own = (f"{100 * results[f'eval_accuracy_{name}']:.2f} %" for name in ("quantized", "unquantized"))
+    said = f"its top-1 accuracy on 100 evaluation images is {quantized}, where the model's own is {own}."
+    assert said in " ".join(card.text.split())
     assert str(shared.folder.parent) not in card.content
 
 

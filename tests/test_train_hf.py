@@ -76,6 +76,7 @@ def test_a_run_leaves_the_files_that_the_design_names(finished):
         "model.safetensors",
         "config.json",
         "preprocessor_config.json",
+        "example_8.png",  # of the first classes, an image each
         "configuration_deit_ti.py",
         "modeling_deit_ti.py",
         "README.md",
@@ -118,7 +119,6 @@ def test_the_report_is_of_the_final_evaluation_and_evaluate_hf_gives_the_same(fi
     assert sum(counts[key] for key in counts if key != "same_wrong_label") == report["num_images"] == 100
     assert counts["both_right"] + counts["only_student_right"] == round(100 * results["eval_accuracy"])
     assert counts["both_right"] + counts["only_teacher_right"] == round(100 * results["teacher_accuracy"])
-    assert report["temperature_scaling"]["num_measured"] == 50
 
     flags = ["--dataset_name=digits", "--max_eval_samples=100", "--temperature_scaling", "--precision=float32"]
     assert evaluate_hf.main([str(folder), results["teacher_path"], *flags, f"--output_dir={tmp_path / 'two'}"]) == 0
@@ -130,6 +130,18 @@ def test_the_report_is_of_the_final_evaluation_and_evaluate_hf_gives_the_same(fi
     comparison = json.loads((tmp_path / "two" / "comparison.json").read_text())
     assert comparison["only_first_right"] == counts["only_student_right"]
     assert comparison["same_wrong_label"] == counts["same_wrong_label"]
+
+
+def test_the_saved_model_has_the_temperature_in_the_weights_of_its_heads(finished):
+    folder, _ = finished
+    scaling = json.loads((folder / "report.json").read_text())["temperature_scaling"]
+    assert (scaling["num_fitted"], scaling["num_measured"], scaling["is_applied"]) == (50, 50, True)
+    assert scaling["temperature"] != 1
+    trained, saved = (load_file(path / "model.safetensors") for path in (folder / "checkpoint-4", folder))
+    for name, weight in trained.items():
+        expected = weight / scaling["temperature"] if "_head." in name else weight
+        assert torch.equal(saved[name], expected), name
+    assert "it is in the weights of the heads" in (folder / "README.md").read_text()
 
 
 def test_a_run_tells_the_person_what_came_out(finished):
@@ -173,7 +185,8 @@ def test_the_reported_accuracy_is_that_of_the_saved_model(finished):
 
 def test_the_same_command_with_one_seed_gives_the_same_numbers(finished, teachers, tmp_path):
     folder, _ = finished
-    result = run(*QUICK, teachers, "--distill_mode=distill", f"--output_dir={tmp_path / 'again'}", "--use_cpu")
+    flags = [teachers, "--distill_mode=distill", "--temperature_scaling", f"--output_dir={tmp_path / 'again'}"]
+    result = run(*QUICK, *flags, "--use_cpu")
     assert result.returncode == 0, result.stderr
     assert "fitted by an earlier run" in result.stdout
     first, second = (load_file(path / "model.safetensors") for path in (folder, tmp_path / "again"))

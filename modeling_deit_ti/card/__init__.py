@@ -5,10 +5,28 @@
 `write_model_card` (card.py) renders record and report through their templates, with the help of markdown.py.
 """
 
-from .card import EXAMPLE_FILE, PUBLISHED_BASELINE, report_section, write_model_card
+from .card import EXAMPLE_FILE, PUBLISHED_BASELINE, example_files, report_section, write_model_card
 from .curves import CURVES_FILE, curve_series, plot_training_curves
-from .record import DatasetRecord, RunRecord, TeacherRecord, describe_hardware, folder_name, library_versions
-from .report import REPORT_FILE, Predictions, Report, compare, confidence_interval, make_report, verdict
+from .record import (
+    DatasetRecord,
+    RunRecord,
+    TeacherRecord,
+    describe_hardware,
+    folder_name,
+    library_versions,
+    shown_names,
+)
+from .report import (
+    REPORT_FILE,
+    Predictions,
+    Report,
+    TemperatureScaling,
+    compare,
+    confidence_interval,
+    make_report,
+    scale_temperature,
+    verdict,
+)
 from .report_pictures import draw_report
 
 
@@ -22,16 +40,20 @@ __all__ = [
     "Report",
     "RunRecord",
     "TeacherRecord",
+    "TemperatureScaling",
     "compare",
     "confidence_interval",
     "curve_series",
     "describe_hardware",
     "draw_report",
+    "example_files",
     "folder_name",
     "library_versions",
     "make_report",
     "plot_training_curves",
     "report_section",
+    "scale_temperature",
+    "shown_names",
     "verdict",
     "write_model_card",
 ]

@@ -18,7 +18,7 @@ from .report_pictures import MISTAKES_FILE
 
 
 TEMPLATE, REPORT_TEMPLATE = (Path(__file__).with_name(name) for name in ("template.md", "report.md"))
-EXAMPLE_FILE = "example.png"
+EXAMPLE_FILE = "example.png"  # and example_2.png, ...
 
 # Top-1 of the published baseline, a student re-implementation of DeiT-Ti on CIFAR-10: 20 epochs, 224x224, one T4 GPU.
 # Its token rows are named after their read-out; "class" and "distillation" are networks with only that token.
@@ -45,6 +45,11 @@ class ResultRow:
     accuracy: float
     top5: float | None
     baseline: float | None
+
+
+def example_files(folder: str | os.PathLike) -> list[Path]:
+    """The images that a run has left to try its model on, of different classes."""
+    return sorted(Path(folder).glob("example*.png"))
 
 
 def write_model_card(record: RunRecord, folder: str | os.PathLike) -> None:

@@ -160,6 +160,14 @@ def folder_name(path: str | os.PathLike) -> str:
     return re.split(r"[/\\]", str(Path(path).expanduser().resolve()))[-1]
 
 
+def shown_names(names: list[str]) -> list[str]:
+    """What reports and pages, which are shared, call one or two models: a folder by the last part of its path."""
+    shown = [folder_name(name) if os.path.isdir(os.path.expanduser(name)) else name for name in names]
+    if len(set(shown)) < len(shown):  # outputs/a/best, outputs/b/best
+        return [f"{name} ({order})" for name, order in zip(shown, ("first", "second"), strict=True)]
+    return shown
+
+
 def shareable(value):
     """The value as plain JSON data: enums become their values; `None`, credentials and absolute paths are removed."""
     if isinstance(value, dict):

@@ -4,12 +4,13 @@ import json
 import os
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 import numpy as np
 import torch
 from scipy.optimize import minimize_scalar
+from scipy.special import softmax
 from scipy.stats import binned_statistic, binomtest
 from sklearn.metrics import confusion_matrix, precision_recall_fscore_support
 from torch.nn import functional as F
@@ -39,6 +40,11 @@ class Predictions:
     predicted: np.ndarray
     confidence: np.ndarray
     logits: np.ndarray | None = None
+
+    def divided_by(self, temperature: float) -> "Predictions":
+        """What the classifier says if its logits are divided by a temperature."""
+        logits = self.logits / temperature
+        return replace(self, confidence=softmax(logits, axis=-1).max(axis=-1), logits=logits)
 
 
 @dataclass
@@ -92,13 +98,17 @@ class Calibration:
 
 @dataclass
 class TemperatureScaling:
-    """The temperature that fits a random half of the images, and what it does to the calibration on the other half."""
+    """
+    The temperature that fits a random half of the images, and what it does to the calibration on the other half.
+    `is_applied`: the model has it in its weights, and all else in the report is said of that model.
+    """
 
     temperature: float
     num_fitted: int
     num_measured: int
     before: Calibration
     after: Calibration
+    is_applied: bool = False
 
 
 @dataclass
@@ -137,6 +147,7 @@ def make_report(
     dataset: str,
     split: str,
     teacher: np.ndarray | None = None,
+    temperature_scaling: TemperatureScaling | None = None,
 ) -> Report:
     """
     Args:
@@ -144,6 +155,7 @@ def make_report(
         label_names (`Sequence[str]`): by label id.
         model, dataset, split (`str`): what the report calls them.
         teacher (`np.ndarray`, *optional*): the labels that the teacher of the model predicts, `(N,)`.
+        temperature_scaling ([`TemperatureScaling`], *optional*): see [`scale_temperature`].
     """
     labels, predicted = predictions.labels, predictions.predicted
     is_right, ids = predicted == labels, range(len(label_names))
@@ -178,7 +190,7 @@ def make_report(
             for row in surest.tolist()
         ],
         calibration=calibration(predictions.confidence, is_right),
-        temperature_scaling=(None if predictions.logits is None else scale_temperature(predictions.logits, labels)),
+        temperature_scaling=temperature_scaling,
         teacher=None if teacher is None else agreement(labels, teacher, predicted, ("teacher", "student")),
     )
 
@@ -209,23 +221,27 @@ def calibration(confidence: np.ndarray, is_right: np.ndarray) -> Calibration:
     return Calibration(error, float(confidence.mean()), filled)
 
 
-def scale_temperature(logits: np.ndarray, labels: np.ndarray) -> TemperatureScaling | None:
-    """Temperature scaling (Guo et al., 2017, section 4.2); `None` if there are not two images."""
-    if len(labels) < 2:
+def scale_temperature(predictions: Predictions) -> TemperatureScaling | None:
+    """
+    Temperature scaling (Guo et al., 2017, section 4.2). `None` if the predictions have no logits, or are not two.
+    Where all images that it is fitted to are classified rightly, no temperature fits best, and it is 1.
+    """
+    if predictions.logits is None or len(predictions.labels) < 2:
         return None
-    logits, labels = torch.from_numpy(logits).float(), torch.from_numpy(labels)
+    logits, labels = torch.from_numpy(predictions.logits).float(), torch.from_numpy(predictions.labels)
     order = np.random.default_rng(SPLIT_SEED).permutation(len(labels))
     fitted, measured = np.split(order, [len(order) // 2])
 
     def loss(log_temperature: float) -> float:
         return F.cross_entropy(logits[fitted] / np.exp(log_temperature), labels[fitted]).item()
 
-    # Where all the images are classified rightly, there is no smallest loss: hence bounds.
-    temperature = float(np.exp(minimize_scalar(loss, bounds=np.log([0.05, 20]), method="bounded").x))
+    is_right = predictions.predicted == predictions.labels
+    temperature = 1.0
+    if not is_right[fitted].all():
+        temperature = float(np.exp(minimize_scalar(loss, bounds=np.log([0.05, 20]), method="bounded").x))
 
     def measure(logits: torch.Tensor) -> Calibration:
-        confidence, predicted = logits.softmax(dim=-1).max(dim=-1)
-        return calibration(confidence.numpy(), (predicted == labels[measured]).numpy())
+        return calibration(logits.softmax(dim=-1).amax(dim=-1).numpy(), is_right[measured])
 
     before, after = measure(logits[measured]), measure(logits[measured] / temperature)
     return TemperatureScaling(temperature, len(fitted), len(measured), before, after)
@@ -281,6 +297,6 @@ def verdict(comparison: dict, first: str, second: str) -> str:
     probability = f"p = {p:.2g}" if p >= 0.001 else "p < 0.001"
     facts = f"(95 % interval {100 * low:.1f} to {100 * high:.1f}, {probability})"
     if difference == 0:
-        return f"{first} and {second} are right equally often {facts}."
-    found = f"{second} is right on {100 * difference:.1f} points more images than {first}"
+        return f"{first} and {second} are equally accurate {facts}."
+    found = f"{second} is {100 * difference:.1f} points more accurate than {first}"
     return f"{found} {facts}." if p < 0.05 else f"{found}, but that may be chance {facts}."

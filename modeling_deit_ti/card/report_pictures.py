@@ -103,8 +103,9 @@ def draw_reliability(report: Report) -> Figure:
     accuracy, share = figure.subplots(2, 1, sharex=True, height_ratios=(4, 1))
     accuracy.plot([0, 1], [0, 1], "--", color=GREY, linewidth=1, label="calibrated")
     series = [(calibration, BLUE, "o", "as it is")]
-    if scaling is not None:
-        series.append((scaling.after, VERMILLION, "s", f"logits divided by {scaling.temperature:.2f}"))
+    if scaling is not None and scaling.temperature != 1:
+        other, how = (scaling.before, "without its") if scaling.is_applied else (scaling.after, "with a")
+        series.append((other, VERMILLION, "s", f"{how} temperature of {scaling.temperature:.2f}"))
     for shown, colour, marker, name in series:
         label = f"{name}: calibration error {100 * shown.expected_calibration_error:.1f} %"
         confidences = [one.confidence for one in shown.bins]

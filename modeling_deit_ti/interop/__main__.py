@@ -5,9 +5,7 @@ import os
 import sys
 from pathlib import Path
 
-from transformers.utils import logging as transformers_logging
-
-from ..errors import UserError
+from ..errors import UserError, exit_code
 from . import ONNX_FILE, load_run, save_onnx, save_timm, save_transformers
 
 
@@ -30,7 +28,7 @@ def convert(folder: str, to: str, output: Path | None = None) -> str:
     return f'onnxruntime.InferenceSession("{output / ONNX_FILE}")'
 
 
-def main(arguments: list[str] | None = None) -> None:
+def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
         prog="python -m modeling_deit_ti.interop",
         description="Converts a trained DeiT-Ti for transformers without remote code, for timm, or to ONNX.",
@@ -43,14 +41,10 @@ def main(arguments: list[str] | None = None) -> None:
         help="a new folder (default: transformers, timm or transformers/onnx in FOLDER)",
     )
     options = parser.parse_args(arguments)
-    transformers_logging.set_verbosity_error()
-    transformers_logging.disable_progress_bar()
-    try:
-        print(f"Written. To load it: {convert(options.folder, options.to, options.output)}")
-    except (UserError, OSError) as error:
-        print(f"{parser.prog}: {error}", file=sys.stderr)
-        sys.exit(2)
+    return exit_code(
+        parser.prog, lambda: print(f"Written. To load it: {convert(options.folder, options.to, options.output)}")
+    )
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

@@ -5,15 +5,15 @@ import os
 import shutil
 from pathlib import Path
 
-from huggingface_hub import SpaceCardData
 from jinja2 import Environment, FileSystemLoader, select_autoescape
 
-from ..card import EXAMPLE_FILE, RunRecord
-from ..card.markdown import clean, percent, text
-from ..card.record import RECORD_FILE, folder_name
+from ..card import RunRecord, example_files
+from ..card.markdown import percent, text
+from ..card.record import RECORD_FILE
 from ..classifiers import label_names
 from ..errors import UserError
 from .exports import ONNX_FILE, QUANTIZED_FILE, load_run, save_onnx, to_transformers
+from .space import space_metadata
 
 
 TEMPLATES = Path(__file__).with_name("page")
@@ -34,7 +34,10 @@ VENDORED_FILES = (
 
 
 def write_static_space(
-    model_folder: str | os.PathLike, folder: str | os.PathLike, node_modules: str | os.PathLike | None = None
+    model_folder: str | os.PathLike,
+    folder: str | os.PathLike,
+    title: str,
+    node_modules: str | os.PathLike | None = None,
 ) -> None:
     """
     Writes a static Space: a page on which one shows the model a picture, which does not leave the browser.
@@ -42,6 +45,7 @@ def write_static_space(
     Args:
         model_folder (`str` or `os.PathLike`): a finished run. If it has no ONNX files, they are made for the page.
         folder (`str` or `os.PathLike`): a new or empty folder.
+        title (`str`): of the page.
         node_modules (`str` or `os.PathLike`, *optional*): where npm has installed `@huggingface/transformers`, to copy
             it for a page that needs no other server than its own. By default, browsers fetch it from a CDN.
 
@@ -71,14 +75,17 @@ def write_static_space(
     for file in vendored:
         (folder / "vendor").mkdir(exist_ok=True)
         shutil.copy(file, folder / "vendor")
-    for file in (TEMPLATES / "page.js", TEMPLATES / "page.css", model_folder / EXAMPLE_FILE):
-        if file.is_file():  # not every run leaves an example
-            shutil.copy(file, folder)
+    examples = example_files(model_folder)
+    for file in (TEMPLATES / "page.js", TEMPLATES / "page.css", *examples):
+        shutil.copy(file, folder)
 
     megabytes = {file: (onnx / file).stat().st_size / 1e6 for file in (QUANTIZED_FILE, ONNX_FILE)}
-    facts = run_facts(model_folder) | {
+    record = RunRecord.load(model_folder) if (model_folder / RECORD_FILE).is_file() else None
+    facts = (run_facts(record) if record else {}) | {
+        "title": title,
+        "metadata": space_metadata(title, [record] if record else [], sdk="static").to_yaml(),
         "labels": label_names(model.config),
-        "has_example": (folder / EXAMPLE_FILE).is_file(),
+        "examples": [file.name for file in examples],
         "precisions": {  # by transformers.js's names
             "q8": f"8-bit weights, {megabytes[QUANTIZED_FILE]:.0f} MB",
             "fp32": f"float32, {megabytes[ONNX_FILE]:.0f} MB",
@@ -92,26 +99,13 @@ def write_static_space(
         (folder / file).write_text(templates.get_template(file).render(facts, text=text), encoding="utf-8")
 
 
-def run_facts(folder: Path) -> dict:
-    """What the page and its README say about the run: its name, and if it has left a record, how often it is right."""
-    if not (folder / RECORD_FILE).is_file():
-        return {"name": folder_name(folder), "metadata": space_metadata(folder_name(folder))}
-    record = RunRecord.load(folder)
+def run_facts(record: RunRecord) -> dict:
+    """What the page and its README say about the run: where its model is, and how often it is right."""
     metrics = {key: percent(value) for key, value in record.metrics.items() if key.startswith("eval_accuracy")}
-    name = record.hub_model_id.rpartition("/")[2] if record.hub_model_id else folder_name(folder)
     return {
-        "name": name,
-        "metadata": space_metadata(name, record),
         "hub_model_id": record.hub_model_id,
         "num_images": record.dataset.num_eval_images,
         "accuracy": metrics.get("eval_accuracy"),
         "quantized": metrics.get("eval_accuracy_quantized"),
+        "num_quantized": record.metrics.get("eval_samples_quantized"),
     }
-
-
-def space_metadata(name: str, record: RunRecord | None = None) -> str:
-    """The YAML block that Spaces want at the top of a README."""
-    models = [record.hub_model_id] if record and record.hub_model_id else None
-    license = record.license if record and record.license != "unknown" else None
-    look = {"title": clean(name), "emoji": "🔎", "colorFrom": "blue", "colorTo": "indigo"}
-    return SpaceCardData(**look, sdk="static", license=license, models=models).to_yaml()

@@ -4,6 +4,7 @@ import importlib.metadata
 import os
 import shutil
 import sys
+from collections.abc import Collection
 from pathlib import Path
 
 from huggingface_hub import HfApi, SpaceCard, SpaceCardData
@@ -24,7 +25,7 @@ REQUIREMENTS = (
 # Of a model's folder. Neither checkpoints nor the arguments of the run, and no code: the package is its code.
 MODEL_FILES = (
     *("config.json", "preprocessor_config.json", "*.safetensors", "*.safetensors.index.json"),
-    *(RECORD_FILE, "example.png"),
+    *(RECORD_FILE, "example*.png"),
 )
 
 
@@ -66,25 +67,34 @@ def _public_version(package: str) -> str:
 def _card(models: dict[str, str], title: str) -> SpaceCard:
     """The Space's README.md, with the front matter that the Hub wants."""
     records = {name: RunRecord.load(path) for name, path in models.items() if Path(path, RECORD_FILE).is_file()}
-    licenses = {record.license for record in records.values()} - {"unknown"}
-    data = SpaceCardData(
-        title=clean(title),
-        emoji="🔎",
-        colorFrom="indigo",
-        colorTo="yellow",
+    data = space_metadata(
+        title,
+        records.values(),
         sdk="gradio",
         sdk_version=_public_version("gradio"),
         python_version=f"{sys.version_info.major}.{sys.version_info.minor}",
         app_file="app.py",
         short_description="Labels for your pictures, and where the model looks",
-        license=licenses.pop() if len(licenses) == 1 else None,
-        models=[record.hub_model_id for record in records.values() if record.hub_model_id] or None,
-        datasets=sorted({run.dataset.name for run in records.values() if run.dataset.source == "hub"}) or None,
-        tags=["vision", "image-classification", "distillation"],
     )
     parts = [f"## {text(name)}\n\n{facts(record)}\n" for name, record in records.items()]
     text_parts = "\n".join(["# " + text(title), "Try the model on pictures of your own.\n", *parts])
     return SpaceCard(f"---\n{data.to_yaml()}\n---\n\n{text_parts}")
+
+
+def space_metadata(title: str, records: Collection[RunRecord], **kind) -> SpaceCardData:
+    """The front matter of a Space that shows the models of some runs; `kind` are the fields that only some have."""
+    licenses = {record.license for record in records} - {"unknown"}
+    return SpaceCardData(
+        title=clean(title),
+        emoji="🔎",
+        colorFrom="indigo",
+        colorTo="yellow",
+        license=licenses.pop() if len(licenses) == 1 else None,
+        models=[record.hub_model_id for record in records if record.hub_model_id] or None,
+        datasets=sorted({record.dataset.name for record in records if record.dataset.source == "hub"}) or None,
+        tags=["vision", "image-classification", "distillation"],
+        **kind,
+    )
 
 
 def push_space(folder: Path, repo_id: str) -> str:

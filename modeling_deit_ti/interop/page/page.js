@@ -3,8 +3,8 @@
 import { pythonProcessor } from "./model/onnx/preprocessing.js";
 
 const LONGEST_SIDE = 4096; // of the canvas; some phones allow no larger one
-const [target, file, invitation, picture, video, camera, example, dtype, status, answers] = [
-  "target", "file", "invitation", "picture", "video", "camera", "example", "dtype", "status", "answers",
+const [target, file, invitation, picture, video, camera, dtype, status, answers] = [
+  "target", "file", "invitation", "picture", "video", "camera", "dtype", "status", "answers",
 ].map((id) => document.getElementById(id));
 
 let model = loadModel();
@@ -115,7 +115,9 @@ document.addEventListener("drop", (event) => {
 document.addEventListener("paste", (event) => {
   takeFirst(event.clipboardData.files, "There is no picture in the clipboard.");
 });
-example?.addEventListener("click", async () => take(await (await fetch("example.png")).blob(), "The example"));
+for (const example of document.querySelectorAll(".example")) {
+  example.addEventListener("click", async () => take(await (await fetch(example.firstChild.src)).blob(), "The example"));
+}
 dtype.addEventListener("change", () => {
   model = loadModel();
   if (!picture.hidden) classifyPicture();
