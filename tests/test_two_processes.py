@@ -167,10 +167,13 @@ def test_the_teacher_is_fitted_once_and_a_signal_to_one_process_stops_both_after
     # Its batch norms saw the images of both. What rounding does to a fitting grows with the steps.
     teachers = [next((folder / "teachers").glob("test_resnet-*")) for folder in (one, tmp_path)]
     assert teachers[0].name == teachers[1].name
-    losses = [[entry["loss"] for entry in log_of(teacher) if "loss" in entry] for teacher in teachers]
-    assert losses[1][:2] == pytest.approx(losses[0][:2], rel=1e-5)
+    (first_epoch, *epochs), (five_steps, sixth, *others) = (
+        [entry["loss"] for entry in log_of(teacher) if "loss" in entry] for teacher in teachers
+    )
+    assert (5 * five_steps + sixth) / 6 == pytest.approx(first_epoch, rel=1e-5)
+    assert others == pytest.approx(epochs, rel=0.1)
     accuracies = [json.loads((teacher / "all_results.json").read_text())["eval_accuracy"] for teacher in teachers]
-    assert accuracies[1] == pytest.approx(accuracies[0], abs=2 / 51)
+    assert accuracies[1] == pytest.approx(accuracies[0], abs=5 / 51)
 
 
 class Machine(NamedTuple):
