@@ -9,6 +9,7 @@ from accelerate.state import AcceleratorState, PartialState
 from transformers import DeiTImageProcessor, PreTrainedModel, TrainerCallback, set_seed
 
 from .arguments import Arguments, DistillationTrainingArguments
+from .batch_norm import synchronise_batch_norms
 from .card import TeacherRecord
 from .checkpoints import save_settings, settings_of
 from .classifiers import (
@@ -121,7 +122,7 @@ def settle_classifier(args: Arguments, data: ImageData, network: PreTrainedModel
     trained in the precision that suits it, not only the device.
     """
     training = args.training
-    batch_size = min(training.train_batch_size, len(data.train))
+    batch_size = min(training.train_batch_size * training.world_size, len(data.train))
     check_takes_images(network, name, args.model.image_size, batch_size)
     if training.has_automatic_precision:
         training.mixed_precision = automatic_precision(training.device, network)
@@ -181,6 +182,8 @@ def build_trainer(
     training = args.training
     if args.model.freeze_backbone:
         freeze_backbone(network)
+    if training.world_size > 1:
+        synchronise_batch_norms(network, training.device)
     if training.device.type == "cpu":
         keep_freed_memory()
     if isinstance(network, DeiTTiForImageClassification):

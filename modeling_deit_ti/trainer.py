@@ -210,7 +210,8 @@ class DistillationTrainer(Trainer):
                 self.training_teacher = lambda pixel_values: compiled(pixel_values).clone()
         # Any other model has one head to train, whatever else it returns.
         self.is_deit_ti = isinstance(self.model, DeiTTiForImageClassification)
-        if not (self.is_deit_ti or self.is_fsdp_enabled):  # FSDP takes contiguous weights alone
+        # FSDP and DeepSpeed take contiguous weights alone.
+        if not (self.is_deit_ti or self.is_fsdp_enabled or self.is_deepspeed_enabled):
             self.model.to(memory_format=torch.channels_last)
         self.readouts = self.args.readouts
         self.teacher_accuracy: float | None = None

@@ -1,13 +1,17 @@
-"""Two processes on the CPU, by `accelerate launch` and the config for it, do what one does."""
+"""Two processes on the CPU, by `accelerate launch` and the config for it or as two machines, do what one does."""
 
 import json
+import os
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import NamedTuple
 
+import psutil
 import pytest
 import torch
 from real_command import REPOSITORY, run
@@ -27,7 +31,7 @@ FLAGS = (
     "--auto_augment=rand-m9-mstd0.5-inc1",
     "--distill_mode=both",
     "--teacher_num_train_epochs=12",
-    "--teacher_learning_rate=2e-2",
+    "--teacher_learning_rate=2e-3",
     "--logging_strategy=steps",
     "--logging_steps=1",
     "--disable_tqdm=true",
@@ -59,7 +63,7 @@ def one(tmp_path_factory) -> Path:
 
 @pytest.fixture(scope="module")
 def two(one, tmp_path_factory) -> tuple[Path, subprocess.CompletedProcess]:
-    """With the teacher of the other: a batch norm in two processes has other statistics."""
+    """With the teacher of the other: after many steps, what rounding does to one may change its decisions."""
     folder = tmp_path_factory.mktemp("two")
     shutil.copytree(one / "teachers", folder / "teachers")
     ended = launch(
@@ -72,12 +76,12 @@ def two(one, tmp_path_factory) -> tuple[Path, subprocess.CompletedProcess]:
     return folder, ended
 
 
-def log_of(folder: Path) -> list[dict]:
-    return json.loads((folder / "run" / "trainer_state.json").read_text())["log_history"]
+def log_of(run: Path) -> list[dict]:
+    return json.loads((run / "trainer_state.json").read_text())["log_history"]
 
 
 def test_the_loss_of_every_step_is_that_of_one_process_at_the_same_global_batch(one, two):
-    logs = [[entry for entry in log_of(folder) if "loss" in entry] for folder in (one, two[0])]
+    logs = [[entry for entry in log_of(folder / "run") if "loss" in entry] for folder in (one, two[0])]
     assert [entry["step"] for entry in logs[1]] == list(range(1, 13))
     for name in ("loss", "label_loss", "distillation_loss", "grad_norm", "learning_rate"):
         assert [entry[name] for entry in logs[1]] == pytest.approx([entry[name] for entry in logs[0]], rel=1e-5), name
@@ -146,7 +150,7 @@ def test_a_failure_of_one_process_ends_the_other_within_seconds_and_says_why_fir
     assert not (tmp_path / "run" / "all_results.json").exists()
 
 
-def test_the_teacher_is_fitted_once_and_a_signal_to_one_process_stops_both_after_the_same_step(tmp_path):
+def test_the_teacher_is_fitted_once_and_a_signal_to_one_process_stops_both_after_the_same_step(one, tmp_path):
     places = [f"--output_dir={tmp_path / 'run'}", f"--teacher_output_dir={tmp_path / 'teachers'}"]
     flags = [*FLAGS, *places, "--per_device_train_batch_size=8", "--num_train_epochs=1"]
     fault = {"function": STEP, "call": 5, "rank": 1, "signum": signal.SIGTERM}
@@ -160,3 +164,93 @@ def test_the_teacher_is_fitted_once_and_a_signal_to_one_process_stops_both_after
     assert ended.stdout.count("resuming from") == 1 and ended.stdout.count("Teacher: epoch 12/12, ") == 1
     assert not list((tmp_path / "teachers").glob("*/checkpoint-*"))
     assert len(list((tmp_path / "teachers").glob("*/model.safetensors"))) == 1
+    # Its batch norms saw the images of both. What rounding does to a fitting grows with the steps.
+    teachers = [next((folder / "teachers").glob("test_resnet-*")) for folder in (one, tmp_path)]
+    assert teachers[0].name == teachers[1].name
+    (first_epoch, *epochs), (five_steps, sixth, *others) = (
+        [entry["loss"] for entry in log_of(teacher) if "loss" in entry] for teacher in teachers
+    )
+    assert (5 * five_steps + sixth) / 6 == pytest.approx(first_epoch, rel=1e-5)
+    assert others == pytest.approx(epochs, rel=0.1)
+    accuracies = [json.loads((teacher / "all_results.json").read_text())["eval_accuracy"] for teacher in teachers]
+    assert accuracies[1] == pytest.approx(accuracies[0], abs=5 / 51)
+
+
+class Machine(NamedTuple):
+    enter: list[str]  # runs a command on it
+    address: str
+    interface: str
+
+
+@pytest.fixture
+def machines(tmp_path):
+    """Two network namespaces joined by a cable; two loopback addresses where namespaces are not permitted."""
+    names = [f"deit-ti-{os.getpid()}-{number}" for number in (0, 1)]
+
+    def ip(*words: str) -> bool:
+        return subprocess.run(["ip", *words], capture_output=True).returncode == 0
+
+    if shutil.which("ip") is None or not all(ip("netns", "add", name) for name in names):
+        yield [Machine([], f"127.0.0.{number}", "lo") for number in (1, 2)]
+        return
+    try:
+        assert ip("link", "add", "eth0", "netns", names[0], "type", "veth", "peer", "name", "eth0", "netns", names[1])
+        for number, name in enumerate(names, 1):
+            assert ip("-n", name, "address", "add", f"10.77.0.{number}/24", "dev", "eth0")
+            assert ip("-n", name, "link", "set", "eth0", "up") and ip("-n", name, "link", "set", "lo", "up")
+        yield [
+            Machine(["ip", "netns", "exec", name], f"10.77.0.{number}", "eth0") for number, name in enumerate(names, 1)
+        ]
+    finally:
+        for name in names:
+            ip("netns", "delete", name)
+
+
+def kill_machine(launcher: subprocess.Popen) -> None:
+    for process in (*psutil.Process(launcher.pid).children(recursive=True), launcher):
+        process.kill()
+    launcher.wait()
+
+
+@pytest.mark.slow
+def test_a_machine_that_is_lost_is_waited_for_and_the_run_goes_on_from_its_checkpoint(two, machines, tmp_path):
+    places = [f"--output_dir={tmp_path / 'run'}", f"--teacher_output_dir={two[0] / 'teachers'}"]
+    flags = [*FLAGS, *places, "--per_device_train_batch_size=8", "--save_strategy=steps", "--save_steps=2"]
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        meeting_point = f"{machines[0].address}:{free.getsockname()[1]}"
+
+    def start(number: int, name: str, *command: str) -> subprocess.Popen:
+        machine = machines[number]
+        # Which of them is the meeting point's host cannot be told by name: they share the computer's.
+        options = ["--nnodes=2", "--nproc-per-node=1", "--max-restarts=2", "--rdzv-backend=c10d"]
+        options += [f"--rdzv-endpoint={meeting_point}", f"--local-addr={machine.address}"]
+        options += [f"--rdzv-conf=is_host={1 - number},keep_alive_interval=1"]
+        launcher = [*machine.enter, sys.executable, "-m", "torch.distributed.run", *options, *command, *flags]
+        # torch otherwise hands its store to a machine that starts again under a key that only the first round wrote.
+        environment = os.environ | {"GLOO_SOCKET_IFNAME": machine.interface, "TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1"}
+        output = (tmp_path / name).open("w")
+        return subprocess.Popen(launcher, cwd=REPOSITORY, env=environment, stdout=output, stderr=output)
+
+    fault = {"function": STEP, "call": 5, "rank": 1, "signum": signal.SIGSTOP}
+    stays = start(0, "stays", "train_hf.py")
+    lost = start(1, "lost", "tests/real_command.py", json.dumps(fault))
+    started = [stays, lost]
+    try:
+        for _ in range(600):
+            processes = psutil.Process(lost.pid).children(recursive=True)
+            if any(process.status() == psutil.STATUS_STOPPED for process in processes):
+                break
+            time.sleep(0.5)
+        kill_machine(lost)
+        started.append(start(1, "back", "train_hf.py"))
+        codes = [process.wait(300) for process in (started[-1], stays)]
+    finally:
+        for process in started:
+            if process.poll() is None:
+                kill_machine(process)
+    said = (tmp_path / "stays").read_text()
+    assert codes == [0, 0], said
+    assert f"{tmp_path / 'run' / 'checkpoint-4'}" in said
+    first, second = (load_file(folder / "run" / "model.safetensors") for folder in (two[0], tmp_path))
+    assert all(torch.equal(first[name], second[name]) for name in first)

@@ -1,5 +1,9 @@
-"""FSDP2 in two processes that fit a teacher with batch norms and distil a student. On the CPU: see fsdp2_on_cpu.py."""
+"""FSDP2 and DeepSpeed in two processes that fit a teacher with batch norms and distil a student, are killed and go on.
 
+On the CPU: see sharded_on_cpu.py.
+"""
+
+import importlib.util
 import json
 import subprocess
 import sys
@@ -36,45 +40,75 @@ for folder in sys.argv[1:]:
 """
 
 
-def launch(folder: Path, config: str, *flags: str) -> Path:
+# By config: what `accelerate launch` changes in it, what one process then needs, and how far their losses may differ,
+# relatively. DeepSpeed's half precision also rounds the weights; and fp16 needs a GPU.
+SETTINGS = {"fsdp2_bf16": ([], ["--bf16"], 2e-3), "deepspeed_zero2": (["--mixed_precision=no"], [], 1e-5)}
+FOURTH_STEP_OF_THE_STUDENT = {
+    "function": "modeling_deit_ti.trainer.DistillationTrainer.training_step",
+    "call": 16 * 2 + 4,  # after the teacher's
+    "rank": 1,
+}
+
+
+def launch(folder: Path, config: str, *flags: str, fault: dict | None = None) -> Path:
     launcher = [sys.executable, "-m", "accelerate.commands.launch", "--quiet"]
+    changes, *_ = SETTINGS.get(config, ([],))
     config_file = f"--config_file=accelerate_configs/{config}.yaml"
+    script = ["tests/sharded_on_cpu.py", json.dumps(fault)]
     places = [f"--output_dir={folder / 'run'}", f"--teacher_output_dir={folder / 'teachers'}"]
-    command = [*launcher, config_file, "tests/fsdp2_on_cpu.py", *FLAGS, *places, "--per_device_train_batch_size=16"]
-    ended = subprocess.run([*command, *flags], cwd=REPOSITORY, capture_output=True, text=True, timeout=300)
-    assert ended.returncode == 0, ended.stderr
+    command = [*launcher, config_file, *changes, *script, *FLAGS, *places, "--per_device_train_batch_size=16", *flags]
+    ended = subprocess.run(command, cwd=REPOSITORY, capture_output=True, text=True, timeout=300)
+    assert (ended.returncode == 0) == (fault is None), ended.stderr
+    assert fault is None or "SIGKILL" in ended.stderr, ended.stderr
     return folder
 
 
-@pytest.fixture(scope="module")
-def sharded(tmp_path_factory) -> Path:
-    """The folder of a run with the config for FSDP2."""
-    return launch(tmp_path_factory.mktemp("sharded"), "fsdp2_bf16")
+@pytest.fixture(scope="module", params=SETTINGS)
+def sharded(request, tmp_path_factory) -> Path:
+    """The folder of a run that was killed at the student's last step, and whose command was then given again."""
+    if request.param == "deepspeed_zero2" and importlib.util.find_spec("deepspeed") is None:
+        pytest.skip("needs DeepSpeed: DS_BUILD_OPS=0 pip install deepspeed --no-build-isolation")
+    folder = tmp_path_factory.mktemp(request.param)
+    every_step = ["--save_strategy=steps", "--save_steps=1"]
+    launch(folder, request.param, *every_step, fault=FOURTH_STEP_OF_THE_STUDENT)
+    assert sorted(path.name for path in (folder / "run").glob("checkpoint-*"))[-1] == "checkpoint-3"
+    return launch(folder, request.param, *every_step)
+
+
+def log_of(run: Path) -> list[dict]:
+    return json.loads((run / "trainer_state.json").read_text())["log_history"]
 
 
 def losses_of(run: Path) -> list[float]:
-    log = json.loads((run / "trainer_state.json").read_text())["log_history"]
-    return [entry["loss"] for entry in log if "loss" in entry]
+    return [entry["loss"] for entry in log_of(run) if "loss" in entry]
 
 
 def is_sharded(run: Path) -> bool:
-    return all((checkpoint / "pytorch_model_fsdp.bin").exists() for checkpoint in run.glob("checkpoint-*"))
+    """Whether every checkpoint has FSDP2's file, or each process's part of ZeRO's optimizer."""
+    return all(
+        (checkpoint / "pytorch_model_fsdp.bin").exists()
+        or len(list(checkpoint.glob("global_step*/*zero_pp_rank_*_optim_states.pt"))) == 2
+        for checkpoint in run.glob("checkpoint-*")
+    )
 
 
-def test_a_cnn_with_batch_norms_learns_in_bf16(sharded):
+def test_a_cnn_with_batch_norms_learns(sharded):
     (teacher,) = (sharded / "teachers").glob("test_resnet-*")
     losses = losses_of(teacher)
     assert losses[0] == pytest.approx(2.3, abs=0.3) and losses[-1] < 0.7
 
 
-def test_the_student_has_the_losses_of_one_process_in_bf16(sharded, tmp_path):
+def test_the_student_has_the_losses_and_the_accuracy_of_one_process(sharded, tmp_path, request):
+    _, flags, difference = SETTINGS[request.node.callspec.params["sharded"]]
     places = [f"--output_dir={tmp_path / 'run'}", f"--teacher_output_dir={tmp_path / 'teachers'}"]
     (teacher,) = (sharded / "teachers").glob("test_resnet-*")
-    flags = ["--per_device_train_batch_size=32", "--bf16", f"--teacher_model_name_or_path={teacher}"]
-    ended = run(*FLAGS, *places, *flags)
+    ended = run(*FLAGS, *places, *flags, "--per_device_train_batch_size=32", f"--teacher_model_name_or_path={teacher}")
     assert ended.returncode == 0, ended.stderr
     assert is_sharded(sharded / "run")
-    assert losses_of(sharded / "run") == pytest.approx(losses_of(tmp_path / "run"), rel=2e-3)
+    assert losses_of(sharded / "run") == pytest.approx(losses_of(tmp_path / "run"), rel=difference)
+    results = [json.loads((folder / "run" / "all_results.json").read_text()) for folder in (sharded, tmp_path)]
+    for name in ("eval_accuracy", "teacher_accuracy"):
+        assert results[0][name] == results[1][name], name
 
 
 def test_what_is_saved_loads_in_another_process_with_the_code_that_comes_with_it(sharded, tmp_path):
