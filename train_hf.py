@@ -49,7 +49,7 @@ from modeling_deit_ti.teacher_cache import make_teacher_cache
 def main() -> None:
     *earlier, last = stages = parse_stages(sys.argv[1:], description=__doc__.splitlines()[0])
     quiet_libraries(all_bars=last.training.disable_tqdm or last.training.process_index > 0)
-    if earlier:
+    if earlier and not preflight.is_finished(last.training, is_last=True):
         preflight.checkpoint_to_resume(last.training)  # refused now, rather than after hours of the earlier stages
     for number, args in enumerate(stages, start=1):
         if earlier and args.training.process_index == 0:
@@ -60,10 +60,10 @@ def main() -> None:
 
 
 def train(args: Arguments, is_last: bool = True) -> None:
-    """One run, unless it is an earlier stage that has been finished."""
+    """One run; of one that is finished, only what is left: to push it, or nothing, if it is an earlier stage."""
     # 1. What must hold before anything else
     training, mode = args.training, args.training.mode
-    is_finished = not is_last and preflight.is_finished_stage(training)
+    is_finished = preflight.is_finished(training, is_last)
     checkpoint = training.output_dir if is_finished else preflight.checkpoint_to_resume(training)
     preflight.check_folders(args)
     is_main = training.process_index == 0
@@ -81,6 +81,8 @@ def train(args: Arguments, is_last: bool = True) -> None:
             told = "finished by an earlier run" if is_finished else f"resuming from {checkpoint}"
             print(f"Student: {told}", flush=True)
     if is_finished:
+        if training.push_to_hub and is_main:
+            push(training)
         return
 
     # 3. Student
@@ -117,7 +119,7 @@ def train(args: Arguments, is_last: bool = True) -> None:
 
     # 8. The Hub
     if training.push_to_hub and is_main:
-        push(trainer)
+        push(training)
 
 
 def load_data(args: Arguments) -> ImageData:

@@ -21,6 +21,7 @@ from transformers import (
 )
 
 from .errors import UserError, first_line
+from .hub import persistently
 
 
 def label_maps(label_names: list[str]) -> dict:
@@ -74,32 +75,36 @@ def load_classifier(
     """
     with _explain(name, flag, "image classifier that AutoModelForImageClassification loads from safetensors"):
         source = _source(name)
-        config = AutoConfig.from_pretrained(source, trust_remote_code=trust_remote_code)
+        config = _load(AutoConfig, source, trust_remote_code=trust_remote_code)
         if isinstance(config, TimmWrapperConfig) and config.model_args:
             # timm's save_for_hf writes `num_classes` here too, and the wrapper would pass it to create_model twice.
             model_args = {key: value for key, value in config.model_args.items() if key != "num_classes"}
             kwargs = {"model_args": model_args, **kwargs}
         kwargs |= {"trust_remote_code": trust_remote_code, "use_safetensors": True, "output_loading_info": True}
-        model, info = AutoModelForImageClassification.from_pretrained(source, **kwargs)
+        model, info = _load(AutoModelForImageClassification, source, **kwargs)
     return model.eval(), sorted(info["missing_keys"])
 
 
 def load_config(name: str, flag: str, trust_remote_code: bool = False) -> PreTrainedConfig:
     """The config of a classifier; arguments and errors as in [`load_classifier`]."""
     with _explain(name, flag, "config that AutoConfig loads"):
-        return AutoConfig.from_pretrained(_source(name), trust_remote_code=trust_remote_code)
+        return _load(AutoConfig, _source(name), trust_remote_code=trust_remote_code)
 
 
 def load_image_processor(name: str, flag: str, trust_remote_code: bool = False) -> BaseImageProcessor:
     """The image processor of a classifier; arguments and errors as in [`load_classifier`]."""
     with _explain(name, flag, "image processor that AutoImageProcessor loads"):
-        return AutoImageProcessor.from_pretrained(_source(name), trust_remote_code=trust_remote_code)
+        return _load(AutoImageProcessor, _source(name), trust_remote_code=trust_remote_code)
 
 
 def check_complete(missing: list[str], name: str, flag: str) -> None:
     """Raises a `UserError` if a checkpoint lacks weights; the arguments are as in [`load_classifier`]."""
     if missing:
         raise UserError(f"{flag} {name}: it is incomplete, without {', '.join(missing[:3])}.")
+
+
+def _load(kind: type, source: str, **kwargs):
+    return persistently(lambda: kind.from_pretrained(source, **kwargs))
 
 
 def _source(name: str) -> str:

@@ -134,7 +134,7 @@ TRAINING = [
             "half",
         ),
         "while a checkpoint is sealed": ("modeling_deit_ti.checkpoints.os.replace", 1, "before"),
-        "before an older checkpoint is deleted": ("modeling_deit_ti.trainer.rotate_checkpoints", 1, "before"),
+        "before an older checkpoint is deleted": ("modeling_deit_ti.trainer.delete_older", 1, "before"),
         "while the card is written": ("modeling_deit_ti.outcome.write_model_card", 1, "before"),
     },
 ]
@@ -171,7 +171,7 @@ def test_killed_again_and_again_while_the_student_is_trained(reference, tmp_path
 def test_killed_with_one_checkpoint_kept_there_is_always_a_complete_one(reference, tmp_path):
     """Between a new checkpoint and the end of the old one."""
     with_teacher(reference, tmp_path)
-    for function, call in ((SEAL, 2), ("modeling_deit_ti.trainer.rotate_checkpoints", 2)):
+    for function, call in ((SEAL, 2), ("modeling_deit_ti.trainer.delete_older", 2)):
         flags = [*FLAGS, *places(tmp_path), "--save_total_limit=1"]
         killed = run(*flags, fault={"function": function, "call": call})
         assert killed.returncode == -signal.SIGKILL
