@@ -25,6 +25,7 @@ from modeling_deit_ti.errors import (
     StorageError,
     UserError,
     first_line,
+    is_out_of_memory,
     list_some,
     storing,
 )
@@ -49,6 +50,8 @@ from modeling_deit_ti.teacher_cache import make_teacher_cache
 def main() -> None:
     *earlier, last = stages = parse_stages(sys.argv[1:], description=__doc__.splitlines()[0])
     quiet_libraries(all_bars=last.training.disable_tqdm or last.training.process_index > 0)
+    if last.training.process_index == 0 and any(flag.startswith("--hub_token") for flag in last.flags):
+        print("--hub_token: all users of this machine can read it in its list of processes; HF_TOKEN is safer.")
     if earlier and not preflight.is_finished(last.training, is_last=True):
         preflight.checkpoint_to_resume(last.training)  # refused now, rather than after hours of the earlier stages
     for number, args in enumerate(stages, start=1):
@@ -146,7 +149,14 @@ def run() -> int:
         return _end(f"error: {error}", 1)
     except Interrupted as interruption:
         return _end(f"{interruption} Run the same command again to go on.", EXIT_INTERRUPTED)
-    except Exception as error:  # a fault, ours or the machine's: the reason first, then where it happened
+    except Exception as error:
+        if is_out_of_memory(error):
+            advice = (
+                "Lower --per_device_train_batch_size (and --per_device_eval_batch_size), with as many more "
+                "--gradient_accumulation_steps; fewer --dataloader_num_workers save memory, too."
+            )
+            return _end(f"error: the memory does not suffice ({first_line(error)}). {advice}", 1)
+        # A fault, ours or the machine's: the reason first, then where it happened.
         _end(f"process {os.environ.get('RANK', 0)} failed: {first_line(error)}", 1)
         raise
     return 0

@@ -495,8 +495,8 @@ class DistillationTrainer(Trainer):
             errors = [job.exception() for job in jobs if job.exception() is not None]
             if errors:
                 logger.warning(
-                    f"Hub: {Path(checkpoint_folder).name} is not pushed ({first_line(errors[0])}); it is on this disk, "
-                    "training goes on, and the next push tries again"
+                    f"Hub: {Path(checkpoint_folder).name} is not pushed ({first_line(errors[0])}); training goes on, "
+                    "and the next push tries again"
                 )
 
         if jobs:
