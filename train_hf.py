@@ -10,6 +10,7 @@ the dataset's, measure it, refuse it if it knows nothing), train the student, ev
 
 import logging
 import os
+import pickle
 import sys
 import time
 
@@ -145,6 +146,11 @@ def run() -> int:
         main()
     except UserError as error:
         return _end(f"error: {error}", EXIT_USER_ERROR)
+    except pickle.UnpicklingError:
+        # Of torch.load, which transformers asks for weights alone; its advice is to load it all the same.
+        return _end(
+            "error: the checkpoint holds more than data, and is not unpickled: it could run code.", EXIT_USER_ERROR
+        )
     except (FloatingPointError, StorageError) as error:
         return _end(f"error: {error}", 1)
     except Interrupted as interruption:
