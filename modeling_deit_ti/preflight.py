@@ -85,6 +85,12 @@ def _pushed_checkpoint(args: DistillationTrainingArguments) -> str:
     pushed = os.path.join(pushed, "last-checkpoint")
     if not os.path.isdir(pushed):
         raise UserError(f"--resume_from_checkpoint last-checkpoint: the repository {name} has no such folder.")
+    for file in Path(pushed).rglob("*"):
+        if file.name == ".metadata" or file.name.endswith("_states.pt"):  # torch's of shards, DeepSpeed's
+            raise UserError(
+                f"--resume_from_checkpoint last-checkpoint: its {file.name} would be unpickled, and could run code. If "
+                f"you trust all who may write to {name}, download the folder and name it."
+            )
     return pushed
 
 

@@ -177,6 +177,16 @@ def test_a_pushed_checkpoint_is_fetched_from_a_hub_that_fails_once(operation, on
     assert flaw_of(checkpoint_to_resume(args)) is None
 
 
+@pytest.mark.parametrize("file", ["optimizer_0/.metadata", "global_step4/mp_rank_00_model_states.pt"])
+def test_a_pushed_checkpoint_that_would_be_unpickled_is_not_resumed(file, online, tmp_path):
+    api = HfApi(token=online.token)
+    api.create_repo(REPO)
+    api.upload_file(repo_id=REPO, path_or_fileobj=b"pickle", path_in_repo=f"last-checkpoint/{file}")
+    args = arguments(tmp_path / "run", online, resume_from_checkpoint="last-checkpoint", process_index=0)
+    with pytest.raises(UserError, match=rf"last-checkpoint: its {Path(file).name} would be unpickled, and could run"):
+        checkpoint_to_resume(args)
+
+
 # ---- What is told ----
 
 
