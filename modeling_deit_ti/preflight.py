@@ -88,8 +88,8 @@ def _pushed_checkpoint(args: DistillationTrainingArguments) -> str:
     for file in Path(pushed).rglob("*"):
         if file.name == ".metadata" or file.name.endswith("_states.pt"):  # torch's of shards, DeepSpeed's
             raise UserError(
-                f"--resume_from_checkpoint last-checkpoint: its {file.name} would be unpickled, and could run code. If "
-                f"you trust all who may write to {name}, download the folder and name it."
+                f"--resume_from_checkpoint last-checkpoint: its {file.name} would be unpickled, and could run code. "
+                f"If you trust all who may write to {name}, download the folder and name it."
             )
     return pushed
 
