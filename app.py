@@ -33,7 +33,7 @@ from modeling_deit_ti.data.decoding import decode_image, open_image
 from modeling_deit_ti.errors import UserError, exit_code
 from modeling_deit_ti.interop.browser import write_static_space
 from modeling_deit_ti.interop.space import MODELS_FOLDER, push_space, write_space
-from modeling_deit_ti.prediction import head_logits, load_for_prediction
+from modeling_deit_ti.prediction import head_logits, load_for_prediction, taking_images
 
 
 MAX_SIDE = 20_000  # pixels: browsers show no larger pictures, and resizing one takes gigabytes
@@ -168,12 +168,12 @@ class Models:
         try:
             image, remark = read_picture(picture)
             model, image_processor, tokens = self.load(name)
+            with taking_images(name), torch.no_grad():
+                pixel_values = image_processor(images=image, return_tensors="pt")["pixel_values"]
+                asked = {"output_attentions": True} if tokens else {}
+                output = model(pixel_values=pixel_values.to(model.device, model.dtype), **asked)
         except UserError as error:
             return [f"### {text(error)}", *nothing]
-        pixel_values = image_processor(images=image, return_tensors="pt")["pixel_values"]
-        with torch.no_grad():
-            asked = {"output_attentions": True} if tokens else {}
-            output = model(pixel_values=pixel_values.to(model.device, model.dtype), **asked)
         pictures, words = {}, ""
         if tokens:
             shares = attention_maps(output.attentions[BLOCKS[blocks]], tokens)

@@ -41,8 +41,8 @@ from modeling_deit_ti.classifiers import label_names
 from modeling_deit_ti.data import EvaluationData, load_evaluation_images
 from modeling_deit_ti.data.decoding import read_image
 from modeling_deit_ti.device import autocast
-from modeling_deit_ti.errors import UserError, check_writable, exit_code, first_line, list_some, storing
-from modeling_deit_ti.prediction import add_prediction_flags, chosen_precision, load_for_prediction
+from modeling_deit_ti.errors import UserError, check_writable, exit_code, list_some, storing
+from modeling_deit_ti.prediction import add_prediction_flags, chosen_precision, load_for_prediction, taking_images
 from modeling_deit_ti.teacher import match_labels
 
 
@@ -108,20 +108,18 @@ def predict(name: str, flag: str, data: EvaluationData, options: argparse.Namesp
     prepare = functools.partial(prepare_batch, image_processor=image_processor)
     loader = DataLoader(data.images, options.batch_size, num_workers=options.num_workers, collate_fn=prepare)
     predicted, confidence, kept = [], [], []
-    try:
-        with tqdm(total=len(data.images), unit="image", desc=shown_names([name])[0]) as progress:
-            for pixel_values in loader:
-                with autocast(model.device, precision):
-                    logits = model(pixel_values=pixel_values.to(model.device, model.dtype)).logits
-                logits = logits.float()[:, order + others]
-                best = logits.softmax(dim=-1).max(dim=-1)
-                predicted.append(best.indices.cpu())
-                confidence.append(best.values.cpu())
-                if options.temperature_scaling:
-                    kept.append(logits.cpu())
-                progress.update(len(pixel_values))
-    except (RuntimeError, ValueError) as error:  # any architecture, and any image processor
-        raise UserError(f"{flag} {name}: it does not take these images ({first_line(error)}).") from error
+    progress = tqdm(total=len(data.images), unit="image", desc=shown_names([name])[0])
+    with taking_images(f"{flag} {name}"), progress:
+        for pixel_values in loader:
+            with autocast(model.device, precision):
+                logits = model(pixel_values=pixel_values.to(model.device, model.dtype)).logits
+            logits = logits.float()[:, order + others]
+            best = logits.softmax(dim=-1).max(dim=-1)
+            predicted.append(best.indices.cpu())
+            confidence.append(best.values.cpu())
+            if options.temperature_scaling:
+                kept.append(logits.cpu())
+            progress.update(len(pixel_values))
     predictions = Predictions(
         labels=np.asarray(data.images["label"][:]),
         predicted=torch.cat(predicted).numpy(),

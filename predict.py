@@ -21,7 +21,13 @@ from modeling_deit_ti.arguments import check_at_least
 from modeling_deit_ti.data.decoding import decode_image
 from modeling_deit_ti.device import autocast
 from modeling_deit_ti.errors import UserError, exit_code
-from modeling_deit_ti.prediction import add_prediction_flags, chosen_precision, head_logits, load_for_prediction
+from modeling_deit_ti.prediction import (
+    add_prediction_flags,
+    chosen_precision,
+    head_logits,
+    load_for_prediction,
+    taking_images,
+)
 
 
 def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
@@ -101,7 +107,8 @@ def predict(
             batch = files[start : start + batch_size]
             images = dict(read_images(batch))
             if images:
-                found = predict_batch(model, image_processor, list(images.values()), top_k, precision)
+                with taking_images("MODEL"):
+                    found = predict_batch(model, image_processor, list(images.values()), top_k, precision)
                 predictions += [{"file": str(file), **row} for file, row in zip(images, found, strict=True)]
             progress.update(len(batch))
     return predictions

@@ -182,6 +182,8 @@ def parse_command(argv: list[str]) -> ReproduceArguments:
         if flag.startswith("--") and flag[2:].partition("=")[0].replace("-", "_") in RESERVED:
             raise UserError(f"{flag.partition('=')[0]} after `--`: each run sets its own.")
     recipe = parse_arguments([f"--config={args.recipe}", *args.extra_flags])
+    if recipe.training.hub_token:
+        raise UserError("--hub_token would stand in the results: set HF_TOKEN instead, or log in by `hf auth login`.")
     args.dataset_name = args.dataset_name or recipe.images.dataset_name
     args.teacher_config = recipe.teacher.teacher_config
     return args

@@ -10,6 +10,7 @@ the dataset's, measure it, refuse it if it knows nothing), train the student, ev
 
 import logging
 import os
+import pickle
 import sys
 import time
 
@@ -25,6 +26,7 @@ from modeling_deit_ti.errors import (
     StorageError,
     UserError,
     first_line,
+    is_out_of_memory,
     list_some,
     storing,
 )
@@ -49,7 +51,9 @@ from modeling_deit_ti.teacher_cache import make_teacher_cache
 def main() -> None:
     *earlier, last = stages = parse_stages(sys.argv[1:], description=__doc__.splitlines()[0])
     quiet_libraries(all_bars=last.training.disable_tqdm or last.training.process_index > 0)
-    if earlier:
+    if last.training.process_index == 0 and any(flag.startswith("--hub_token") for flag in last.flags):
+        print("--hub_token: all users of this machine can read it in its list of processes; HF_TOKEN is safer.")
+    if earlier and not preflight.is_finished(last.training, is_last=True):
         preflight.checkpoint_to_resume(last.training)  # refused now, rather than after hours of the earlier stages
     for number, args in enumerate(stages, start=1):
         if earlier and args.training.process_index == 0:
@@ -60,10 +64,10 @@ def main() -> None:
 
 
 def train(args: Arguments, is_last: bool = True) -> None:
-    """One run, unless it is an earlier stage that has been finished."""
+    """One run; of one that is finished, only what is left: to push it, or nothing, if it is an earlier stage."""
     # 1. What must hold before anything else
     training, mode = args.training, args.training.mode
-    is_finished = not is_last and preflight.is_finished_stage(training)
+    is_finished = preflight.is_finished(training, is_last)
     checkpoint = training.output_dir if is_finished else preflight.checkpoint_to_resume(training)
     preflight.check_folders(args)
     is_main = training.process_index == 0
@@ -81,6 +85,8 @@ def train(args: Arguments, is_last: bool = True) -> None:
             told = "finished by an earlier run" if is_finished else f"resuming from {checkpoint}"
             print(f"Student: {told}", flush=True)
     if is_finished:
+        if training.push_to_hub and is_main:
+            push(training)
         return
 
     # 3. Student
@@ -117,7 +123,7 @@ def train(args: Arguments, is_last: bool = True) -> None:
 
     # 8. The Hub
     if training.push_to_hub and is_main:
-        push(trainer)
+        push(training)
 
 
 def load_data(args: Arguments) -> ImageData:
@@ -140,11 +146,23 @@ def run() -> int:
         main()
     except UserError as error:
         return _end(f"error: {error}", EXIT_USER_ERROR)
+    except pickle.UnpicklingError:
+        # Of torch.load, which transformers asks for weights alone; its advice is to load it all the same.
+        return _end(
+            "error: the checkpoint holds more than data, and is not unpickled: it could run code.", EXIT_USER_ERROR
+        )
     except (FloatingPointError, StorageError) as error:
         return _end(f"error: {error}", 1)
     except Interrupted as interruption:
         return _end(f"{interruption} Run the same command again to go on.", EXIT_INTERRUPTED)
-    except Exception as error:  # a fault, ours or the machine's: the reason first, then where it happened
+    except Exception as error:
+        if is_out_of_memory(error):
+            advice = (
+                "Lower --per_device_train_batch_size (and --per_device_eval_batch_size), with as many more "
+                "--gradient_accumulation_steps; fewer --dataloader_num_workers save memory, too."
+            )
+            return _end(f"error: the memory does not suffice ({first_line(error)}). {advice}", 1)
+        # A fault, ours or the machine's: the reason first, then where it happened.
         _end(f"process {os.environ.get('RANK', 0)} failed: {first_line(error)}", 1)
         raise
     return 0

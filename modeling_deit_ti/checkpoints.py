@@ -3,6 +3,7 @@
 import hashlib
 import json
 import os
+import shutil
 from pathlib import Path
 
 
@@ -67,7 +68,26 @@ def changed_settings(checkpoint: str | Path, settings: dict) -> list[str]:
 def checkpoints_of(folder: str | Path) -> list[Path]:
     """The checkpoints of a run, complete or not, the latest step first."""
     found = [path for path in Path(folder).glob("checkpoint-*") if path.name.removeprefix("checkpoint-").isdigit()]
-    return sorted(found, key=lambda path: int(path.name.removeprefix("checkpoint-")), reverse=True)
+    return sorted(found, key=_step_of, reverse=True)
+
+
+def _step_of(checkpoint: Path) -> int:
+    return int(checkpoint.name.removeprefix("checkpoint-"))
+
+
+def delete_older(latest: str | Path, limit: int, best: str | None) -> None:
+    """
+    Leaves `limit` checkpoints of a run: the latest, the best if there is one, and of the others those of the last
+    steps before it. By their steps, as a run resumes: a clock may jump back. What an earlier course of the run has
+    left of later steps, maybe damaged, goes first.
+    """
+    latest = Path(latest)
+    checkpoints = checkpoints_of(latest.parent)
+    kept = [path for path in checkpoints if path in (latest, Path(best or latest))]
+    others = [path for path in checkpoints if path not in kept]
+    others.sort(key=lambda path: _step_of(path) > _step_of(latest))
+    for path in others[max(0, limit - len(kept)) :]:
+        shutil.rmtree(path, ignore_errors=True)
 
 
 def last_complete(folder: str | Path) -> str | None:

@@ -3,6 +3,7 @@
 import contextlib
 import copy
 import os
+import re
 from collections.abc import Iterator
 
 import timm
@@ -21,6 +22,17 @@ from transformers import (
 )
 
 from .errors import UserError, first_line
+from .hub import persistently
+
+
+# The largest numbers that a config may name, by the key. More would take all memory, or forever, to build.
+MAX_NUMBER = 1_000_000
+MAX_NUMBERS = {
+    re.compile(r"layers$|^depths?$|blocks$"): 10_000,
+    re.compile(r"^size$|^(image|img|input|crop)_size$|^(height|width|shortest_edge|longest_edge)$"): 8_192,
+}
+# Arguments of timm's create_model that make it read other files, which older versions of timm unpickle.
+READING_ARGS = ("checkpoint_path", "pretrained", "pretrained_cfg", "pretrained_cfg_overlay", "cache_dir")
 
 
 def label_maps(label_names: list[str]) -> dict:
@@ -74,32 +86,67 @@ def load_classifier(
     """
     with _explain(name, flag, "image classifier that AutoModelForImageClassification loads from safetensors"):
         source = _source(name)
-        config = AutoConfig.from_pretrained(source, trust_remote_code=trust_remote_code)
+        config = _load_config(source, trust_remote_code)
         if isinstance(config, TimmWrapperConfig) and config.model_args:
             # timm's save_for_hf writes `num_classes` here too, and the wrapper would pass it to create_model twice.
             model_args = {key: value for key, value in config.model_args.items() if key != "num_classes"}
             kwargs = {"model_args": model_args, **kwargs}
         kwargs |= {"trust_remote_code": trust_remote_code, "use_safetensors": True, "output_loading_info": True}
-        model, info = AutoModelForImageClassification.from_pretrained(source, **kwargs)
+        model, info = _load(AutoModelForImageClassification, source, **kwargs)
     return model.eval(), sorted(info["missing_keys"])
 
 
 def load_config(name: str, flag: str, trust_remote_code: bool = False) -> PreTrainedConfig:
     """The config of a classifier; arguments and errors as in [`load_classifier`]."""
     with _explain(name, flag, "config that AutoConfig loads"):
-        return AutoConfig.from_pretrained(_source(name), trust_remote_code=trust_remote_code)
+        return _load_config(_source(name), trust_remote_code)
 
 
 def load_image_processor(name: str, flag: str, trust_remote_code: bool = False) -> BaseImageProcessor:
-    """The image processor of a classifier; arguments and errors as in [`load_classifier`]."""
+    """The image processor of a classifier, tried on a picture; arguments and errors as in [`load_classifier`]."""
     with _explain(name, flag, "image processor that AutoImageProcessor loads"):
-        return AutoImageProcessor.from_pretrained(_source(name), trust_remote_code=trust_remote_code)
+        processor = _load(AutoImageProcessor, _source(name), trust_remote_code=trust_remote_code)
+        _check_numbers(processor.to_dict())
+        pixel_values = processor(PILImage.new("RGB", (32, 32)), return_tensors="pt")["pixel_values"]
+        if not torch.as_tensor(pixel_values).isfinite().all():
+            raise UserError("its image processor makes values that are not finite.")
+    return processor
 
 
 def check_complete(missing: list[str], name: str, flag: str) -> None:
     """Raises a `UserError` if a checkpoint lacks weights; the arguments are as in [`load_classifier`]."""
     if missing:
         raise UserError(f"{flag} {name}: it is incomplete, without {', '.join(missing[:3])}.")
+
+
+def _load(kind: type, source: str, **kwargs):
+    return persistently(lambda: kind.from_pretrained(source, **kwargs))
+
+
+def _load_config(source: str, trust_remote_code: bool) -> PreTrainedConfig:
+    raw, _ = persistently(lambda: PreTrainedConfig.get_config_dict(source))
+    _check_numbers(raw)  # before anything is made of them: a name for each label, for one
+    config = _load(AutoConfig, source, trust_remote_code=trust_remote_code)
+    if isinstance(config, TimmWrapperConfig):
+        if not timm.is_model(config.architecture):
+            raise UserError(f"its config names an architecture, {config.architecture!r}, that timm does not have.")
+        for key in READING_ARGS:
+            if key in (config.model_args or {}):
+                raise UserError(f"its config has model_args with {key}, which names files to read: remove it.")
+    return config
+
+
+def _check_numbers(value, key: str = "") -> None:
+    if isinstance(value, dict):
+        for name, part in value.items():
+            _check_numbers(part, str(name))
+    elif isinstance(value, list):
+        for part in value:
+            _check_numbers(part, key)
+    elif isinstance(value, int):
+        limit = next((limit for pattern, limit in MAX_NUMBERS.items() if pattern.search(key)), MAX_NUMBER)
+        if value > limit:
+            raise UserError(f"its {key} is {value}, and no image classifier needs more than {limit:,}.")
 
 
 def _source(name: str) -> str:

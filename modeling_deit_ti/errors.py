@@ -3,11 +3,13 @@
 import contextlib
 import errno
 import os
+import re
 import sys
 import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
+import torch
 from safetensors import SafetensorError
 from transformers.utils import logging as transformers_logging
 
@@ -42,9 +44,16 @@ def exit_code(command: str, run: Callable[[], int | None]) -> int:
         return EXIT_USER_ERROR if isinstance(error, UserError) else 1
 
 
+# A token of the Hub, alone or in a header that was refused, and the signature of an address that needs no token.
+SECRET = re.compile(r"(?<=Bearer )[^'\"]+|hf_[A-Za-z0-9]{16,}|(?<=\?)X-Amz-[^\s'\"]+")
+
+
 def first_line(error: Exception) -> str:
-    """The error's type and first line: libraries explain themselves over many lines, our messages have one."""
-    reason = str(error).strip().partition("\n")[0].rstrip(".")
+    """
+    The error's type and first line, without secrets: libraries explain themselves over many lines, our messages have
+    one.
+    """
+    reason = SECRET.sub("***", str(error).strip().partition("\n")[0].rstrip("."))
     return f"{type(error).__name__}: {reason}" if reason else type(error).__name__
 
 
@@ -88,6 +97,18 @@ def _why_not_stored(error: BaseException | None) -> str | None:
             return "torch could not write the whole file; is the disk full?"
         error = error.__cause__ or error.__context__
     return None
+
+
+def is_out_of_memory(error: BaseException | None) -> bool:
+    """Whether memory did not suffice: the device's, the machine's, or what `ulimit -v` allows."""
+    while error is not None:
+        if isinstance(error, (MemoryError, torch.OutOfMemoryError)) or getattr(error, "errno", None) == errno.ENOMEM:
+            return True
+        # torch's allocator on a CPU; its loader, of a worker whom the kernel has killed for the memory of others.
+        if "can't allocate memory" in str(error) or "killed by signal: Killed" in str(error):
+            return True
+        error = error.__cause__ or error.__context__
+    return False
 
 
 def check_writable(setting: str, folder: str | os.PathLike) -> None:

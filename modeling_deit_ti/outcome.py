@@ -10,7 +10,7 @@ from huggingface_hub import HfApi
 from safetensors.torch import load_file, save_file
 from transformers.utils import SAFE_WEIGHTS_NAME
 
-from .arguments import Arguments
+from .arguments import Arguments, DistillationTrainingArguments
 from .card import (
     CURVES_FILE,
     EXAMPLE_FILE,
@@ -34,6 +34,7 @@ from .data.decoding import read_image
 from .data.inputs import EvalImages
 from .device import PRECISION_NAMES
 from .errors import StorageError, first_line
+from .hub import persistently
 from .interop import QUANTIZED_FILE, save_onnx, save_timm, save_transformers
 from .modeling_deit_ti import DeiTTiForImageClassification
 from .trainer import DistillationTrainer
@@ -236,28 +237,30 @@ def summary(trainer: DistillationTrainer, teacher: TeacherRecord | None, metrics
     return "\n".join(lines)
 
 
-def push(trainer: DistillationTrainer) -> None:
+def push(args: DistillationTrainingArguments) -> None:
     """
-    Uploads the finished run; checkpoints stay here, except those that --hub_strategy has pushed.
+    Uploads the finished run in the output folder; checkpoints stay here, except those that --hub_strategy has pushed.
 
     Raises:
         StorageError: if the push fails; the run is complete on disk, and the message says how to push it.
     """
-    args = trainer.args
+    repo, folder = args.hub_model_id, args.output_dir
     unwanted = ["checkpoint-*", "last-checkpoint/*", "_*", SETTINGS_FILE]  # which names folders of this machine
     try:
-        HfApi(token=args.hub_token).upload_folder(
-            repo_id=trainer.hub_model_id,
-            folder_path=args.output_dir,
-            commit_message="End of training",
-            ignore_patterns=[*unwanted],  # it adds to the list
-            revision=args.hub_revision,
+        persistently(
+            lambda: HfApi(token=args.hub_token).upload_folder(
+                repo_id=repo,
+                folder_path=folder,
+                commit_message="End of training",
+                ignore_patterns=[*unwanted],  # it adds to the list
+                revision=args.hub_revision,
+            )
         )
     except Exception as error:  # whatever the network or the Hub did, nothing is lost
         revision = f" --revision {args.hub_revision}" if args.hub_revision else ""
         excluded = " ".join(f'--exclude "{pattern}"' for pattern in unwanted)
         raise StorageError(
-            f"the run is finished and saved in {args.output_dir}, but the push failed ({first_line(error)}). Push it "
-            "later, logged in by `hf auth login` or HF_TOKEN, with\n\n"
-            f"    hf upload {trainer.hub_model_id} {shlex.quote(args.output_dir)} .{revision} {excluded}\n"
+            f"the run is finished and saved in {folder}, but the push failed ({first_line(error)}). Run the same "
+            "command again to push it, or, logged in by `hf auth login` or HF_TOKEN: "
+            f"hf upload {repo} {shlex.quote(folder)} .{revision} {excluded}"
         ) from error

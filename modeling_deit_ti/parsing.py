@@ -4,10 +4,11 @@ import argparse
 import dataclasses
 import difflib
 import importlib.util
+import itertools
 import json
 import math
 import os
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 import yaml
@@ -35,6 +36,7 @@ INHERITED_BY_TEACHER = (
     *("fp16", "bf16", "tf32", "use_cpu", "torch_compile", "torch_compile_backend", "torch_compile_mode"),
     *("dataloader_num_workers", "disable_tqdm", "log_level", "project", "trackio_space_id", "trackio_bucket_id"),
 )
+MAX_YAML_NODES = 10_000  # of a recipe
 # What --report_to calls like the package that it needs.
 TRACKERS = ("tensorboard", "trackio", "wandb", "mlflow")
 # What --teacher_config may not set.
@@ -83,8 +85,11 @@ class _Parser(HfArgumentParser):
     def read_recipe(self, option: str, file: str) -> dict:
         """The flags that a YAML file sets."""
         try:
-            recipe = yaml.safe_load(Path(file).read_text(encoding="utf-8"))
-        except (OSError, ValueError, yaml.YAMLError) as error:
+            text = Path(file).read_text(encoding="utf-8")
+            if any(True for _ in itertools.islice(_nodes(yaml.compose(text, yaml.SafeLoader)), MAX_YAML_NODES, None)):
+                raise ValueError(f"it stands for more than {MAX_YAML_NODES:,} values")
+            recipe = yaml.safe_load(text)
+        except (OSError, ValueError, RecursionError, yaml.YAMLError) as error:
             raise UserError(f"{option} {file}: it cannot be read as YAML ({error}).") from error
         if not isinstance(recipe, dict):
             raise UserError(f"{option} {file}: it must consist of `flag: value` lines.")
@@ -107,6 +112,15 @@ class _Parser(HfArgumentParser):
                     value = "yes" if value else "no"  # YAML reads a bare `no` as false: save_strategy: no
                 flags.append(f"--{key}={json.dumps(value) if isinstance(value, dict) else value}")
         return flags
+
+
+def _nodes(node: yaml.Node | None) -> Iterator[yaml.Node | None]:
+    """A document's parts, each as often as aliases repeat it: a few lines of them can stand for billions."""
+    yield node
+    if isinstance(node, yaml.CollectionNode):
+        for part in node.value:
+            for child in part if isinstance(part, tuple) else (part,):  # the keys and values of a mapping
+                yield from _nodes(child)
 
 
 def number(text: str) -> float:

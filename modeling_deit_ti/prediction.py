@@ -1,14 +1,17 @@
 """A classifier that is ready to predict, and what each of its heads says."""
 
 import argparse
+import contextlib
+from collections.abc import Iterator
 
 import torch
+from PIL import Image
 from transformers import BaseImageProcessor, PreTrainedModel
 from transformers.utils import ModelOutput
 
 from .classifiers import check_complete, load_classifier, load_image_processor
 from .device import PRECISION_NAMES, automatic_precision
-from .errors import UserError, first_line
+from .errors import UserError, first_line, is_out_of_memory
 
 
 PRECISIONS = {name: precision for precision, name in PRECISION_NAMES.items()}
@@ -36,11 +39,12 @@ def load_for_prediction(
     name: str, flag: str, trust_remote_code: bool = False, device: str | None = None
 ) -> tuple[PreTrainedModel, BaseImageProcessor]:
     """
-    A complete classifier in `eval()` on `device` (default: a GPU if there is one), and its image processor. Names and
-    errors are those of [`load_classifier`].
+    A complete classifier in `eval()` on `device` (default: a GPU if there is one), and its image processor, both tried
+    on a picture. Names and errors are those of [`load_classifier`].
 
     Raises:
-        UserError: if it cannot be loaded, lacks weights, or the device is not there.
+        UserError: if it cannot be loaded, lacks weights, does not go with its image processor or answers with what is
+            no number, or the device is not there.
     """
     model, missing = load_classifier(name, flag, trust_remote_code)
     check_complete(missing, name, flag)
@@ -50,7 +54,26 @@ def load_for_prediction(
         model.to(device)
     except (RuntimeError, AssertionError) as error:
         raise UserError(f"--device {device}: {first_line(error)}.") from error
+    with taking_images(f"{flag} {name}"), torch.no_grad():
+        pixel_values = image_processor(images=Image.new("RGB", (32, 32)), return_tensors="pt")["pixel_values"]
+        if not model(pixel_values=pixel_values.to(model.device, model.dtype)).logits.isfinite().all():
+            raise UserError(f"{flag} {name}: its logits are not finite.")
     return model, image_processor
+
+
+@contextlib.contextmanager
+def taking_images(name: str) -> Iterator[None]:
+    """Reports as a `UserError` that a model or its image processor, called `name`, does not take the images inside."""
+    try:
+        yield
+    except UserError:
+        raise
+    except Exception as error:  # any architecture, and any image processor
+        if is_out_of_memory(error):
+            raise UserError(
+                f"{name}: the memory does not suffice ({first_line(error)}). Lower --batch_size."
+            ) from error
+        raise UserError(f"{name}: it does not take these images ({first_line(error)}).") from error
 
 
 def head_logits(output: ModelOutput, readout: str | None) -> dict[str, torch.Tensor]:

@@ -13,6 +13,7 @@ from transformers.integrations import get_reporting_integration_callbacks
 from .arguments import Arguments, DistillationTrainingArguments
 from .checkpoints import changed_settings, checkpoints_of, flaw_of, last_complete
 from .errors import UserError, check_writable, first_line
+from .hub import persistently
 from .muon import make_muon
 
 
@@ -50,9 +51,9 @@ def checkpoint_to_resume(args: DistillationTrainingArguments) -> str | None:
     return resume
 
 
-def is_finished_stage(args: DistillationTrainingArguments) -> bool:
-    """Whether a stage need not be run, since the run that goes on has been through it."""
-    is_finished = (Path(args.output_dir) / "all_results.json").is_file()
+def is_finished(args: DistillationTrainingArguments, is_last: bool) -> bool:
+    """Whether there is nothing to train: an earlier stage is over, or a finished run has to be pushed still."""
+    is_finished = (Path(args.output_dir) / "all_results.json").is_file() and (args.push_to_hub or not is_last)
     return broadcast_object_list([is_finished and args.resume_from_checkpoint == "auto"])[0]
 
 
@@ -74,8 +75,9 @@ def _pushed_checkpoint(args: DistillationTrainingArguments) -> str:
     api, name = HfApi(token=args.hub_token), hub_repository(args)
     try:
         if "/" not in name:  # a push adds the user, a download does not
-            name = f"{api.whoami()['name']}/{name}"
-        pushed = api.snapshot_download(name, revision=args.hub_revision, allow_patterns="last-checkpoint/*")
+            name = f"{persistently(api.whoami)['name']}/{name}"
+        patterns = "last-checkpoint/*"
+        pushed = persistently(lambda: api.snapshot_download(name, revision=args.hub_revision, allow_patterns=patterns))
     except Exception as error:  # of the network or the Hub
         raise UserError(
             f"--resume_from_checkpoint last-checkpoint: cannot be downloaded from {name} ({first_line(error)})."
@@ -83,6 +85,12 @@ def _pushed_checkpoint(args: DistillationTrainingArguments) -> str:
     pushed = os.path.join(pushed, "last-checkpoint")
     if not os.path.isdir(pushed):
         raise UserError(f"--resume_from_checkpoint last-checkpoint: the repository {name} has no such folder.")
+    for file in Path(pushed).rglob("*"):
+        if file.name == ".metadata" or file.name.endswith("_states.pt"):  # torch's of shards, DeepSpeed's
+            raise UserError(
+                f"--resume_from_checkpoint last-checkpoint: its {file.name} would be unpickled, and could run code. "
+                f"If you trust all who may write to {name}, download the folder and name it."
+            )
     return pushed
 
 
@@ -96,16 +104,12 @@ def check_hub_access(args: DistillationTrainingArguments) -> None:
     Creates the repository to push to, and sets `args.hub_model_id` to its full name: before training, not after it.
 
     Raises:
-        UserError: if the Hub is not reachable, or the token is missing, invalid or may not write there.
+        UserError: if the Hub is not reachable, the token is missing, invalid or may not write there, or the finished
+            run in the output folder has been pushed already.
     """
-    api, name = HfApi(token=args.hub_token), hub_repository(args)
+    name = hub_repository(args)
     try:
-        if api.whoami().get("auth", {}).get("accessToken", {}).get("role") == "read":
-            raise UserError("--push_to_hub: the token may only read; create one that may write.")
-        args.hub_model_id = api.create_repo(name, private=args.hub_private_repo, exist_ok=True).repo_id
-        api.auth_check(args.hub_model_id, write=True)
-        if args.hub_revision and not api.revision_exists(args.hub_model_id, args.hub_revision):
-            api.create_branch(args.hub_model_id, branch=args.hub_revision)
+        persistently(lambda: _prepare_repository(HfApi(token=args.hub_token), name, args))
     except UserError:
         raise
     except Exception as error:  # from the network, the Hub or the token's file: a push would fail
@@ -113,6 +117,24 @@ def check_hub_access(args: DistillationTrainingArguments) -> None:
             f"--push_to_hub: cannot write to the repository {name} ({first_line(error)}). Log in by `hf auth login`, "
             "or set HF_TOKEN to a token that may write; or train without --push_to_hub and use `hf upload` later."
         ) from error
+
+
+def _prepare_repository(api: HfApi, name: str, args: DistillationTrainingArguments) -> None:
+    if api.whoami().get("auth", {}).get("accessToken", {}).get("role") == "read":
+        raise UserError("--push_to_hub: the token may only read; create one that may write.")
+    args.hub_model_id = api.create_repo(name, private=args.hub_private_repo, exist_ok=True).repo_id
+    api.auth_check(args.hub_model_id, write=True)
+    if args.hub_revision and not api.revision_exists(args.hub_model_id, args.hub_revision):
+        api.create_branch(args.hub_model_id, branch=args.hub_revision)
+    results = Path(args.output_dir, "all_results.json")
+    if not results.is_file() or not api.file_exists(args.hub_model_id, results.name, revision=args.hub_revision):
+        return
+    pushed = api.hf_hub_download(args.hub_model_id, results.name, revision=args.hub_revision)
+    if Path(pushed).read_bytes() == results.read_bytes():
+        raise UserError(
+            f"--output_dir {args.output_dir} already holds a finished run, which {args.hub_model_id} on the Hub has, "
+            "too: choose another, or delete this one."
+        )
 
 
 def check_folders(args: Arguments) -> None:

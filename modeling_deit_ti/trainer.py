@@ -1,10 +1,12 @@
 """`DistillationTrainer`: transformers' `Trainer` with a teacher in its loss."""
 
 import contextlib
+import logging
 import math
 import os
 import time
 from collections.abc import Iterator
+from concurrent.futures import Future
 from pathlib import Path
 
 import evaluate
@@ -18,21 +20,25 @@ from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy
 from torch.utils.data import DataLoader, Dataset
 from transformers import EarlyStoppingCallback, PreTrainedModel, PrinterCallback, Trainer, TrainerCallback
 from transformers.trainer import DEFAULT_PROGRESS_CALLBACK
-from transformers.trainer_utils import EvalPrediction, rotate_checkpoints
+from transformers.trainer_utils import EvalPrediction
 
 from .card import Predictions
-from .checkpoints import save_settings, seal
+from .checkpoints import delete_older, save_settings, seal
 from .data.inputs import normalised
 from .data.sampling import TrainSampler, collate_images
 from .data.streaming import UnreadableRow
 from .device import HostCopy, teacher_dtype
 from .distillation import DistillMode, LossParts, distillation_loss, label_loss
+from .errors import first_line
+from .hub import persistently
 from .interruption import Interrupted, StopRequest, name_of
 from .modeling_deit_ti import DeiTTiForImageClassification
 from .muon import make_muon
 from .progress import RunProgress
 from .reporting import use_reports
 
+
+logger = logging.getLogger(__name__)
 
 AVERAGE_FILE = "averaged_weights.safetensors"  # in a checkpoint
 METRIC = Path(__file__).parent / "metrics" / "top_k_accuracy.py"
@@ -228,6 +234,7 @@ class DistillationTrainer(Trainer):
         self.predictions: Predictions | None = None  # of the latest evaluation
         self.teacher_predictions: np.ndarray | None = None  # label ids, of the latest measurement
         self.metric = evaluate.load(str(METRIC), keep_in_memory=True)
+        self._watched_pushes: list[Future] = []
         self.stop_request = StopRequest(announce=self.is_local_process_zero())
         self.run_callback = _RunCallback(self)
         self.add_callback(self.run_callback)
@@ -470,8 +477,31 @@ class DistillationTrainer(Trainer):
             seal(checkpoint)
         if push_to_hub:
             self._push_from_checkpoint(checkpoint)
-        if args.should_save:
-            rotate_checkpoints(folder, limit, self.state.best_model_checkpoint, use_mtime=True)
+        if args.should_save and limit:
+            delete_older(checkpoint, limit, self.state.best_model_checkpoint)
+
+    def init_hf_repo(self, *args, **kwargs) -> None:
+        """As `Trainer`'s, whatever the Hub's mood."""
+        persistently(lambda: super(DistillationTrainer, self).init_hf_repo(*args, **kwargs))
+
+    def _push_from_checkpoint(self, checkpoint_folder: str) -> None:
+        """As `Trainer`'s, which pushes in the background and does not say if that fails."""
+        super()._push_from_checkpoint(checkpoint_folder)
+        if not self.is_world_process_zero() or self.push_in_progress is None:
+            return
+        jobs = [job for job in self.push_in_progress.jobs if job not in self._watched_pushes]
+        self._watched_pushes += jobs
+
+        def tell(_) -> None:
+            errors = [job.exception() for job in jobs if job.exception() is not None]
+            if errors:
+                logger.warning(
+                    f"Hub: {Path(checkpoint_folder).name} is not pushed ({first_line(errors[0])}); training goes on, "
+                    "and the next push tries again"
+                )
+
+        if jobs:
+            jobs[-1].add_done_callback(tell)  # one after the other, so the others are done, too
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """Adds what was recorded since the last log; the closing numbers are of the whole run, even if resumed."""

@@ -80,6 +80,7 @@ class Fault:
     times: int
     after: int
     drop: bool
+    cut: bool
 
 
 class Refused(Exception):
@@ -222,7 +223,14 @@ class HubStandIn:
             return {path: self._content(entry) for path, entry in repo.files(repo.resolve(revision)).items()}
 
     def fail_next(
-        self, operation: str = "any", *, status: int = 500, times: int = 1, after: int = 0, drop: bool = False
+        self,
+        operation: str = "any",
+        *,
+        status: int = 500,
+        times: int = 1,
+        after: int = 0,
+        drop: bool = False,
+        cut: bool = False,
     ) -> None:
         """Make coming requests fail before they have any effect.
 
@@ -242,11 +250,13 @@ class HubStandIn:
                 How many matching requests pass first.
             drop (`bool`, *optional*, defaults to `False`):
                 Close the connection without an answer instead of sending `status`.
+            cut (`bool`, *optional*, defaults to `False`):
+                Close it in the middle instead: of the upload, if the request has a body, else of the answer.
         """
         if operation != "any" and operation not in OPERATIONS:
             raise ValueError(f"unknown operation {operation!r}: use 'any' or one of {', '.join(OPERATIONS)}")
         with self._lock:
-            self._faults.append(Fault(operation, status, times, after, drop))
+            self._faults.append(Fault(operation, status, times, after, drop, cut))
 
     def recover(self) -> None:
         """Forget the failures that are still to come."""
@@ -639,8 +649,6 @@ class _Handler(BaseHTTPRequestHandler):
     def _serve(self) -> None:
         hub: HubStandIn = self.server.hub
         url = urlsplit(self.path)
-        # Read to the end even if the answer is no: what is left would be taken for the next request.
-        body = self._read_body()
         operation, match, answer = "unknown", None, None
         for name, (methods, pattern, function) in OPERATIONS.items():
             if self.command in methods.split() and (match := pattern.fullmatch(url.path)):
@@ -649,13 +657,21 @@ class _Handler(BaseHTTPRequestHandler):
         authorization = self.headers.get("Authorization")
         request = Request(operation, self.command, self.path, authorization is not None)
         with hub._lock:
-            hub.requests.append(request)
             fault = self._due_fault(hub, operation)
-            if fault is not None and fault.drop:
+        is_cut = fault is not None and fault.cut
+        length = int(self.headers.get("Content-Length", 0))
+        if is_cut and length:
+            self.rfile.read(length // 2)
+        else:
+            # Read to the end even if the answer is no: what is left would be taken for the next request.
+            body = self._read_body()
+        with hub._lock:
+            hub.requests.append(request)
+            if fault is not None and (fault.drop or is_cut and length):
                 self.close_connection = True
                 return
             try:
-                if fault is not None:
+                if fault is not None and not is_cut:
                     # Without the header the client's five retries take 1 + 2 + 4 + 8 + 8 seconds, with it one each.
                     raise Refused(fault.status, "The stand-in was told to fail", headers={"Retry-After": "0"})
                 if answer is None:
@@ -672,8 +688,8 @@ class _Handler(BaseHTTPRequestHandler):
                 reply = refused.reply
             except Exception as error:  # a bug of the stand-in: let the client's error name it
                 reply = Refused(500, f"The stand-in failed: {type(error).__name__}: {error}").reply
-            request.status = reply.status
-        self._send(reply)
+            request.status = None if is_cut else reply.status
+        self._send(reply, is_cut)
 
     do_GET = do_HEAD = do_POST = do_PUT = do_DELETE = _serve
 
@@ -697,7 +713,7 @@ class _Handler(BaseHTTPRequestHandler):
             return b"".join(chunks)
         return self.rfile.read(int(self.headers.get("Content-Length", 0)))
 
-    def _send(self, reply: Reply) -> None:
+    def _send(self, reply: Reply, is_cut: bool = False) -> None:
         body = reply.body if isinstance(reply.body, bytes) else json.dumps(reply.body).encode()
         kind = "application/octet-stream" if isinstance(reply.body, bytes) else "application/json"
         self.send_response(reply.status)
@@ -705,7 +721,8 @@ class _Handler(BaseHTTPRequestHandler):
             self.send_header(name, value)
         self.end_headers()
         if self.command != "HEAD":
-            self.wfile.write(body)
+            self.wfile.write(body[: len(body) // 2] if is_cut else body)
+        self.close_connection = self.close_connection or is_cut
 
     def log_message(self, *_: object) -> None:
         """Says nothing: `HubStandIn.requests` is the log."""

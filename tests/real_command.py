@@ -12,6 +12,7 @@ import importlib
 import json
 import multiprocessing
 import os
+import resource
 import runpy
 import signal
 import subprocess
@@ -36,12 +37,20 @@ class Run:
         cwd: where it runs.
         env: variables on top of the test's.
         fault (`dict`, *optional*): arguments of [`arm`].
+        memory (`int`, *optional*): bytes of addresses that it may take, on top of those it starts with.
     """
 
-    def __init__(self, *flags, cwd: os.PathLike = REPOSITORY, env: dict | None = None, fault: dict | None = None):
+    def __init__(
+        self,
+        *flags,
+        cwd: os.PathLike = REPOSITORY,
+        env: dict | None = None,
+        fault: dict | None = None,
+        memory: int | None = None,
+    ):
         self.flags = [str(flag) for flag in flags]
         self._output = tempfile.TemporaryDirectory()
-        target = functools.partial(_become_command, self.flags, str(cwd), env or {}, self._output.name, fault)
+        target = functools.partial(_become_command, self.flags, str(cwd), env or {}, self._output.name, fault, memory)
         self._process = FORKS.Process(target=target)
         self._process.start()
         self.pid = self._process.pid
@@ -56,6 +65,11 @@ class Run:
 
     def signal_group(self, signum: int) -> None:
         os.killpg(self.pid, signum)
+
+    def wait_until_stopped(self) -> None:
+        """By a SIGSTOP of its own."""
+        while self._process.exitcode is None and "State:\tT" not in Path(f"/proc/{self.pid}/status").read_text():
+            time.sleep(0.05)
 
     def wait(self, seconds: float = 180) -> subprocess.CompletedProcess:
         """Its exit code (negative for a signal) and what it has written; one that hangs is killed."""
@@ -122,13 +136,19 @@ def arm(function: str, call: int = 1, moment: str = "before", signum: int = sign
     setattr(owner, name, wrapper)
 
 
-def _become_command(flags: list[str], cwd: str, env: dict[str, str], output: str, fault: dict | None) -> None:
+def _become_command(
+    flags: list[str], cwd: str, env: dict[str, str], output: str, fault: dict | None, memory: int | None
+) -> None:
     os.setpgid(0, 0)  # with its loader's workers
     for target, name, mode in ((0, os.devnull, "r"), (1, f"{output}/stdout", "w"), (2, f"{output}/stderr", "w")):
         with open(name, mode) as file:
             os.dup2(file.fileno(), target)
     os.environ.update(env)
     os.chdir(cwd)
+    if memory is not None:
+        pages = int(Path("/proc/self/statm").read_text().split()[0])
+        limit = pages * resource.getpagesize() + memory
+        resource.setrlimit(resource.RLIMIT_AS, (limit, limit))
     if fault is not None:
         arm(**fault)
     code = run_command(flags)

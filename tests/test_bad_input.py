@@ -4,6 +4,7 @@ import io
 import json
 import os
 import shutil
+import signal
 import subprocess
 import sys
 from collections.abc import Callable
@@ -16,11 +17,11 @@ import yaml
 from building import DIGITS, image_processor
 from datasets import ClassLabel, Dataset, DatasetDict, Features, Image, Value
 from PIL import Image as PILImage
-from real_command import REPOSITORY, run
+from real_command import REPOSITORY, Run, run
 from safetensors.torch import load_file
 from transformers import ResNetConfig, ResNetForImageClassification, ViTImageProcessor
 
-from modeling_deit_ti.checkpoints import seal
+from modeling_deit_ti.checkpoints import last_complete, seal
 from modeling_deit_ti.classifiers import new_timm_classifier
 
 
@@ -176,6 +177,15 @@ def remote_code_teacher(folder: Path, labels: list[str] = DIGITS) -> None:
         "class OwnConfig(ResNetConfig):\n    model_type = 'own'\n\n\n"
         "class OwnModel(ResNetForImageClassification):\n    config_class = OwnConfig\n"
     )
+
+
+def billions_in_yaml() -> bytes:
+    """Ten lines, each of nine times what stands in the line before."""
+    lines = [
+        b"a0: &a0 [1, 2]",
+        *(b"a%d: &a%d [%s]" % (i, i, b", ".join([b"*a%d" % (i - 1)] * 9)) for i in range(1, 10)),
+    ]
+    return b"\n".join(lines)
 
 
 def flipped_checkpoint(folder: Path) -> None:
@@ -423,6 +433,17 @@ MISTAKES = {
     "recipe of broken YAML": (files(a=b"a: b: c"), ["--config=a"], ["--config a", "cannot be read as YAML"]),
     "recipe with NUL": (files(a=b"seed: \0"), ["--config=a"], ["--config a", "cannot be read as YAML"]),
     "recipe is a list": (files(a=b"- seed"), ["--config=a"], ["--config a", "`flag: value` lines"]),
+    "recipe that stands for billions of values": (
+        files(a=billions_in_yaml()),
+        ["--config=a"],
+        ["--config a", "cannot be read as YAML", "more than 10,000 values"],
+    ),
+    "recipe of lists in lists": (files(a=b"seed: " + b"[" * 9999), ["--config=a"], ["--config a", "recursion"]),
+    "recipe that builds objects": (
+        files(a=b"seed: !!python/object/apply:os.system ['touch exploded']"),
+        ["--config=a"],
+        ["--config a", "cannot be read as YAML", "could not determine a constructor"],
+    ),
     "recipe empty": (files(a=b""), ["--config=a"], ["--config a", "`flag: value` lines"]),
     "recipe with an unknown key": (
         files(a=b"learning_rat: 1"),
@@ -582,6 +603,24 @@ class TestDisk:
         assert snapshot(tmp_path / "disk" / "run" / "checkpoint-2") == before
         assert json.loads((tmp_path / "disk" / "run" / "all_results.json").read_text())["epoch"] == 3
 
+    def test_a_disk_that_turns_read_only_leaves_the_last_checkpoint_to_go_on_from(self, disk, tmp_path):
+        """As a disk with errors does: the kernel remounts it."""
+        disk("size=64m")
+        flags = [*QUICK, "--output_dir=disk/run", "--save_strategy=epoch", "--num_train_epochs=3"]
+        step = "modeling_deit_ti.trainer.DistillationTrainer.training_step"
+        command = Run(*flags, cwd=tmp_path, fault={"function": step, "call": 3, "signum": signal.SIGSTOP})
+        command.wait_until_stopped()
+        disk("remount,ro")
+        command.signal_group(signal.SIGCONT)
+        result = command.wait()
+        assert result.returncode == 1, result.stderr
+        message = message_of(result)
+        assert message.startswith("disk/run cannot be written (Read-only file system)")
+        assert last_complete(tmp_path / "disk" / "run").endswith("checkpoint-2")
+        disk("remount,rw")
+        result = run(*flags, cwd=tmp_path)
+        assert result.returncode == 0 and "resuming from disk/run/checkpoint-2" in result.stdout, result.stderr
+
     def test_a_teacher_that_finds_no_room_is_fitted_once_there_is(self, disk, tmp_path):
         disk("size=1m")
         flags = [*QUICK, HARD, "--teacher_output_dir=disk/teachers"]
@@ -632,6 +671,39 @@ def test_a_limit_on_the_size_of_files_is_told_as_a_full_disk_is(tmp_path):
     assert result.returncode == 1, result.stderr
     assert message_of(result).startswith("run cannot be written (")
     assert not (tmp_path / "run" / "all_results.json").exists()
+
+
+def test_too_little_memory_is_told_with_the_batch_size(tmp_path):
+    flags = [*QUICK, "--model_name_or_path=deit_ti", "--image_size=224", "--patch_size=16"]
+    result = run(*flags, "--per_device_train_batch_size=64", cwd=tmp_path, memory=2**30)
+    assert result.returncode == 1, result.stderr
+    message = message_of(result)
+    assert message.startswith("the memory does not suffice (") and "--per_device_train_batch_size" in message
+
+
+# ---- Checkpoints that hold more than data ----
+
+
+def test_a_checkpoint_is_not_unpickled(tmp_path):
+    """Whoever can write a checkpoint can also seal it: checksums find accidents, not malice."""
+    flags = [*QUICK, "--save_strategy=epoch", "--num_train_epochs=2"]
+    assert run(*flags, cwd=tmp_path).returncode == 0
+    shutil.move(tmp_path / "run" / "checkpoint-2", tmp_path / "checkpoint-2")
+    for name in ("optimizer.pt", "scheduler.pt", "rng_state.pth"):
+        shutil.rmtree(tmp_path / "run")
+        shutil.copytree(tmp_path / "checkpoint-2", tmp_path / "run" / "checkpoint-2")
+        torch.save(Bomb(), tmp_path / "run" / "checkpoint-2" / name)
+        seal(tmp_path / "run" / "checkpoint-2")
+        result = run(*flags, cwd=tmp_path)
+        assert result.returncode == 2, result.stderr
+        assert message_of(result).startswith("the checkpoint holds more than data, and is not unpickled")
+        assert not (tmp_path / "exploded").exists(), name
+    shutil.rmtree(tmp_path / "run")
+    shutil.copytree(tmp_path / "checkpoint-2", tmp_path / "run" / "checkpoint-2")
+    torch.save(Bomb(), tmp_path / "run" / "checkpoint-2" / "training_args.bin")  # which is written, and never read
+    seal(tmp_path / "run" / "checkpoint-2")
+    assert run(*flags, cwd=tmp_path).returncode == 0
+    assert not (tmp_path / "exploded").exists()
 
 
 # ---- What is odd, and no mistake ----

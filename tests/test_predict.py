@@ -202,12 +202,13 @@ def test_unreadable_files_are_named_and_skipped_and_the_exit_code_says_so(run, i
     whole = (images / "a.png").read_bytes()
     (images / "cut.png").write_bytes(whole[: len(whole) // 2])
     (images / "empty.jpg").write_bytes(b"")
+    Image.new("1", (20_000, 20_000)).save(images / "bomb.png")  # 400 million pixels in 50 kB
     output = tmp_path / "out.json"
     assert main([str(run), str(images), str(images / "notes.txt"), "--output", str(output)]) == 1
     errors = capsys.readouterr().err
-    for name in ("cut.png", "empty.jpg", "notes.txt"):
+    for name in ("bomb.png", "cut.png", "empty.jpg", "notes.txt"):
         assert f"skipped {images / name}: " in errors
-    assert "3 of the images could not be read" in errors and "Traceback" not in errors
+    assert "4 of the images could not be read" in errors and "Traceback" not in errors
     assert [Path(prediction["file"]).name for prediction in json.loads(output.read_text())] == [
         "a.png",
         "b.jpg",

@@ -10,6 +10,7 @@ import json
 import re
 import shlex
 import shutil
+import signal
 import subprocess
 import sys
 import urllib.error
@@ -457,6 +458,12 @@ def test_a_push_that_may_not_be_is_refused_before_training_by_one_message_and_ex
 # ---- A Hub that fails, and a run that moves to another machine ----
 
 
+INTERRUPTED_FLAGS = [
+    *("--distill_mode=none", "--num_train_epochs=2", "--mixup=0.8", "--drop_path_rate=0.1"),
+    *("--hub_private_repo=true", "--hub_strategy=checkpoint"),
+]
+
+
 class Interrupted(NamedTuple):
     first: Path
     first_output: subprocess.CompletedProcess
@@ -468,16 +475,13 @@ class Interrupted(NamedTuple):
 @pytest.fixture(scope="module")
 def interrupted(hub, tmp_path_factory) -> Interrupted:
     """
-    A run of two epochs whose Hub refuses commits after the first one, so that the repository is as if its machine had
-    died there; and the same run, taken up on another machine, whose Hub then fails to store large files.
+    A run of two epochs whose Hub has no room for commits after the first one, so that the repository is as if its
+    machine had died there; and the same run, taken up on another machine, whose Hub then fails to store large files.
     """
     root = tmp_path_factory.mktemp("interrupted")
     folders = root / "first machine", root / "second machine"
-    flags = [
-        *("--distill_mode=none", "--num_train_epochs=2", "--mixup=0.8", "--drop_path_rate=0.1"),
-        *(f"--hub_model_id={RESUMED.partition('/')[2]}", "--hub_private_repo=true", "--hub_strategy=checkpoint"),
-    ]
-    hub.fail_next("commit", after=2, times=1000)  # the model and the checkpoint of the first epoch
+    flags = [*INTERRUPTED_FLAGS, f"--hub_model_id={RESUMED.partition('/')[2]}"]
+    hub.fail_next("commit", status=403, after=2, times=1000)  # the model and the checkpoint of the first epoch
     first = train(*flags, f"--output_dir={folders[0]}", env=hub.env(TOKEN))
     hub.recover()
     repository = hub.files(RESUMED)
@@ -497,13 +501,39 @@ def test_a_push_that_fails_leaves_a_complete_run_and_says_how_to_push_it_later(h
         assert (folder / file).is_file()
     assert "the run is finished and saved" in output.stderr
 
-    (command,) = re.findall(r"^ +hf (upload .+)$", output.stderr, re.MULTILINE)
+    *_, line = output.stderr.splitlines()
+    (command,) = re.findall(r"^train_hf\.py: error: the run is finished .* hf (upload .+)$", line)
     hf = [str(Path(sys.executable).with_name("hf")), *shlex.split(command)]
     result = subprocess.run(hf, cwd=REPOSITORY, env=hub.env(TOKEN), capture_output=True, text=True)
     assert result.returncode == 0, result.stderr
     stored = hub.files(RESUMED)
     stored.pop(".gitattributes")
     assert without(stored, "last-checkpoint/") == without(contents(folder), "checkpoint-", SETTINGS_FILE)
+
+
+def test_a_checkpoint_that_cannot_be_pushed_is_told_in_one_line_and_training_goes_on(interrupted):
+    for output, epoch_ends in ((interrupted.first_output, ["8"]), (interrupted.second_output, ["8"])):
+        told = re.findall(
+            r"^Hub: checkpoint-(\d+) is not pushed \(.+\); training goes on", output.stdout, re.MULTILINE
+        )
+        assert told == epoch_ends
+
+
+def test_told_to_stop_in_its_push_a_run_is_pushed_by_the_same_command(hub, interrupted, tmp_path):
+    repo = "tester/deit-ti-late"
+    shutil.copytree(interrupted.second, tmp_path / "run")
+    before = contents(tmp_path / "run")
+    flags = [*QUICK, *INTERRUPTED_FLAGS, f"--hub_model_id={repo}", f"--output_dir={tmp_path / 'run'}"]
+    fault = json.dumps({"function": "huggingface_hub.HfApi.upload_folder", "signum": signal.SIGTERM})
+    command = [sys.executable, "tests/real_command.py", fault, *flags]
+    stopped = subprocess.run(command, cwd=REPOSITORY, env=hub.env(TOKEN), capture_output=True, text=True)
+    assert stopped.returncode == 75, stopped.stderr
+    assert stopped.stderr.splitlines()[-1] == ("train_hf.py: stopped by SIGTERM. Run the same command again to go on.")
+    assert hub.files(repo).keys() == {".gitattributes"}
+    again = train(*flags[len(QUICK) :], env=hub.env(TOKEN))
+    assert again.returncode == 0 and "Student: finished by an earlier run" in again.stdout, again.stderr
+    assert hub.files(repo)["model.safetensors"] == before["model.safetensors"]
+    assert contents(tmp_path / "run") == before
 
 
 def test_the_last_checkpoint_on_the_hub_is_enough_to_go_on_elsewhere_to_the_same_weights(interrupted):

@@ -1,6 +1,7 @@
 """A run that is killed or told to stop, at any moment, ends as one that never was: the real command, real signals."""
 
 import json
+import os
 import random
 import shutil
 import signal
@@ -10,7 +11,7 @@ from pathlib import Path
 import pytest
 from real_command import Run, run
 
-from modeling_deit_ti.checkpoints import checkpoints_of, flaw_of, last_complete, seal
+from modeling_deit_ti.checkpoints import checkpoints_of, delete_older, flaw_of, last_complete, seal
 
 
 # Everything random is on, and checkpoints are written within the epochs (of six steps) as well as at their ends.
@@ -134,7 +135,7 @@ TRAINING = [
             "half",
         ),
         "while a checkpoint is sealed": ("modeling_deit_ti.checkpoints.os.replace", 1, "before"),
-        "before an older checkpoint is deleted": ("modeling_deit_ti.trainer.rotate_checkpoints", 1, "before"),
+        "before an older checkpoint is deleted": ("modeling_deit_ti.trainer.delete_older", 1, "before"),
         "while the card is written": ("modeling_deit_ti.outcome.write_model_card", 1, "before"),
     },
 ]
@@ -171,7 +172,7 @@ def test_killed_again_and_again_while_the_student_is_trained(reference, tmp_path
 def test_killed_with_one_checkpoint_kept_there_is_always_a_complete_one(reference, tmp_path):
     """Between a new checkpoint and the end of the old one."""
     with_teacher(reference, tmp_path)
-    for function, call in ((SEAL, 2), ("modeling_deit_ti.trainer.rotate_checkpoints", 2)):
+    for function, call in ((SEAL, 2), ("modeling_deit_ti.trainer.delete_older", 2)):
         flags = [*FLAGS, *places(tmp_path), "--save_total_limit=1"]
         killed = run(*flags, fault={"function": function, "call": call})
         assert killed.returncode == -signal.SIGKILL
@@ -268,6 +269,19 @@ def test_told_to_stop_outside_of_training_it_ends_at_once(reference, tmp_path, s
     assert stopped.stderr.splitlines()[-1].startswith("train_hf.py: stopped by ")
 
 
+def test_told_to_stop_while_what_it_leaves_is_written_it_goes_on(reference, tmp_path):
+    """In the export of the trained model, and in its card."""
+    with_teacher(reference, tmp_path)
+    for function in ("modeling_deit_ti.outcome.save_transformers", "modeling_deit_ti.outcome.write_model_card"):
+        stopped = run(*FLAGS, *places(tmp_path), fault={"function": function, "signum": signal.SIGTERM})
+        assert stopped.returncode == 75 and "Traceback" not in stopped.stderr
+        last = stopped.stderr.splitlines()[-1]
+        assert last == "train_hf.py: stopped by SIGTERM. Run the same command again to go on."
+        assert not (tmp_path / "run" / "all_results.json").exists()  # so it is not taken for finished
+    assert resume(tmp_path).returncode == 0
+    assert_same_end(reference, tmp_path)
+
+
 def test_a_group_that_is_signalled_with_its_workers_still_finishes_the_step(reference, tmp_path):
     """As SLURM and a terminal do: the loader's workers get the signal as well."""
     with_teacher(reference, tmp_path)
@@ -324,6 +338,26 @@ def test_damaged_checksums_are_no_checksums(checkpoint):
     for content in ("", "[]", '{"model', "3"):
         (checkpoint / "checksums.json").write_text(content)
         assert flaw_of(checkpoint) == "its checksums.json is damaged"
+
+
+@pytest.mark.parametrize(
+    ("latest", "limit", "best", "left"),
+    [
+        (12, 2, None, [12, 8]),
+        (12, 1, None, [12]),
+        (12, 2, 4, [12, 4]),
+        (12, 1, 4, [12, 4]),  # as transformers does
+        (8, 2, None, [8, 4]),  # 12 is of an earlier course, which was resumed from 4
+        (8, 1, None, [8]),
+        (12, 3, None, [12, 8, 4]),
+    ],
+)
+def test_older_checkpoints_are_deleted_by_their_steps_whatever_the_clock_said(tmp_path, latest, limit, best, left):
+    for hours, step in enumerate((12, 8, 4)):  # a clock that jumped back before each
+        (tmp_path / f"checkpoint-{step}").mkdir()
+        os.utime(tmp_path / f"checkpoint-{step}", (hours * 3600, hours * 3600))
+    delete_older(tmp_path / f"checkpoint-{latest}", limit, best and str(tmp_path / f"checkpoint-{best}"))
+    assert [path.name for path in checkpoints_of(tmp_path)] == [f"checkpoint-{step}" for step in left]
 
 
 def test_the_last_complete_checkpoint_is_found_by_its_step(tmp_path, checkpoint):

@@ -31,6 +31,7 @@ from torch.utils.data import DataLoader
 
 from ..arguments import DistillationTrainingArguments, ImageArguments
 from ..errors import UserError, first_line
+from ..hub import persistently
 from .loading import (
     ImageData,
     check_label,
@@ -138,7 +139,10 @@ class TableRows:
 
 
 def _open(file: str):
-    return fsspec.open(file, "rb") if "://" in file else open(file, "rb")
+    if "://" not in file:
+        return open(file, "rb")
+    files, path = fsspec.url_to_fs(file)
+    return persistently(lambda: files.open(path, "rb"))
 
 
 def _table_rows(dataset: Dataset, image_column: str, folder: str) -> TableRows:
@@ -198,7 +202,8 @@ def _open_splits(args: ImageArguments) -> tuple[ParquetRows | TableRows, Dataset
     is_table = os.path.isfile(os.path.join(folder, "dataset_dict.json")) or (name == "digits" and not is_folder)
     if not is_table and not (is_folder and find_class_folders(folder)):
         with naming_the_dataset(name):
-            builder = load_dataset_builder(folder if is_folder else name, args.dataset_config_name)
+            source = folder if is_folder else name
+            builder = persistently(lambda: load_dataset_builder(source, args.dataset_config_name))
         if isinstance(builder.config, ParquetConfig):
             return *_open_parquet(args, builder), "local" if is_folder else "hub"
         if not (isinstance(builder.config, ImageFolderConfig) and is_folder):

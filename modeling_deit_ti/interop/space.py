@@ -13,6 +13,7 @@ from ..card.facts import facts
 from ..card.markdown import clean, text
 from ..card.record import RECORD_FILE, RunRecord
 from ..errors import UserError, first_line
+from ..hub import persistently
 
 
 PACKAGE = Path(__file__).resolve().parents[1]
@@ -105,13 +106,17 @@ def push_space(folder: Path, repo_id: str) -> str:
         UserError: if the Hub cannot be reached or refuses, or the card is not what it wants.
     """
     api, card = HfApi(), SpaceCard.load(folder / "README.md")
-    try:
+
+    def push() -> str:
         card.validate(repo_type="space")
         url = api.create_repo(repo_id, repo_type="space", space_sdk=card.data.sdk, exist_ok=True)
         api.upload_folder(repo_id=url.repo_id, repo_type="space", folder_path=folder, commit_message="The page")
+        return str(url)
+
+    try:
+        return persistently(push)
     except Exception as error:  # of the network, the Hub or the token's file
         raise UserError(
             f"--to_space {repo_id}: it cannot be pushed ({first_line(error)}). Log in by `hf auth login`, or set "
             "HF_TOKEN to a token that may write; --dry_run FOLDER only writes the folder."
         ) from error
-    return str(url)
