@@ -39,6 +39,7 @@ from modeling_deit_ti.runs import (
     evaluation_images,
     own_accelerator_state,
     resume_precision,
+    resume_steps,
     run_settings,
     train_and_save,
 )
@@ -76,6 +77,7 @@ def train(args: Arguments, is_last: bool = True) -> None:
         print(f"Images: no training image has a label of {list_some(data.unseen_labels)}")
     if checkpoint is not None:
         resume_precision(training, checkpoint)
+        resume_steps(args, checkpoint)
         preflight.check_same_run(checkpoint, run_settings(args, data))
         if is_main:
             told = "finished by an earlier run" if is_finished else f"resuming from {checkpoint}"

@@ -16,7 +16,7 @@ from .classifiers import is_timm_architecture
 from .configuration_deit_ti import READOUTS
 from .device import HALF_DTYPES, automatic_precision
 from .distillation import MODES, resolve_mode
-from .errors import UserError
+from .errors import UserError, list_some
 from .muon import muon_options
 
 
@@ -58,6 +58,27 @@ def check_at_least(group, **limits: float) -> None:
     """Raises a `UserError` if a field of the group is set and below its limit."""
     for name, least in limits.items():
         check(group, name, lambda value, least=least: value >= least, f"at least {least}")
+
+
+MORE_PROCESSES = 8  # so many times as many as a stream's run began with may go on with it
+
+
+@dataclass(frozen=True)
+class Division:
+    """
+    How a step's images are divided among processes, as far as a run has to keep it when their number changes.
+
+    Args:
+        processes (`int`): for which `--per_device_train_batch_size` and `--gradient_accumulation_steps` are meant.
+        together (`int`): so many images stay together: any batch of a process is a multiple.
+        lanes (`int`, *optional*): in which a stream is read (see `StreamedBatches`).
+        lane_buffer_size (`int`, *optional*): encoded images in the shuffle buffer of each.
+    """
+
+    processes: int
+    together: int
+    lanes: int | None = None
+    lane_buffer_size: int | None = None
 
 
 @dataclass
@@ -464,6 +485,27 @@ class DistillationTrainingArguments(TrainingArguments):
         """Images in one step of the optimizer, all processes together."""
         return self.train_batch_size * self.gradient_accumulation_steps * self.world_size
 
+    def share_steps(self, batch_size: int, division: Division) -> None:
+        """
+        Has the processes that there are take `batch_size` images in a step, in batches of at most
+        `--per_device_train_batch_size`.
+
+        Raises:
+            UserError: if they cannot take equal shares.
+        """
+        share, together = batch_size // self.world_size, division.together
+        if batch_size % self.world_size or share % together:
+            able = [number for number in range(1, batch_size + 1) if batch_size % (number * together) == 0]
+            raise UserError(
+                f"{self.world_size} processes cannot share the {batch_size} images that this run takes in a step"
+                f"{f', {together} of them together' * (together > 1)}: go on with another --num_processes, one of "
+                f"{list_some(able)}."
+            )
+        sizes = range(together, max(together, self.per_device_train_batch_size) + 1, together)
+        self.per_device_train_batch_size = max(size for size in sizes if share % size == 0)
+        self.gradient_accumulation_steps = share // self.per_device_train_batch_size
+        self.division = division
+
     @property
     def order_seed(self) -> int:
         """Seed of the images' order and augmentation."""
@@ -497,3 +539,18 @@ class Arguments(NamedTuple):
         if self.model.is_new_deit_ti:
             shown |= {name: getattr(self.model, name) for name in ("position_init", "attention_init")}
         return shown | vars(self.augmentation) | {"crop": self.augmentation.crop_at(self.model.image_size)}
+
+    def division(self) -> Division:
+        """That of a run which begins with these arguments."""
+        training, augmentation = self.training, self.augmentation
+        batch_size, processes = training.train_batch_size, training.world_size
+        if not self.images.streaming:
+            is_mixed = augmentation.mixup > 0 or augmentation.cutmix > 0
+            return Division(processes, 1 if not is_mixed else 2 if batch_size % 2 == 0 else batch_size)
+        parts = 1  # of a batch, each from a lane of its own
+        while parts * training.gradient_accumulation_steps < MORE_PROCESSES and batch_size % (4 * parts) == 0:
+            parts *= 2
+        lanes = parts * training.gradient_accumulation_steps * max(1, training.dataloader_num_workers)
+        return Division(
+            processes, batch_size // parts, processes * lanes, max(1, self.images.shuffle_buffer_size // lanes)
+        )

@@ -58,9 +58,13 @@ def settings_of(checkpoint: str | Path) -> dict:
 
 
 def changed_settings(checkpoint: str | Path, settings: dict) -> list[str]:
-    """How the run that wrote a checkpoint differs from one with these settings: a phrase for each setting."""
+    """
+    How the run that wrote a checkpoint differs from one with these settings: a phrase for each setting. The number of
+    processes is no difference.
+    """
     before, now = settings_of(checkpoint), json.loads(json.dumps(settings))
     names = [name for name in before | now if before and before.get(name) != now.get(name)]
+    names = [name for name in names if not name.endswith("processes")]
     return [f"{name} {before.get(name)}, not {now.get(name)}" for name in names]
 
 

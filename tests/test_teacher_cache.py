@@ -250,8 +250,12 @@ def test_rows_of_another_key_seed_epoch_or_batch_are_not_used(epoch):
     epoch.read(epoch.cache())  # which those of the other key have overwritten
     assert epoch.calls == 4
     halves = [batch[start : start + 4] for batch in epoch.batches for start in (0, 4)]
-    epoch.read(epoch.cache(), halves)  # mixed in another company, the same image is another
-    assert epoch.calls == 8
+    epoch.read(epoch.cache(), halves)  # in which each image has the partner that it had
+    assert epoch.calls == 0
+    epoch.read(epoch.cache(), [batch[::-1] for batch in halves])
+    assert epoch.calls == 0
+    epoch.read(epoch.cache(), [batch[1:] + batch[:1] for batch in epoch.batches])  # mixed with another, it is another
+    assert epoch.calls == 4
     (epoch.folder / "epoch-0000.bin").rename(epoch.folder / "epoch-0001.bin")
     epoch.sampler.set_epoch(1)
     keys = list(epoch.sampler)
