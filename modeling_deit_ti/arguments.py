@@ -481,9 +481,14 @@ class DistillationTrainingArguments(TrainingArguments):
         return ["", *(f"_{name}" for name in READOUTS)] if len(self.mode.tokens) == 2 else [""]
 
     @property
+    def images_per_process(self) -> int:
+        """Images of one process in one step of the optimizer."""
+        return self.train_batch_size * self.gradient_accumulation_steps
+
+    @property
     def total_train_batch_size(self) -> int:
         """Images in one step of the optimizer, all processes together."""
-        return self.train_batch_size * self.gradient_accumulation_steps * self.world_size
+        return self.images_per_process * self.world_size
 
     def share_steps(self, batch_size: int, division: Division) -> None:
         """
@@ -540,10 +545,10 @@ class Arguments(NamedTuple):
             shown |= {name: getattr(self.model, name) for name in ("position_init", "attention_init")}
         return shown | vars(self.augmentation) | {"crop": self.augmentation.crop_at(self.model.image_size)}
 
-    def division(self) -> Division:
-        """That of a run which begins with these arguments."""
+    def division(self, processes: int) -> Division:
+        """That of a run which begins with these arguments, in so many processes."""
         training, augmentation = self.training, self.augmentation
-        batch_size, processes = training.train_batch_size, training.world_size
+        batch_size = training.train_batch_size
         if not self.images.streaming:
             is_mixed = augmentation.mixup > 0 or augmentation.cutmix > 0
             return Division(processes, 1 if not is_mixed else 2 if batch_size % 2 == 0 else batch_size)

@@ -75,7 +75,7 @@ class _Parser(HfArgumentParser):
         if unknown:
             raise UserError(f"unknown flag {unknown[0]}{self.closest(unknown[0].split('=')[0])}")
         args = Arguments(*groups, flags=argv)
-        args.training.division = args.division()
+        args.training.division = args.division(args.training.world_size)
         return args
 
     def closest(self, flag: str) -> str:

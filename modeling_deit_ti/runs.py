@@ -124,23 +124,40 @@ def _shared_recipe(args: Arguments) -> dict:
     return recipe
 
 
-def resume_steps(args: Arguments, checkpoint: str) -> None:
+def resume_steps(args: Arguments, checkpoint: str) -> str | None:
     """
     However many processes there are now, a resumed run takes the images of a step as its checkpoint did, and so does
-    the run that fits its teacher. Flags that already make as many images stay as they are.
+    the run that fits its teacher. Returns a sentence if the flags alone would not.
 
     Raises:
         UserError: if the processes cannot take equal shares.
     """
-    before = settings_of(checkpoint)
+    before, training = settings_of(checkpoint), args.training
+    given = training.total_train_batch_size
     for run, prefix in ((args, ""), (args.fitting, "teacher_")):
         if run is None or f"{prefix}processes" not in before:
             continue
-        training = run.training
         known = {name: before.get(f"{prefix}{name}") for name in Division.__dataclass_fields__}
-        batch_size, share = before[f"{prefix}batch_size"], training.total_train_batch_size // training.world_size
+        batch_size, share = before[f"{prefix}batch_size"], run.training.images_per_process
         if batch_size in (share * training.world_size, share * known["processes"]):  # else it is another run
-            training.share_steps(batch_size, Division(**known | {"processes": batch_size // share}))
+            run.training.share_steps(batch_size, Division(**known | {"processes": batch_size // share}))
+    if training.total_train_batch_size == given:
+        return None
+    sizes = f"{training.gradient_accumulation_steps} x {training.per_device_train_batch_size}"
+    return f"{training.world_size} processes take {sizes} images each, so that a step has as many as before"
+
+
+def go_on_with_steps(args: Arguments, earlier_stage: str) -> None:
+    """
+    However many processes there are now, a stage takes as many images in a step as if those that began the stage
+    before it were there.
+
+    Raises:
+        UserError: if the processes cannot take equal shares.
+    """
+    processes = settings_of(earlier_stage)["processes"]
+    for run in filter(None, (args, args.fitting)):
+        run.training.share_steps(run.training.images_per_process * processes, run.division(processes))
 
 
 def settle_classifier(args: Arguments, data: ImageData, network: PreTrainedModel, name: str) -> None:

@@ -1,6 +1,7 @@
 """A run goes on with other numbers of processes, and its losses are those of one that was never changed."""
 
 import json
+import shutil
 import signal
 import socket
 from pathlib import Path
@@ -38,11 +39,12 @@ DISTILLED = (
 STEP = "modeling_deit_ti.trainer.DistillationTrainer.training_step"
 
 
-def run(*flags, processes: int = 1, stop_at: int | None = None) -> list:
+def run(*flags, processes: int = 1, stop_at: int | None = None, code: int | None = None) -> list:
     """The command in each process, as a launcher starts them; one of them is told to stop at a batch of its own."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         address = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free.getsockname()[1]), "WORLD_SIZE": str(processes)}
+    code = code or (0 if stop_at is None else 75)
     fault = None if stop_at is None else {"function": STEP, "call": stop_at, "signum": signal.SIGTERM}
     places = [
         {**address, "RANK": str(rank), "LOCAL_RANK": str(rank)} if processes > 1 else {} for rank in range(processes)
@@ -50,7 +52,7 @@ def run(*flags, processes: int = 1, stop_at: int | None = None) -> list:
     started = [Run(*flags, env=place, fault=fault) for place in places]
     ended = [process.wait() for process in started]
     for process in ended:
-        assert process.returncode == (0 if stop_at is None else 75), process.stderr
+        assert process.returncode == code, process.stderr
     return ended
 
 
@@ -85,7 +87,7 @@ def test_from_one_process_to_two_and_back(whole, tmp_path):
     flags += [f"--teacher_model_name_or_path={teacher}", "--per_device_train_batch_size=16"]
     run(*flags, stop_at=4)
     (first, _) = run(*flags, processes=2, stop_at=5)
-    assert "2 processes" in first.stdout
+    assert "checkpoint-4; 2 processes take 1 x 8 images each, so that a step has as many as before" in first.stdout
     run(*flags)
     assert_same_losses(tmp_path / "run", whole / "run")
     assert results_of(tmp_path / "run")["teacher_cached"] == 0  # by this last process, of the steps it took
@@ -113,5 +115,11 @@ def test_a_stream_goes_on_in_four_processes_and_in_two(parquet, tmp_path):  # no
     assert_same_losses(tmp_path / "run", tmp_path / "whole")
 
 
-def test_processes_that_cannot_share_a_step_are_told_which_can(whole):
-    pass
+def test_processes_that_cannot_share_a_step_are_told_which_can(whole, tmp_path):
+    shutil.copytree(whole / "run" / "checkpoint-6", tmp_path / "checkpoint-6")
+    flags = [*FLAGS, *DISTILLED, f"--output_dir={tmp_path}", "--per_device_train_batch_size=16"]
+    for ended in run(*flags, processes=3, code=2):
+        assert ended.stderr.splitlines()[-1] == (
+            "train_hf.py: error: 3 processes cannot share the 16 images that this run takes in a step, 2 of them "
+            "together: go on with another --num_processes, one of 1, 2, 4, 8."
+        )
