@@ -127,7 +127,7 @@ def _shared_recipe(args: Arguments) -> dict:
 def resume_steps(args: Arguments, checkpoint: str) -> str | None:
     """
     However many processes there are now, a resumed run takes the images of a step as its checkpoint did, and so does
-    the run that fits its teacher. Returns a sentence if the flags alone would not.
+    the run that fits its teacher. Returns a remark if the flags alone would not.
 
     Raises:
         UserError: if the processes cannot take equal shares.
@@ -143,8 +143,9 @@ def resume_steps(args: Arguments, checkpoint: str) -> str | None:
             run.training.share_steps(batch_size, Division(**known | {"processes": batch_size // share}))
     if training.total_train_batch_size == given:
         return None
-    sizes = f"{training.gradient_accumulation_steps} x {training.per_device_train_batch_size}"
-    return f"{training.world_size} processes take {sizes} images each, so that a step has as many as before"
+    factors = training.world_size, training.gradient_accumulation_steps, training.per_device_train_batch_size
+    sizes = " x ".join(map(str, factors))
+    return f"a step's {training.total_train_batch_size} images are now {sizes} (processes x accumulation x batch)"
 
 
 def go_on_with_steps(args: Arguments, earlier_stage: str) -> None:
