@@ -62,7 +62,8 @@ def train(rank: int, environment: dict[str, str], folder: Path, teachers: Path, 
     if args.training.mode.has_teacher:
         teacher = tiny_teacher()
         cache = make_teacher_cache(args, teacher, data, processor)
-    trainer = build_trainer(args, data, tiny_student(args, num_hidden_layers=1), processor, teacher, cache)
+    student = tiny_student(args, num_hidden_layers=1, num_labels=len(data.label_names))
+    trainer = build_trainer(args, data, student, processor, teacher, cache)
     if rank == 0:
         trainer.add_callback(Stop(stop_at))
     with contextlib.suppress(Interrupted):

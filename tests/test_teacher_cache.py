@@ -420,7 +420,7 @@ def test_code_that_makes_pixels_or_logits_changes_the_key_and_no_other_does(digi
     monkeypatch.setattr(module, "__file__", str(package / "teacher_cache.py"))
     folder = make_cache(digits, tmp_path).folder
     makes_pixels_or_logits = {
-        *("data/augmentation.py", "data/decoding.py", "data/inputs.py", "data/sampling.py"),
+        *("data/augmentation.py", "data/decoding.py", "data/inputs.py", "data/randomness.py", "data/sampling.py"),
         *("teacher.py", "modeling_deit_ti.py", "configuration_deit_ti.py"),
     }
     for path in sorted(path for path in package.rglob("*") if path.suffix in (".py", ".md")):
