@@ -431,8 +431,7 @@ class DistillationTrainingArguments(TrainingArguments):
             self.optim = "muon"
             if self.deepspeed_plugin is not None:
                 raise UserError("--optim muon needs whole matrices, which DeepSpeed takes apart: use another --optim.")
-        is_sharded = self.fsdp or self.deepspeed_plugin is not None or "ACCELERATE_USE_FSDP" in os.environ
-        if self.ema_decay is not None and is_sharded:
+        if self.ema_decay is not None and self.sharded_by is not None:
             raise UserError("--ema_decay needs whole weights, which FSDP and DeepSpeed take apart: leave it out.")
         if self.fsdp and "auto_wrap_policy" not in self.fsdp_config:
             # As accelerate_configs/fsdp2_bf16.yaml. Layer by layer, accelerate would shard DeiT-Ti's patch projection
@@ -474,6 +473,13 @@ class DistillationTrainingArguments(TrainingArguments):
     def __getstate__(self) -> dict:
         """Without the token: these arguments are pickled into every checkpoint and pushed with the model."""
         return {**self.__dict__, "hub_token": None}
+
+    @property
+    def sharded_by(self) -> str | None:
+        """What takes the weights apart: `"FSDP"` or `"DeepSpeed"`, if anything."""
+        if self.deepspeed_plugin is not None:
+            return "DeepSpeed"
+        return "FSDP" if self.fsdp or "ACCELERATE_USE_FSDP" in os.environ else None
 
     @property
     def readouts(self) -> list[str]:

@@ -110,8 +110,10 @@ def run_settings(args: Arguments, data: ImageData) -> dict:
         settings |= {f"teacher_{name}": value for name, value in _shared_recipe(args.fitting).items()}
     if data.is_streamed:
         settings["shuffle_buffer_size"] = args.images.shuffle_buffer_size
+    if training.sharded_by is not None and training.world_size > 1:
+        settings["sharded_by"] = training.sharded_by
     fills_steps = len(data.train) >= training.total_train_batch_size  # else several processes repeat some images
-    if training.deepspeed_plugin is not None or not fills_steps:
+    if training.sharded_by == "DeepSpeed" or not fills_steps:
         settings["world_size"] = training.world_size
     return settings
 

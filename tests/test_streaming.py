@@ -109,6 +109,7 @@ def epoch(
     repeats=1,
     skip=0,
     buffer_size=10_000,
+    accumulation=1,
     division=None,
 ) -> list[list[dict]]:
     """The batches of each process, through real loaders with real workers. `pixel_values`: the image's number."""
@@ -118,10 +119,11 @@ def epoch(
         division = division_of(per_device_train_batch_size=batch_size, **flags)
         division = dataclasses.replace(division, lanes=division.lanes * processes)
     for process in range(processes):
-        sizes = batch_size * processes, batch_size
+        sizes = batch_size * accumulation * processes, batch_size
         dataset = StreamedBatches(images, division, *sizes, seed, workers, process, processes)
         dataset.set_epoch(number)
         dataset.skip(number, skip)
+        workers = min(workers, dataset.num_workers)
         batches.append(list(DataLoader(dataset, batch_size=None, collate_fn=lambda batch: batch, num_workers=workers)))
     return batches
 
@@ -194,6 +196,31 @@ def test_repeated_augmentation_shows_each_image_three_times_differently(parquet,
     assert len(seen) == 480 and 160 <= len(set(seen)) <= 162 and counts.max() == 3
     augmented = {tuple(view) for batch in batches for view in batch["pixel_values"].tolist()}
     assert len(augmented) == 480
+
+
+@pytest.mark.parametrize(
+    ("processes", "workers", "accumulation"), [(2, 0, 1), (2, 0, 4), (4, 3, 1), (8, 0, 1), (1, 0, 2)]
+)
+def test_whoever_reads_a_step_has_the_same_images_and_reads_each_once(
+    parquet, monkeypatch, processes, workers, accumulation
+):
+    split, read = load(parquet).train, []
+    division = division_of(per_device_train_batch_size=80, dataloader_num_workers=2, shuffle_buffer_size=300)
+    ((_, _, *whole),) = epoch(split, batch_size=80, repeats=3, skip=2, division=division)
+    original = ParquetRows.read
+    monkeypatch.setattr(
+        ParquetRows, "read", lambda self, *args: (read.append(row) or row for row in original(self, *args))
+    )
+    options = {"batch_size": 80 // processes // accumulation, "accumulation": accumulation, "workers": workers}
+    batches = epoch(split, processes=processes, repeats=3, division=division, **options)
+    steps = zip(*[iter(zip(*batches, strict=True))] * accumulation, strict=True)
+    for expected, step in zip(whole, list(steps)[2:], strict=True):
+        parts = [batch for micro in step for batch in micro]
+        for name in ("pixel_values", "labels"):
+            assert torch.equal(torch.cat([part[name] for part in parts]), expected[name])
+        assert (np.concatenate([part["seeds"] for part in parts]) == expected["seeds"]).all()
+    if workers == 0:
+        assert len({json.dumps(row, default=str) for row in read}) == len(read) == 160  # three views of each
 
 
 @pytest.mark.parametrize("workers", [0, 2])
