@@ -87,7 +87,7 @@ def run(folder: Path, *parts: tuple[int, int], teachers: Path | None = None, **f
         for process in started:
             process.start()
         for process in started:
-            process.join(180)
+            process.join(400)
             assert process.exitcode == 0, (processes, stop_at)
     log = json.loads((folder / f"checkpoint-{stop_at}" / "trainer_state.json").read_text())["log_history"]
     return [entry for entry in log if "loss" in entry]
