@@ -140,7 +140,7 @@ def resume_steps(args: Arguments, checkpoint: str) -> str | None:
     for run, prefix in ((args, ""), (args.fitting, "teacher_")):
         if run is None or f"{prefix}processes" not in before:
             continue
-        known = {name: before.get(f"{prefix}{name}") for name in (entry.name for entry in fields(Division))}
+        known = {entry.name: before.get(f"{prefix}{entry.name}") for entry in fields(Division)}
         batch_size, share = before[f"{prefix}batch_size"], run.training.images_per_process
         if batch_size in (share * training.world_size, share * known["processes"]):  # else it is another run
             run.training.share_steps(batch_size, Division(**known | {"processes": batch_size // share}))
