@@ -159,7 +159,7 @@ def go_on_with_steps(args: Arguments, earlier_stage: str) -> None:
     Raises:
         UserError: if the processes cannot take equal shares.
     """
-    processes = settings_of(earlier_stage)["processes"]
+    processes = settings_of(earlier_stage).get("processes", args.training.world_size)
     for run in filter(None, (args, args.fitting)):
         run.training.share_steps(run.training.images_per_process * processes, run.division(processes))
 
