@@ -39,8 +39,10 @@ from modeling_deit_ti.runs import (
     build_network,
     build_trainer,
     evaluation_images,
+    go_on_with_steps,
     own_accelerator_state,
     resume_precision,
+    resume_steps,
     run_settings,
     train_and_save,
 )
@@ -78,12 +80,15 @@ def train(args: Arguments, is_last: bool = True) -> None:
     data = load_data(args)
     if data.unseen_labels and is_main:
         print(f"Images: no training image has a label of {list_some(data.unseen_labels)}")
+    if checkpoint is None and args.earlier_stages:
+        go_on_with_steps(args, args.earlier_stages[-1])
     if checkpoint is not None:
         resume_precision(training, checkpoint)
+        note = resume_steps(args, checkpoint)
         preflight.check_same_run(checkpoint, run_settings(args, data))
         if is_main:
             told = "finished by an earlier run" if is_finished else f"resuming from {checkpoint}"
-            print(f"Student: {told}", flush=True)
+            print(f"Student: {told}" + (f"; {note}" if note else ""), flush=True)
     if is_finished:
         if training.push_to_hub and is_main:
             push(training)

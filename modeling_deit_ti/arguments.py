@@ -16,7 +16,7 @@ from .classifiers import is_timm_architecture
 from .configuration_deit_ti import READOUTS
 from .device import HALF_DTYPES, automatic_precision
 from .distillation import MODES, resolve_mode
-from .errors import UserError
+from .errors import UserError, list_some
 from .muon import muon_options
 
 
@@ -58,6 +58,27 @@ def check_at_least(group, **limits: float) -> None:
     """Raises a `UserError` if a field of the group is set and below its limit."""
     for name, least in limits.items():
         check(group, name, lambda value, least=least: value >= least, f"at least {least}")
+
+
+MORE_PROCESSES = 8  # so many times as many as a stream's run began with may go on with it
+
+
+@dataclass(frozen=True)
+class Division:
+    """
+    How a step's images are divided among processes, as far as a run has to keep it when their number changes.
+
+    Args:
+        processes (`int`): for which `--per_device_train_batch_size` and `--gradient_accumulation_steps` are meant.
+        together (`int`): so many images stay together: any batch of a process is a multiple.
+        lanes (`int`, *optional*): in which a stream is read (see `StreamedBatches`).
+        lane_buffer_size (`int`, *optional*): encoded images in the shuffle buffer of each.
+    """
+
+    processes: int
+    together: int
+    lanes: int | None = None
+    lane_buffer_size: int | None = None
 
 
 @dataclass
@@ -410,8 +431,7 @@ class DistillationTrainingArguments(TrainingArguments):
             self.optim = "muon"
             if self.deepspeed_plugin is not None:
                 raise UserError("--optim muon needs whole matrices, which DeepSpeed takes apart: use another --optim.")
-        is_sharded = self.fsdp or self.deepspeed_plugin is not None or "ACCELERATE_USE_FSDP" in os.environ
-        if self.ema_decay is not None and is_sharded:
+        if self.ema_decay is not None and self.sharded_by is not None:
             raise UserError("--ema_decay needs whole weights, which FSDP and DeepSpeed take apart: leave it out.")
         if self.fsdp and "auto_wrap_policy" not in self.fsdp_config:
             # As accelerate_configs/fsdp2_bf16.yaml. Layer by layer, accelerate would shard DeiT-Ti's patch projection
@@ -455,14 +475,47 @@ class DistillationTrainingArguments(TrainingArguments):
         return {**self.__dict__, "hub_token": None}
 
     @property
+    def sharded_by(self) -> str | None:
+        """What takes the weights apart: `"FSDP"` or `"DeepSpeed"`, if anything."""
+        if self.deepspeed_plugin is not None:
+            return "DeepSpeed"
+        return "FSDP" if self.fsdp or "ACCELERATE_USE_FSDP" in os.environ else None
+
+    @property
     def readouts(self) -> list[str]:
         """Endings of the accuracies' names: none for what the model predicts with, then every read-out it has."""
         return ["", *(f"_{name}" for name in READOUTS)] if len(self.mode.tokens) == 2 else [""]
 
     @property
+    def images_per_process(self) -> int:
+        """Images of one process in one step of the optimizer."""
+        return self.train_batch_size * self.gradient_accumulation_steps
+
+    @property
     def total_train_batch_size(self) -> int:
         """Images in one step of the optimizer, all processes together."""
-        return self.train_batch_size * self.gradient_accumulation_steps * self.world_size
+        return self.images_per_process * self.world_size
+
+    def share_steps(self, batch_size: int, division: Division) -> None:
+        """
+        Has the processes that there are take `batch_size` images in a step, in batches of at most
+        `--per_device_train_batch_size`.
+
+        Raises:
+            UserError: if they cannot take equal shares.
+        """
+        share, together = batch_size // self.world_size, division.together
+        if batch_size % self.world_size or share % together:
+            able = [number for number in range(1, batch_size + 1) if batch_size % (number * together) == 0]
+            raise UserError(
+                f"{self.world_size} processes cannot share the {batch_size} images that this run takes in a step"
+                f"{f', {together} of them together' * (together > 1)}: go on with another --num_processes, one of "
+                f"{list_some(able)}."
+            )
+        sizes = range(together, max(together, self.per_device_train_batch_size) + 1, together)
+        self.per_device_train_batch_size = max(size for size in sizes if share % size == 0)
+        self.gradient_accumulation_steps = share // self.per_device_train_batch_size
+        self.division = division
 
     @property
     def order_seed(self) -> int:
@@ -497,3 +550,18 @@ class Arguments(NamedTuple):
         if self.model.is_new_deit_ti:
             shown |= {name: getattr(self.model, name) for name in ("position_init", "attention_init")}
         return shown | vars(self.augmentation) | {"crop": self.augmentation.crop_at(self.model.image_size)}
+
+    def division(self, processes: int) -> Division:
+        """That of a run which begins with these arguments, in so many processes."""
+        training, augmentation = self.training, self.augmentation
+        batch_size = training.train_batch_size
+        if not self.images.streaming:
+            is_mixed = augmentation.mixup > 0 or augmentation.cutmix > 0
+            return Division(processes, 1 if not is_mixed else 2 if batch_size % 2 == 0 else batch_size)
+        parts = 1  # of a batch, each from a lane of its own
+        while parts * training.gradient_accumulation_steps < MORE_PROCESSES and batch_size % (4 * parts) == 0:
+            parts *= 2
+        lanes = parts * training.gradient_accumulation_steps * max(1, training.dataloader_num_workers)
+        return Division(
+            processes, batch_size // parts, processes * lanes, max(1, self.images.shuffle_buffer_size // lanes)
+        )

@@ -9,6 +9,8 @@ from pathlib import Path
 
 CHECKSUMS_FILE = "checksums.json"
 SETTINGS_FILE = "run_settings.json"
+# The settings of `arguments.Division`. A run that goes on takes them over.
+DIVISION = ("processes", "together", "lanes", "lane_buffer_size")
 
 
 def seal(checkpoint: str | Path) -> None:
@@ -59,9 +61,13 @@ def settings_of(checkpoint: str | Path) -> dict:
 
 
 def changed_settings(checkpoint: str | Path, settings: dict) -> list[str]:
-    """How the run that wrote a checkpoint differs from one with these settings: a phrase for each setting."""
+    """
+    How the run that wrote a checkpoint differs from one with these settings: a phrase for each setting. How processes
+    share a step is no difference.
+    """
     before, now = settings_of(checkpoint), json.loads(json.dumps(settings))
     names = [name for name in before | now if before and before.get(name) != now.get(name)]
+    names = [name for name in names if name.removeprefix("teacher_") not in DIVISION]
     return [f"{name} {before.get(name)}, not {now.get(name)}" for name in names]
 
 

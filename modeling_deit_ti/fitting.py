@@ -140,6 +140,7 @@ def _fit(args: Arguments, pretrained: PreTrainedModel | None, source: str, data:
     image_processor = make_image_processor(run.model, run.augmentation, mean, std)
     # All that decides what a fitted teacher is.
     recipe = run_settings(run, data) | {"teacher": name, "pretrained": pretrained is not None}
+    recipe = {key: value for key, value in recipe.items() if key not in ("processes", "sharded_by")}
     recipe["version"] = FITTING_VERSION
     if run.training.has_automatic_precision:
         recipe["precision"] = "automatic"  # it serves other machines, too

@@ -77,13 +77,13 @@ def interpolate_position_embeddings(
     return torch.cat((tokens, grid.permute(0, 2, 3, 1).flatten(1, 2)), dim=1)
 
 
-def drop_path(hidden_states: torch.Tensor, rate: float, training: bool) -> torch.Tensor:
-    """Stochastic depth (Huang et al., 2016): drops the branch (B, N, D) of each image with probability `rate`, and
-    scales up the others to keep the expected value."""
-    if rate == 0.0 or not training:
+def drop_path(hidden_states: torch.Tensor, noise: torch.Tensor | None, rate: float) -> torch.Tensor:
+    """Stochastic depth (Huang et al., 2016): drops the branch (B, N, D) of each image whose uniform number in `noise`
+    (B,) is below `rate`, and scales up the others to keep the expected value. Drops none without noise."""
+    if rate == 0.0 or noise is None:
         return hidden_states
-    keep = hidden_states.new_empty(hidden_states.shape[0], 1, 1).bernoulli_(1 - rate).div_(1 - rate)
-    return hidden_states * keep
+    keep = (noise >= rate).to(hidden_states.dtype).div(1 - rate)
+    return hidden_states * keep[:, None, None]
 
 
 class DeiTTiEmbeddings(nn.Module):
@@ -182,11 +182,12 @@ class DeiTTiLayer(GradientCheckpointingLayer):
         self.dropout = nn.Dropout(config.hidden_dropout_prob)
         self.drop_path_rate = drop_path_rate
 
-    def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
+    def forward(self, hidden_states: torch.Tensor, drop_path_noise: torch.Tensor | None = None) -> torch.Tensor:
+        noise_of_attention, noise_of_mlp = (None, None) if drop_path_noise is None else drop_path_noise.unbind(dim=1)
         branch, _ = self.attention(self.attention_norm(hidden_states))
-        hidden_states = hidden_states + drop_path(self.dropout(branch), self.drop_path_rate, self.training)
+        hidden_states = hidden_states + drop_path(self.dropout(branch), noise_of_attention, self.drop_path_rate)
         branch = self.mlp(self.mlp_norm(hidden_states))
-        return hidden_states + drop_path(self.dropout(branch), self.drop_path_rate, self.training)
+        return hidden_states + drop_path(self.dropout(branch), noise_of_mlp, self.drop_path_rate)
 
 
 class DeiTTiPreTrainedModel(PreTrainedModel):
@@ -234,7 +235,11 @@ class DeiTTiModel(DeiTTiPreTrainedModel):
     @merge_with_config_defaults
     @capture_outputs(tie_last_hidden_states=False)
     def forward(
-        self, pixel_values: torch.Tensor, interpolate_pos_encoding: bool = False, **kwargs
+        self,
+        pixel_values: torch.Tensor,
+        interpolate_pos_encoding: bool = False,
+        drop_path_noise: torch.Tensor | None = None,
+        **kwargs,
     ) -> BaseModelOutput | tuple:
         """
         Args:
@@ -242,6 +247,9 @@ class DeiTTiModel(DeiTTiPreTrainedModel):
                 Normalised images, as the image processor returns them.
             interpolate_pos_encoding (`bool`, *optional*, defaults to `False`):
                 Whether to accept images of other sizes, by interpolating the position embeddings.
+            drop_path_noise (`torch.Tensor` of shape `(B, num_hidden_layers, 2)`, *optional*):
+                Uniform numbers in [0, 1), one for each branch of each image: in training, those below the layer's rate
+                are dropped. Drawn if missing.
             output_hidden_states, output_attentions, return_dict (`bool`, *optional*):
                 As in every transformers model. Attention probabilities need `attn_implementation="eager"`.
 
@@ -253,8 +261,13 @@ class DeiTTiModel(DeiTTiPreTrainedModel):
             ValueError: if the images have another size and `interpolate_pos_encoding` is not set.
         """
         hidden_states = self.embeddings(pixel_values, interpolate_pos_encoding)
-        for layer in self.layers:
-            hidden_states = layer(hidden_states)
+        noises = [None] * len(self.layers)
+        if self.training and self.config.drop_path_rate > 0:
+            if drop_path_noise is None:
+                drop_path_noise = torch.rand(len(pixel_values), len(self.layers), 2, device=pixel_values.device)
+            noises = drop_path_noise.unbind(dim=1)
+        for layer, noise in zip(self.layers, noises, strict=True):
+            hidden_states = layer(hidden_states, noise)
         return BaseModelOutput(last_hidden_state=self.norm(hidden_states))
 
 
@@ -277,6 +290,7 @@ class DeiTTiForImageClassification(DeiTTiPreTrainedModel):
         pixel_values: torch.Tensor,
         labels: torch.Tensor | None = None,
         interpolate_pos_encoding: bool = False,
+        drop_path_noise: torch.Tensor | None = None,
         **kwargs,
     ) -> DeiTTiImageClassifierOutput | tuple:
         """
@@ -293,7 +307,12 @@ class DeiTTiForImageClassification(DeiTTiPreTrainedModel):
         Returns:
             [`DeiTTiImageClassifierOutput`]
         """
-        output = self.deit_ti(pixel_values, interpolate_pos_encoding=interpolate_pos_encoding, **kwargs)
+        output = self.deit_ti(
+            pixel_values,
+            interpolate_pos_encoding=interpolate_pos_encoding,
+            drop_path_noise=drop_path_noise,
+            **kwargs,
+        )
         tokens = output.last_hidden_state
         class_logits = distillation_logits = None
         if self.class_head is not None:

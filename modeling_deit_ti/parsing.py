@@ -76,7 +76,9 @@ class _Parser(HfArgumentParser):
             raise UserError(f"the flags cannot be used: {first_line(error)}.") from error
         if unknown:
             raise UserError(f"unknown flag {unknown[0]}{self.closest(unknown[0].split('=')[0])}")
-        return Arguments(*groups, flags=argv)
+        args = Arguments(*groups, flags=argv)
+        args.training.division = args.division(args.training.world_size)
+        return args
 
     def closest(self, flag: str) -> str:
         close = difflib.get_close_matches(flag, self._option_string_actions, n=1)

@@ -16,9 +16,9 @@ BAR = "{desc}: {percentage:3.0f}%|{bar}| {remaining} left{postfix}"
 ENDED_BAR = "{desc}: {percentage:3.0f}%|{bar}| {elapsed}{postfix}"
 
 
-# Warnings of transformers about what is as it should be here: a run that is resumed at its end; a pretrained network
-# that gets a new head.
-FALSE_ALARMS = ("There seems not to be a single sample", "LOAD REPORT")
+# Warnings of transformers about what is as it should be here: a run that is resumed at its end, or in other batches; a
+# pretrained network that gets a new head.
+FALSE_ALARMS = ("There seems not to be a single sample", "The following arguments do not match", "LOAD REPORT")
 
 
 def quiet_libraries(all_bars: bool = False) -> None:

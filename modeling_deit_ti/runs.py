@@ -2,13 +2,14 @@
 
 import contextlib
 from collections.abc import Iterator
+from dataclasses import fields
 
 import numpy as np
 import torch
 from accelerate.state import AcceleratorState, PartialState
 from transformers import DeiTImageProcessor, PreTrainedModel, TrainerCallback, set_seed
 
-from .arguments import Arguments, DistillationTrainingArguments
+from .arguments import Arguments, DistillationTrainingArguments, Division
 from .batch_norm import synchronise_batch_norms
 from .card import TeacherRecord
 from .checkpoints import save_settings, settings_of
@@ -92,7 +93,6 @@ def run_settings(args: Arguments, data: ImageData) -> dict:
     settings = {
         "train_images": len(data.train),
         "images": data.fingerprint[:12],
-        "batch_size": training.train_batch_size * training.world_size,  # whose processes does not matter
         "distill_mode": mode.name,
         "tokens": list(mode.tokens),
         "teacher_targets": mode.teacher_targets,
@@ -104,16 +104,65 @@ def run_settings(args: Arguments, data: ImageData) -> dict:
         "patch_size": model.patch_size,
         "drop_path_rate": model.drop_path_rate,
         "precision": training.mixed_precision,
-        **args.hyperparameters(),
+        **_shared_recipe(args),
     }
-    del settings["per_device_train_batch_size"]
     if args.teacher.allow_untrained_teacher:
         settings["allow_untrained_teacher"] = True
     if args.fitting is not None:
-        settings |= {f"teacher_{name}": value for name, value in args.fitting.hyperparameters().items()}
-    if data.is_streamed:  # who reads what depends on the readers
-        settings |= {"processes": training.world_size, "dataloader_num_workers": training.dataloader_num_workers}
+        settings |= {f"teacher_{name}": value for name, value in _shared_recipe(args.fitting).items()}
+    if data.is_streamed:
+        settings["shuffle_buffer_size"] = args.images.shuffle_buffer_size
+    if training.sharded_by is not None and training.world_size > 1:
+        settings["sharded_by"] = training.sharded_by
+    fills_steps = len(data.train) >= training.total_train_batch_size  # else several processes repeat some images
+    if training.sharded_by == "DeepSpeed" or not fills_steps:
+        settings["world_size"] = training.world_size
     return settings
+
+
+def _shared_recipe(args: Arguments) -> dict:
+    """The hyperparameters, with the images in a step in place of how the processes share them."""
+    division = {name: value for name, value in vars(args.training.division).items() if value is not None}
+    recipe = {"batch_size": args.training.total_train_batch_size, **division, **args.hyperparameters()}
+    del recipe["per_device_train_batch_size"], recipe["gradient_accumulation_steps"]
+    return recipe
+
+
+def resume_steps(args: Arguments, checkpoint: str) -> str | None:
+    """
+    However many processes there are now, a resumed run takes the images of a step as its checkpoint did, and so does
+    the run that fits its teacher. Returns a remark if the flags alone would not.
+
+    Raises:
+        UserError: if the processes cannot take equal shares.
+    """
+    before, training = settings_of(checkpoint), args.training
+    given = training.total_train_batch_size
+    for run, prefix in ((args, ""), (args.fitting, "teacher_")):
+        if run is None or f"{prefix}processes" not in before:
+            continue
+        known = {entry.name: before.get(f"{prefix}{entry.name}") for entry in fields(Division)}
+        batch_size, share = before[f"{prefix}batch_size"], run.training.images_per_process
+        if batch_size in (share * training.world_size, share * known["processes"]):  # else it is another run
+            run.training.share_steps(batch_size, Division(**known | {"processes": batch_size // share}))
+    if training.total_train_batch_size == given:
+        return None
+    factors = training.world_size, training.gradient_accumulation_steps, training.per_device_train_batch_size
+    sizes = " x ".join(map(str, factors))
+    return f"a step's {training.total_train_batch_size} images are now {sizes} (processes x accumulation x batch)"
+
+
+def go_on_with_steps(args: Arguments, earlier_stage: str) -> None:
+    """
+    However many processes there are now, a stage takes as many images in a step as if those that began the stage
+    before it were there.
+
+    Raises:
+        UserError: if the processes cannot take equal shares.
+    """
+    processes = settings_of(earlier_stage).get("processes", args.training.world_size)
+    for run in filter(None, (args, args.fitting)):
+        run.training.share_steps(run.training.images_per_process * processes, run.division(processes))
 
 
 def settle_classifier(args: Arguments, data: ImageData, network: PreTrainedModel, name: str) -> None:

@@ -1,11 +1,13 @@
 """The teacher's logits on disk, computed once and read by later epochs and runs.
 
-Everything random in a training image follows from the run's seed, the epoch and the image's position in it:
+Everything random in a training image follows from the run's seed, the epoch and the image's place in it:
 
 - If nothing is random, logits depend on the image alone. One file of N rows serves from the second epoch on, and all
   other runs on the same images.
-- Otherwise a file per epoch serves the next run with the same seed, augmentation and batches, whatever its mode,
-  learning rate or student. That is how modes are compared.
+- Otherwise a file per epoch serves the next run with the same seed, augmentation and images in a step, whatever its
+  mode, learning rate or student. That is how modes are compared.
+
+Neither depends on how the processes share a step: the files serve any number of them.
 
 A row is trusted only if it names the very images at hand and its checksum is right. So a file may be cut off, damaged
 or shared by several processes and runs at any time: what is wrong is computed again.
@@ -29,7 +31,7 @@ from accelerate.utils import DynamoBackend, TorchDynamoPlugin
 
 from .arguments import Arguments
 from .data import ImageData
-from .data.sampling import TrainSampler
+from .data.sampling import TrainSampler, partners
 from .device import HostCopy, teacher_dtype, to_device
 from .errors import UserError, first_line
 from .teacher import Teacher, digest_of, teacher_folder_name
@@ -42,8 +44,8 @@ RECIPE_FILE = "recipe.json"  # for people: what a folder's logits are of
 LIBRARIES = ("numpy", "pillow", "timm", "torch", "torchvision", "transformers")
 # The code that makes pixels and logits. All of it, rather than a version to bump by hand whenever they change.
 CODE = (
-    *("data/augmentation.py", "data/decoding.py", "data/inputs.py", "data/sampling.py", "teacher.py"),
-    *("modeling_deit_ti.py", "configuration_deit_ti.py"),
+    *("data/augmentation.py", "data/decoding.py", "data/inputs.py", "data/randomness.py", "data/sampling.py"),
+    *("teacher.py", "modeling_deit_ti.py", "configuration_deit_ti.py"),
 )
 
 
@@ -52,8 +54,8 @@ class TeacherCache:
     Answers for a teacher: reads the logits that are stored, asks the teacher for the others and stores them.
 
     The logits are float16 on disk, and are rounded to it when they have just been computed, too: a run gives the same
-    weights whether they are there or not. (Except that, if nothing is random, runs with other batches share their
-    logits, which a network computes slightly differently in another batch.) A batch with logits beyond float16's range
+    weights whether they are there or not. (Except that runs in other batches or processes share their logits, which a
+    network computes slightly differently in another batch.) A batch with logits beyond float16's range
     is neither rounded nor stored. If the disk cannot be written to, training continues without the cache.
 
     Args:
@@ -61,7 +63,7 @@ class TeacherCache:
         recipe (`dict`): all that decides the logits; a row that was stored under another recipe is not read.
         num_labels (`int`): K.
         is_static (`bool`): whether the logits depend on the image alone.
-        mixes (`bool`): whether the images of a batch are mixed, so that logits depend on the whole batch.
+        mixes (`bool`): whether images are mixed, so that logits depend on the image's partner (`sampling.partners`).
     """
 
     def __init__(self, folder: Path, recipe: dict, num_labels: int, is_static: bool, mixes: bool):
@@ -161,11 +163,11 @@ class TeacherCache:
         rows, indices = self._positions[at], self._indices[at].astype(np.uint64)
         if self.is_static:
             return rows, rows
-        # Image and seed, and in a mixed batch all of them: this identifies the order where the key does not.
-        tags = seeds ^ (indices * np.uint64(0x9E3779B97F4A7C15)).view(np.int64)
+        # Image and seed, and those that are mixed with them: this identifies the order where the key does not.
+        tags = seeds.view(np.uint64) ^ (indices * np.uint64(0x9E3779B97F4A7C15))
         if self.mixes:
-            tags = tags ^ np.frombuffer(hashlib.blake2b(tags.tobytes(), digest_size=8).digest(), dtype="<i8")
-        return rows, tags
+            tags = tags ^ (tags[partners(len(seeds))] * np.uint64(0xBF58476D1CE4E5B9))
+        return rows, tags.view(np.int64)
 
     def _checksums(self, records: np.ndarray) -> np.ndarray:
         after_checksum = records.view(np.uint8).reshape(len(records), -1)[:, 4:]
@@ -246,8 +248,7 @@ def _recipe(args: Arguments, teacher: Teacher, data: ImageData, image_processor)
         "code": hashlib.sha256(b"".join((package / file).read_bytes() for file in CODE)).hexdigest(),
     }
     if args.augmentation.is_random:
-        batches = {"batch_size": training.train_batch_size, "num_processes": training.world_size}
-        recipe["order"] = {"seed": training.order_seed, **batches}
+        recipe["order"] = {"seed": training.order_seed, "batch_size": training.total_train_batch_size}
     return recipe
 
 

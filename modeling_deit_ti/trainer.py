@@ -25,9 +25,10 @@ from transformers.trainer_utils import EvalPrediction
 from .card import Predictions
 from .checkpoints import delete_older, save_settings, seal
 from .data.inputs import normalised
+from .data.randomness import DROP_PATH_STREAM, random_uniform, start_generator
 from .data.sampling import TrainSampler, collate_images
 from .data.streaming import UnreadableRow
-from .device import HostCopy, teacher_dtype
+from .device import HostCopy, teacher_dtype, to_device
 from .distillation import DistillMode, LossParts, distillation_loss, label_loss
 from .errors import first_line
 from .hub import persistently
@@ -82,8 +83,6 @@ class _RunCallback(TrainerCallback):
         if self.trainer.accelerator.scaler is not None:
             self.trainer.loss_scale = self.trainer.accelerator.scaler.get_scale()
         if args.world_size > 1:
-            # All have the run's seed, and would drop the same paths. A resumed process has its state restored later.
-            torch.manual_seed(args.seed * args.world_size + args.process_index)
             # On the CPU, whatever the gradients use: checking for a signal must not wait for the device.
             self.signal_group = distributed.new_group(backend="gloo")
 
@@ -372,8 +371,9 @@ class DistillationTrainer(Trainer):
             teacher_logits = self.training_teacher(pixel_values)
         elif self.mode.has_teacher:
             teacher_logits = self.teacher_cache(self.training_teacher, pixel_values, inputs["seeds"], self.train_order)
+        randomness = self._randomness(inputs["seeds"])
         with self.accelerator.autocast():
-            outputs = model(pixel_values=pixel_values)
+            outputs = model(pixel_values=pixel_values, **randomness)
         parts = distillation_loss(
             self.mode,
             class_logits=outputs.get("class_logits") if self.is_deit_ti else outputs["logits"],
@@ -385,6 +385,15 @@ class DistillationTrainer(Trainer):
         )
         self._record_step(parts, outputs["logits"], teacher_logits)
         return (parts.loss, outputs) if return_outputs else parts.loss
+
+    def _randomness(self, seeds: np.ndarray) -> dict[str, torch.Tensor]:
+        """Has all that is random in the student's forward pass follow from the seeds `(B,)` of its images."""
+        if not self.is_deit_ti:
+            start_generator(int(seeds[0]), self.args.device)  # for a network that draws by itself
+            return {}
+        num_layers = self.model.config.num_hidden_layers
+        noise = random_uniform(torch.from_numpy(seeds), DROP_PATH_STREAM, num_layers, 2).float()
+        return {"drop_path_noise": to_device(noise, self.args.device)}
 
     def _record_step(self, parts: LossParts, logits: torch.Tensor, teacher_logits: torch.Tensor | None) -> None:
         """Keeps what the next log and the next check for losses that are not finite need."""

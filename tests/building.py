@@ -61,14 +61,14 @@ def image_processor(image_size: int):
     return make_image_processor(ModelArguments(image_size=image_size), AugmentationArguments(crop="none"))
 
 
-def tiny_student(args: Arguments, num_hidden_layers: int = 2) -> DeiTTiForImageClassification:
-    """A DeiT-Ti of few blocks for the ten digits, always with the same weights."""
+def tiny_student(args: Arguments, num_hidden_layers: int = 2, num_labels: int = 10) -> DeiTTiForImageClassification:
+    """A DeiT-Ti of few blocks, always with the same weights."""
     model = args.model
     config = DeiTTiConfig(
         image_size=model.image_size,
         patch_size=model.patch_size,
         drop_path_rate=model.drop_path_rate,
-        num_labels=10,
+        num_labels=num_labels,
         num_hidden_layers=num_hidden_layers,
         **args.training.mode.network,
     )

@@ -30,13 +30,12 @@ from modeling_deit_ti.data.augmentation import (
     draw_erasing_boxes,
     draw_operations,
     erase,
-    mix_bits,
     normal_quantiles,
     rand_augment,
-    random_uniform,
     resize,
 )
 from modeling_deit_ti.data.inputs import make_image_processor
+from modeling_deit_ti.data.randomness import mix_bits, random_uniform
 
 
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)

@@ -12,6 +12,7 @@ from accelerate.data_loader import prepare_data_loader
 from building import NOTHING_RANDOM, arguments
 from datasets import ClassLabel, Dataset, DatasetDict, Features, Image, Value, concatenate_datasets
 from PIL import Image as PILImage
+from scipy.stats import beta, kstest
 from timm.data.constants import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from torch.utils.data import DataLoader
 
@@ -27,7 +28,7 @@ from modeling_deit_ti.data.inputs import (
     make_train_transform,
 )
 from modeling_deit_ti.data.loading import hold_out
-from modeling_deit_ti.data.sampling import TrainSampler, collate_images, mix_images
+from modeling_deit_ti.data.sampling import TrainSampler, collate_images, mix_images, partners
 from modeling_deit_ti.errors import UserError
 
 
@@ -376,47 +377,53 @@ def test_repeated_augmentation_shows_each_image_three_times_with_other_seeds():
     batches = torch.tensor([index for index, _ in sampler]).view(10, 128)
     views = [len(batch.unique()) for batch in batches]
     assert all(43 <= count <= 44 for count in views)  # a third of the batch, and one cut off at its edge
-    assert (batches == batches.roll(1, dims=1)).float().mean() < 0.05  # neighbours, which mixup blends, are others
+    partner = torch.from_numpy(partners(128))
+    assert (batches == batches[:, partner]).float().mean() < 0.05  # those that mixup blends are others
 
 
 def test_mixup_blends_neighbours_and_their_labels_by_the_same_share():
     images, labels = torch.randn(5, 3, 8, 8), torch.tensor([0, 1, 2, 3, 0])
-    mixed, targets = mix_images(images, labels, seed=1, num_labels=4, mixup=0.8, cutmix=0)
-    one_hot, neighbours = torch.eye(4)[labels], torch.eye(4)[labels.roll(1)]
-    share = targets[1, 1].item()
-    torch.testing.assert_close(targets, share * one_hot + (1 - share) * neighbours)
-    torch.testing.assert_close(mixed, share * images + (1 - share) * images.roll(1, 0))
+    mixed, targets = mix_images(images, labels, np.arange(5), num_labels=4, mixup=0.8, cutmix=0)
+    neighbours = torch.tensor([1, 0, 3, 2, 4])  # the last has none
+    one_hot, share = torch.eye(4)[labels], targets.gather(1, labels[:, None])
+    torch.testing.assert_close(targets, share * one_hot + (1 - share) * one_hot[neighbours])
+    assert len(share[:4].unique()) == 4 and torch.equal(mixed[4], images[4])
+    share = share.view(5, 1, 1, 1)
+    torch.testing.assert_close(mixed, share * images + (1 - share) * images[neighbours])
 
 
 def test_cutmix_pastes_a_box_and_weighs_labels_by_its_area():
     images, labels = torch.zeros(4, 3, 16, 16), torch.tensor([0, 1, 2, 3])
     images += labels.view(4, 1, 1, 1)
-    mixed, targets = mix_images(images, labels, seed=3, num_labels=4, mixup=0, cutmix=1.0)
+    mixed, targets = mix_images(images, labels, np.arange(3, 7), num_labels=4, mixup=0, cutmix=1.0)
     own = (mixed == images).float().mean(dim=(1, 2, 3))
-    assert 0 < own[0] < 1 and set(mixed.unique().tolist()) <= {0.0, 1.0, 2.0, 3.0}
+    assert ((own > 0) & (own < 1)).any() and set(mixed.unique().tolist()) <= {0.0, 1.0, 2.0, 3.0}
+    for image, pasted in zip(mixed, mixed != images, strict=True):
+        rows, columns = pasted[0].any(dim=1).sum(), pasted[0].any(dim=0).sum()
+        assert pasted.sum() == 3 * rows * columns and len(image.unique()) <= 2
     torch.testing.assert_close(targets.gather(1, labels[:, None])[:, 0], own)
     torch.testing.assert_close(targets.sum(1), torch.ones(4))
 
 
-def test_mixing_is_a_fair_coin_follows_its_seed_and_spares_the_generators():
-    images, labels = torch.rand(2, 1, 8, 8), torch.tensor([0, 1])
-    torch.manual_seed(0)
-    before = torch.get_rng_state()
-    kinds = []
-    for seed in range(200):
-        mixed, _ = mix_images(images, labels, seed, 2, mixup=0.8, cutmix=1.0)
-        torch.testing.assert_close(mixed, mix_images(images, labels, seed, 2, 0.8, 1.0)[0], atol=0, rtol=0)
-        pasted = ((mixed == images) | (mixed == images.roll(1, 0))).all()
-        kinds.append(bool(pasted))
-    assert 70 < sum(kinds) < 130
-    assert torch.equal(torch.get_rng_state(), before)
+def test_mixing_is_a_fair_coin_whose_shares_are_beta_distributed_whatever_the_batch():
+    images, labels, seeds = torch.rand(4000, 1, 8, 8), torch.arange(4000) % 2, np.arange(4000)
+    mixed, targets = mix_images(images, labels, seeds, 2, mixup=0.8, cutmix=1.0)
+    neighbours = images.view(2000, 2, 1, 8, 8).flip(1).view_as(images)
+    pasted = ((mixed == images) | (mixed == neighbours)).all(dim=(1, 2, 3)).flatten()
+    assert 1850 < pasted.sum() < 2150
+    shares = targets.gather(1, labels[:, None])[~pasted, 0].numpy()
+    assert kstest(shares, beta(0.8, 0.8).cdf).pvalue > 0.01
+    parts = [mix_images(images[part], labels[part], seeds[part], 2, 0.8, 1.0) for part in (slice(6), slice(6, 4000))]
+    for whole, *pieces in zip((mixed, targets), *parts, strict=True):
+        assert torch.equal(whole, torch.cat(pieces))
 
 
 def test_mixing_takes_images_without_labels_and_can_be_off():
     images = torch.rand(4, 3, 8, 8)
-    mixed, labels = mix_images(images, None, 0, 4, mixup=0.8, cutmix=0)
+    seeds = np.arange(4)
+    mixed, labels = mix_images(images, None, seeds, 4, mixup=0.8, cutmix=0)
     assert labels is None and not torch.equal(mixed, images)
-    unmixed, ids = mix_images(images, torch.tensor([0, 1, 2, 3]), 0, 4, mixup=0, cutmix=0)
+    unmixed, ids = mix_images(images, torch.tensor([0, 1, 2, 3]), seeds, 4, mixup=0, cutmix=0)
     assert unmixed is images and ids.dtype == torch.long
 
 

@@ -256,11 +256,26 @@ def test_a_model_in_half_precision_takes_float32_images(dtype):
 
 def test_drop_path_drops_whole_images_and_keeps_the_expectation():
     torch.manual_seed(0)
-    dropped = drop_path(torch.ones(20_000, 3, 2), rate=0.25, training=True)
-    kept = dropped[:, 0, 0] > 0
+    noise = torch.rand(20_000)
+    dropped = drop_path(torch.ones(20_000, 3, 2), noise, rate=0.25)
+    kept = noise >= 0.25
     assert (dropped[kept] == 1 / 0.75).all() and (dropped[~kept] == 0).all()
     assert abs(kept.float().mean().item() - 0.75) < 0.01
-    assert (drop_path(torch.ones(4, 3, 2), rate=0.25, training=False) == 1).all()
+    assert (drop_path(torch.ones(4, 3, 2), None, rate=0.25) == 1).all()
+
+
+def test_drop_path_follows_the_noise_that_is_given_or_drawn_and_only_in_training():
+    model, images = small_model(drop_path_rate=0.5).train(), torch.randn(4, 3, 32, 32)
+    torch.manual_seed(1)
+    drawn = model(images).logits
+    torch.manual_seed(1)
+    noise = torch.rand(4, model.config.num_hidden_layers, 2)
+    given = model(images, drop_path_noise=noise).logits
+    assert torch.equal(given, drawn)
+    alone = torch.cat([model(images[i : i + 1], drop_path_noise=noise[i : i + 1]).logits for i in range(4)])
+    torch.testing.assert_close(alone, given)
+    assert not torch.equal(model(images, drop_path_noise=noise.flip(0)).logits, given)
+    assert torch.equal(model.eval()(images, drop_path_noise=noise).logits, model(images).logits)
 
 
 def test_drop_path_rate_grows_linearly_with_depth():

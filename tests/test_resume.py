@@ -37,7 +37,7 @@ def stopped(tmp_path_factory) -> Path:
     ("flags", "difference"),
     [
         (["--per_device_train_batch_size=32"], "batch_size 16, not 32"),
-        (["--gradient_accumulation_steps=2"], "gradient_accumulation_steps 1, not 2"),
+        (["--gradient_accumulation_steps=2"], "batch_size 16, not 32"),
         (["--max_train_samples=48"], "train_images 96, not 48"),
         (["--seed=7"], "seed 42, not 7"),
         (["--mixup=0.8"], "mixup 0.0, not 0.8"),

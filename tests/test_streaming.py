@@ -21,7 +21,7 @@ from torch.utils.data import DataLoader
 
 import train_hf
 from modeling_deit_ti import DeiTTiConfig, DeiTTiForImageClassification
-from modeling_deit_ti.arguments import AugmentationArguments, ImageArguments, ModelArguments
+from modeling_deit_ti.arguments import AugmentationArguments, Division, ImageArguments, ModelArguments
 from modeling_deit_ti.data import ImageData, load_images
 from modeling_deit_ti.data.inputs import TrainImages, make_image_processor, make_train_images
 from modeling_deit_ti.data.streaming import (
@@ -95,13 +95,35 @@ def number_of(image: PILImage.Image) -> torch.Tensor:
     return torch.tensor([red + 256 * green, torch.randint(10**6, ()).item()])
 
 
-def epoch(split, number=0, processes=1, workers=0, batch_size=10, seed=0, repeats=1, skip=0) -> list[list[dict]]:
+def division_of(**flags) -> Division:
+    return arguments(streaming=True, **flags).training.division
+
+
+def epoch(
+    split,
+    number=0,
+    processes=1,
+    workers=0,
+    batch_size=10,
+    seed=0,
+    repeats=1,
+    skip=0,
+    buffer_size=10_000,
+    accumulation=1,
+    division=None,
+) -> list[list[dict]]:
     """The batches of each process, through real loaders with real workers. `pixel_values`: the image's number."""
     images, batches = StreamedImages(split, number_of, repeats), []
+    if division is None:
+        flags = {"dataloader_num_workers": workers, "shuffle_buffer_size": buffer_size}
+        division = division_of(per_device_train_batch_size=batch_size, **flags)
+        division = dataclasses.replace(division, lanes=division.lanes * processes)
     for process in range(processes):
-        dataset = StreamedBatches(images, batch_size, seed, workers, process, processes)
+        sizes = batch_size * accumulation * processes, batch_size
+        dataset = StreamedBatches(images, division, *sizes, seed, workers, process, processes)
         dataset.set_epoch(number)
         dataset.skip(number, skip)
+        workers = min(workers, dataset.num_workers)
         batches.append(list(DataLoader(dataset, batch_size=None, collate_fn=lambda batch: batch, num_workers=workers)))
     return batches
 
@@ -155,10 +177,10 @@ def test_seed_and_epoch_decide_the_order_and_the_augmentation(parquet):
 
 def test_the_buffer_mixes_files_that_are_sorted_by_label(parquet):
     def labels_of_first_batch(buffer_size):
-        return set(epoch(load(parquet, shuffle_buffer_size=buffer_size).train, batch_size=40)[0][0]["labels"].tolist())
+        return set(epoch(load(parquet).train, batch_size=40, buffer_size=buffer_size)[0][0]["labels"].tolist())
 
     assert labels_of_first_batch(400) == {0, 1, 2}
-    unshuffled = numbers(epoch(load(parquet, shuffle_buffer_size=1).train, batch_size=40))
+    unshuffled = numbers(epoch(load(parquet).train, batch_size=40, buffer_size=1))
     shuffled = numbers(epoch(load(parquet).train, batch_size=40))
     # Neighbours in the file are hardly ever neighbours in the epoch.
     assert sum(abs(a - b) == 1 for a, b in zip(shuffled, shuffled[1:], strict=False)) < 20
@@ -176,13 +198,38 @@ def test_repeated_augmentation_shows_each_image_three_times_differently(parquet,
     assert len(augmented) == 480
 
 
+@pytest.mark.parametrize(
+    ("processes", "workers", "accumulation"), [(2, 0, 1), (2, 0, 4), (4, 3, 1), (8, 0, 1), (1, 0, 2)]
+)
+def test_whoever_reads_a_step_has_the_same_images_and_reads_each_once(
+    parquet, monkeypatch, processes, workers, accumulation
+):
+    split, read = load(parquet).train, []
+    division = division_of(per_device_train_batch_size=80, dataloader_num_workers=2, shuffle_buffer_size=300)
+    ((_, _, *whole),) = epoch(split, batch_size=80, repeats=3, skip=2, division=division)
+    original = ParquetRows.read
+    monkeypatch.setattr(
+        ParquetRows, "read", lambda self, *args: (read.append(row) or row for row in original(self, *args))
+    )
+    options = {"batch_size": 80 // processes // accumulation, "accumulation": accumulation, "workers": workers}
+    batches = epoch(split, processes=processes, repeats=3, division=division, **options)
+    steps = zip(*[iter(zip(*batches, strict=True))] * accumulation, strict=True)
+    for expected, step in zip(whole, list(steps)[2:], strict=True):
+        parts = [batch for micro in step for batch in micro]
+        for name in ("pixel_values", "labels"):
+            assert torch.equal(torch.cat([part[name] for part in parts]), expected[name])
+        assert (np.concatenate([part["seeds"] for part in parts]) == expected["seeds"]).all()
+    if workers == 0:
+        assert len({json.dumps(row, default=str) for row in read}) == len(read) == 160  # three views of each
+
+
 @pytest.mark.parametrize("workers", [0, 2])
 @pytest.mark.parametrize("repeats", [1, 3])
 def test_skipped_batches_leave_the_others_as_they_were(parquet, workers, repeats):
-    split = load(parquet, shuffle_buffer_size=100).train
-    (whole,) = epoch(split, 3, workers=workers, repeats=repeats)
+    split, options = load(parquet).train, {"workers": workers, "repeats": repeats, "buffer_size": 100}
+    (whole,) = epoch(split, 3, **options)
     for skip in (1, 17, 48):
-        (rest,) = epoch(split, 3, workers=workers, repeats=repeats, skip=skip)
+        (rest,) = epoch(split, 3, **options, skip=skip)
         assert rest[:skip] == [{}] * skip and len(rest) == 48
         for first, second in zip(whole[skip:], rest[skip:], strict=True):
             assert torch.equal(first["pixel_values"], second["pixel_values"])
@@ -190,12 +237,14 @@ def test_skipped_batches_leave_the_others_as_they_were(parquet, workers, repeats
 
 
 def test_skipped_batches_are_not_read(parquet, monkeypatch):
-    split, read = load(parquet, shuffle_buffer_size=50).train, []
+    split, read = load(parquet).train, []
     original = ParquetRows.read
     monkeypatch.setattr(
         ParquetRows, "read", lambda self, *args: (read.append(row) or row for row in original(self, *args))
     )
-    epoch(split, skip=40)  # 80 images are left, and those in the buffer are looked for in their row groups
+    epoch(
+        split, skip=40, buffer_size=50
+    )  # 80 images are left, and those in the buffer are looked for in their row groups
     assert 80 <= len(read) < 350
 
 
@@ -204,7 +253,8 @@ def test_an_image_is_augmented_as_it_would_be_from_a_split_in_memory(parquet):
     args = AugmentationArguments(augment_on="loader", repeated_augmentation=1)
     processor = make_image_processor(ModelArguments(image_size=32), args)
     in_memory, _ = make_train_images(load_images(ImageArguments(dataset_name=str(parquet))), args, processor)
-    batches = StreamedBatches(make_train_images(streamed, args, processor)[0], 8, 0, 0, 0, 1)
+    division = division_of(per_device_train_batch_size=8)
+    batches = StreamedBatches(make_train_images(streamed, args, processor)[0], division, 8, 8, 0, 0, 0, 1)
     (numbered,) = epoch(streamed.train, batch_size=8)
     assert isinstance(in_memory, TrainImages)
     batch = next(iter(batches))
@@ -218,9 +268,9 @@ def test_an_image_is_augmented_as_it_would_be_from_a_split_in_memory(parquet):
 
 
 def test_an_image_folder_streams_without_a_buffer_between_its_classes(image_folder):
-    data = load(image_folder, shuffle_buffer_size=1)
+    data = load(image_folder)
     assert data.label_names == NAMES and len(data.train) == 60 and len(data.evaluation) == 6
-    (batches,) = epoch(data.train, workers=2)
+    (batches,) = epoch(data.train, workers=2, buffer_size=1)
     assert sorted(numbers([batches])) == list(range(60))
     assert all(len(set(batch["labels"].tolist())) > 1 for batch in batches)
     for batch in batches:
@@ -442,7 +492,7 @@ def test_a_missing_label_is_told_with_its_row(tmp_path, label):
 def test_a_label_out_of_range_and_a_file_that_is_cut_off_are_told(tmp_path):
     folder = write_dataset(tmp_path)
     data = load(folder)
-    out_of_range = StreamedSplit(data.train.rows, "image", "label", None, num_labels=1, buffer_size=9)
+    out_of_range = StreamedSplit(data.train.rows, "image", "label", None, num_labels=1)
     ((batch,),) = epoch(out_of_range, batch_size=400)
     assert re.search(r"row \d+: label [12] is out of range; there are 1 labels", batch["error"])
     os.truncate(folder / "train-00001.parquet", 2000)
@@ -477,5 +527,5 @@ def test_datasets_that_cannot_be_streamed_are_told_before_training(parquet, tmp_
         load(parquet, validation_from_train=True)
     with pytest.raises(UserError, match="--image_column_name nothing: no such column"):
         load(parquet, image_column_name="nothing")
-    with pytest.raises(UserError, match=r"487 training images are fewer than one step.*\(300 x 2\)"):
+    with pytest.raises(UserError, match=r"487 training images are fewer than one step.*\(600\)"):
         epoch(load(parquet).train, processes=2, batch_size=300)

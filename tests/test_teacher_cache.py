@@ -250,8 +250,12 @@ def test_rows_of_another_key_seed_epoch_or_batch_are_not_used(epoch):
     epoch.read(epoch.cache())  # which those of the other key have overwritten
     assert epoch.calls == 4
     halves = [batch[start : start + 4] for batch in epoch.batches for start in (0, 4)]
-    epoch.read(epoch.cache(), halves)  # mixed in another company, the same image is another
-    assert epoch.calls == 8
+    epoch.read(epoch.cache(), halves)  # in which each image has the partner that it had
+    assert epoch.calls == 0
+    epoch.read(epoch.cache(), [batch[::-1] for batch in halves])
+    assert epoch.calls == 0
+    epoch.read(epoch.cache(), [batch[1:] + batch[:1] for batch in epoch.batches])  # mixed with another, it is another
+    assert epoch.calls == 4
     (epoch.folder / "epoch-0000.bin").rename(epoch.folder / "epoch-0001.bin")
     epoch.sampler.set_epoch(1)
     keys = list(epoch.sampler)
@@ -416,7 +420,7 @@ def test_code_that_makes_pixels_or_logits_changes_the_key_and_no_other_does(digi
     monkeypatch.setattr(module, "__file__", str(package / "teacher_cache.py"))
     folder = make_cache(digits, tmp_path).folder
     makes_pixels_or_logits = {
-        *("data/augmentation.py", "data/decoding.py", "data/inputs.py", "data/sampling.py"),
+        *("data/augmentation.py", "data/decoding.py", "data/inputs.py", "data/randomness.py", "data/sampling.py"),
         *("teacher.py", "modeling_deit_ti.py", "configuration_deit_ti.py"),
     }
     for path in sorted(path for path in package.rglob("*") if path.suffix in (".py", ".md")):

@@ -12,6 +12,7 @@ from test_streaming import load, number_of, parquet
 from test_teacher_cache import Epoch, assert_same, digits, epoch, make_trainer, result
 from transformers import TrainerControl
 
+from modeling_deit_ti.arguments import Division
 from modeling_deit_ti.data.streaming import StreamedImages
 from modeling_deit_ti.device import HostCopy
 from modeling_deit_ti.distillation import LossParts
@@ -60,7 +61,11 @@ def test_the_pretended_gpu_counts_what_waits_and_nothing_else(gpu):
 # ---- A step ----
 
 
-@pytest.mark.parametrize("flags", [NOTHING_RANDOM, {**NOTHING_RANDOM, "mixup": 0.8}], ids=["static", "mixed"])
+@pytest.mark.parametrize(
+    "flags",
+    [NOTHING_RANDOM, {**NOTHING_RANDOM, "mixup": 0.8, "cutmix": 1, "drop_path_rate": 0.5}],
+    ids=["static", "mixed"],
+)
 def test_no_step_waits_whether_the_teachers_logits_are_computed_or_read(digits, tmp_path, gpu, flags):
     flags = {**flags, "augment_on": "loader", "num_train_epochs": 1, "distill_mode": "soft"}
     make_trainer(digits, tmp_path / "cpu", **flags).train()
@@ -257,6 +262,8 @@ def test_a_streams_batches_are_pinned_and_copied_without_a_wait(parquet, gpu, mo
         process_index=0,
         world_size=1,
         train_batch_size=8,
+        total_train_batch_size=8,
+        division=Division(processes=1, together=4, lanes=2, lane_buffer_size=100),
         order_seed=0,
         dataloader_num_workers=0,
         dataloader_pin_memory=True,

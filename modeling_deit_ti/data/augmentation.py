@@ -4,8 +4,7 @@ The recipe is DeiT's, as timm's `create_transform(is_training=True, interpolatio
 it for one PIL image. Here every step takes a batch `(B, 3, H, W)` and one set of parameters per image, so that all of
 them together launch about 400 kernels for any number of images.
 
-- Everything random about an image is a function of its seed alone (a counter-based generator without state), so that
-  neither batch size, workers nor processes change it.
+- Everything random about an image is a function of its seed alone (see randomness.py).
 - The parameters are drawn on the CPU, where they also say which images an operation applies to. The pixels never leave
   their device, and nothing waits for it.
 - The arithmetic is Pillow's: the same integer rounding, the same filters. tests/test_augmentation.py compares every
@@ -24,32 +23,19 @@ from timm.data.auto_augment import rand_augment_transform
 from transformers import DeiTImageProcessor
 
 from ..arguments import AugmentationArguments
+from .randomness import (
+    CROP_STREAM,
+    ERASING_STREAM,
+    FLIP_STREAM,
+    NOISE_STREAM,
+    RAND_AUGMENT_STREAM,
+    mix_bits,
+    random_bits,
+    random_uniform,
+)
 
 
-# ---- Random numbers: SplitMix64 (Steele, Lea, Flood 2014), a hash of (seed, counter), on wrapping int64 ----
-
-# One stream per purpose: switching one augmentation off does not change the random numbers of the others.
-CROP_STREAM, FLIP_STREAM, RAND_AUGMENT_STREAM, ERASING_STREAM, NOISE_STREAM = range(5)
 ATTEMPTS = 10  # timm's crop and its erasing both draw up to ten boxes and take the first that fits
-
-
-def mix_bits(bits: torch.Tensor) -> torch.Tensor:
-    """SplitMix64's output function. `>>` keeps the sign of an int64, so the masks make its shifts logical."""
-    bits = (bits ^ ((bits >> 30) & (2**34 - 1))) * (0xBF58476D1CE4E5B9 - 2**64)
-    bits = (bits ^ ((bits >> 27) & (2**37 - 1))) * (0x94D049BB133111EB - 2**64)
-    return bits ^ ((bits >> 31) & (2**33 - 1))
-
-
-def random_bits(mixed_seeds: torch.Tensor, stream: int, counters: torch.Tensor) -> torch.Tensor:
-    """64 random bits, as int64, for each pair of `mixed_seeds` and `counters` (int64, broadcast together)."""
-    # Seeds are mixed before: neighbours, such as dataset indices, must not give overlapping counter sequences.
-    return mix_bits(mixed_seeds + (counters + ((stream << 40) + 1)) * (0x9E3779B97F4A7C15 - 2**64))
-
-
-def random_uniform(seeds: torch.Tensor, stream: int, *shape: int) -> torch.Tensor:
-    """Uniform float64 numbers in [0, 1), `(B, *shape)`, for seeds `(B,)`."""
-    bits = random_bits(mix_bits(seeds)[:, None], stream, torch.arange(math.prod(shape), device=seeds.device))
-    return ((bits >> 11) & (2**53 - 1)).double().mul_(2.0**-53).view(len(seeds), *shape)
 
 
 def normal_quantiles() -> torch.Tensor:

@@ -70,7 +70,7 @@ class DeviceAugmentation:
         """
         if self.augment is not None:
             pixel_values = self.augment(pixel_values, torch.from_numpy(seeds))
-        return mix_images(pixel_values, labels, int(seeds[0]), self.num_labels, self.mixup, self.cutmix)
+        return mix_images(pixel_values, labels, seeds, self.num_labels, self.mixup, self.cutmix)
 
 
 def make_train_images(
@@ -185,7 +185,7 @@ class TrainImages(_Images):
 
     def order(self, args: DistillationTrainingArguments) -> TrainSampler:
         """The keys of each epoch, for all processes together."""
-        return TrainSampler(len(self), args.train_batch_size * args.world_size, args.order_seed, self.repeats)
+        return TrainSampler(len(self), args.total_train_batch_size, args.order_seed, self.repeats)
 
 
 # ---- Evaluation ----

@@ -1,8 +1,4 @@
-"""Which images an epoch sees, in which order and with which random seeds; their batches, and the mixing of these.
-
-An image's augmentation depends on the run's seed, the epoch and the image's position in it, and on nothing else: not
-on the workers, the number of processes or where a run was resumed.
-"""
+"""Which images an epoch sees, in which order and with which random seeds; their batches, and the mixing of these."""
 
 import contextlib
 import random
@@ -10,8 +6,12 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from PIL.Image import Image
-from torchvision.transforms import v2
+from scipy.special import betaincinv
+
+from ..device import to_device
+from .randomness import MIXING_STREAM, random_uniform
 
 
 # The subsets that --max_train_samples and --train_val_split take are the same in every run, whatever its --seed: runs
@@ -29,11 +29,12 @@ def random_rows(num_rows: int, size: int | None) -> Sequence[int]:
 
 class TrainSampler(torch.utils.data.Sampler):
     """
-    The keys of each epoch, for all processes together: `(index, seed)` pairs in random order.
+    The keys of each epoch, for all processes together: `(index, seed)` pairs in random order. The seed is that of all
+    that is random in the image (see randomness.py).
 
     Args:
-        batch_size (`int`): images in a step of all processes. Those that do not fill one are left out (others each
-            epoch), so that all batches have one shape; only a dataset smaller than a batch is used whole.
+        batch_size (`int`): images in a step of the optimizer, all processes together. Those that do not fill one are
+            left out (others each epoch); only a dataset smaller than a step is used whole.
         seed (`int`): of the run.
         repeats (`int`, *optional*, defaults to 1): repeated augmentation (Hoffer et al., 2020): each image comes
             this often in a batch, differently augmented, and an epoch sees as many images as without.
@@ -101,16 +102,30 @@ def collate_images(batch: dict) -> dict:
     return batch
 
 
+def partners(batch_size: int) -> np.ndarray:
+    """
+    Which image of a batch each is mixed with, `(B,)`: its neighbour, two by two, so that a batch may be cut into any
+    even parts. The last of an odd number has no partner but itself.
+    """
+    return np.minimum(np.arange(batch_size) ^ 1, batch_size - 1)
+
+
 def mix_images(
-    pixel_values: torch.Tensor, labels: torch.Tensor | None, seed: int, num_labels: int, mixup: float, cutmix: float
+    pixel_values: torch.Tensor,
+    labels: torch.Tensor | None,
+    seeds: np.ndarray,
+    num_labels: int,
+    mixup: float,
+    cutmix: float,
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
     """
-    Mixup (Zhang et al., 2018) or CutMix (Yun et al., 2019) of each image with its neighbour in the batch; if both
-    are on, one of them by a fair coin, as in DeiT's code.
+    Mixup (Zhang et al., 2018) or CutMix (Yun et al., 2019) of each image with its partner (see [`partners`]); if both
+    are on, one of them by a fair coin, as in DeiT's code. But there a batch tosses one coin and draws one share and
+    one box for all of its images; here each image has its own (timm's mode `elem`), from its seed.
 
     Args:
         pixel_values, labels (`torch.Tensor`): images `(B, 3, height, width)`, and label ids `(B,)`, if any.
-        seed (`int`): decides the coin, the share of each image and the box.
+        seeds (`np.ndarray` of shape `(B,)`): of the images.
         mixup, cutmix (`float`): alpha of the Beta distribution of the share; 0 turns it off.
 
     Returns:
@@ -118,11 +133,29 @@ def mix_images(
     """
     if mixup <= 0 and cutmix <= 0:
         return pixel_values, labels
-    has_labels = labels is not None
-    if not has_labels:  # torchvision's transforms always mix labels
-        labels = torch.zeros(len(pixel_values), dtype=torch.long, device=pixel_values.device)
-    with seeded(seed):
-        use_cutmix = cutmix > 0 and (mixup <= 0 or torch.rand(()).item() < 0.5)
-        mix = v2.CutMix if use_cutmix else v2.MixUp
-        pixel_values, labels = mix(alpha=cutmix if use_cutmix else mixup, num_classes=num_labels)(pixel_values, labels)
-    return pixel_values, labels if has_labels else None
+    height, width = pixel_values.shape[-2:]
+    coin, share, row, column = random_uniform(torch.from_numpy(seeds), MIXING_STREAM, 4).T.numpy()
+    is_cut = (coin < 0.5) if mixup > 0 and cutmix > 0 else np.full(len(seeds), cutmix > 0)
+    alpha = np.where(is_cut, cutmix, mixup)
+    share = betaincinv(alpha, alpha, share)  # the image's own, as its distribution's quantile
+    # CutMix: the partner's box has a random centre and 1 - share of the area, but for what lies outside of the image.
+    half = np.where(is_cut, np.sqrt(1 - share) / 2, 0)
+    (top, bottom), (left, right) = (
+        np.clip(np.floor(centre * length) + np.floor(half * length) * [[-1], [1]], 0, length)
+        for centre, length in ((row, height), (column, width))
+    )
+    outside = np.where(is_cut, 1, share)  # what an image keeps of itself there; inside, nothing
+    share = np.where(is_cut, 1 - (bottom - top) * (right - left) / (height * width), share)
+
+    device, partner = pixel_values.device, torch.from_numpy(partners(len(seeds)))
+    plan = to_device(torch.from_numpy(np.stack((top, bottom, left, right, outside, share))).float(), device)
+    top, bottom, left, right, outside, share = plan[..., None]
+    partner = to_device(partner, device)
+    rows, columns = torch.arange(height, device=device), torch.arange(width, device=device)
+    is_inside = ((rows >= top) & (rows < bottom))[:, :, None] & ((columns >= left) & (columns < right))[:, None]
+    kept = torch.where(is_inside, 0, outside[..., None])[:, None]  # (B, 1, height, width)
+    pixel_values = torch.lerp(pixel_values[partner], pixel_values, kept)
+    if labels is None:
+        return pixel_values, None
+    labels = F.one_hot(labels, num_labels).float()
+    return pixel_values, torch.lerp(labels[partner], labels, share)

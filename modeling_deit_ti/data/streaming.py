@@ -2,8 +2,9 @@
 
 The rows of a dataset lie in shards whose sizes are known before anything is read: the row groups of Parquet files, or
 the files of an image folder. So every epoch is planned before it is read: the shards are put in random order, and each
-worker of each process gets a range of their rows, just as long as its batches need. Each image then comes at most once
-per epoch, and all processes take the same number of steps, whatever the sizes of the files.
+lane gets a range of their rows, just as long as its share of the steps. Each image then comes at most once per epoch,
+and all processes take the same number of steps, whatever the sizes of the files. A run keeps its lanes; the workers of
+all processes, however many they are now, divide them among themselves.
 
 (`datasets`' own streaming assigns whole shards, so some processes get more than others, and loses what is in its
 shuffle buffer when it resumes.)
@@ -29,7 +30,7 @@ from datasets.packaged_modules.parquet.parquet import ParquetConfig
 from PIL import Image as PILImage
 from torch.utils.data import DataLoader
 
-from ..arguments import DistillationTrainingArguments, ImageArguments
+from ..arguments import DistillationTrainingArguments, Division, ImageArguments
 from ..errors import UserError, first_line
 from ..hub import persistently
 from .loading import (
@@ -52,8 +53,8 @@ from .sources import (
 )
 
 
-# A shuffle buffer is filled from so many shards at a time, since files are often sorted by label.
-OPEN_SHARDS = 10
+# A lane's shuffle buffer is filled from so many shards at a time, since files are often sorted by label.
+OPEN_SHARDS = 2
 ROWS_AT_ONCE = 16
 
 
@@ -191,7 +192,7 @@ def load_streamed_images(args: ImageArguments, labels_needed: bool = True) -> Im
     evaluation = check_split(evaluation, eval_split, *columns, args.max_eval_samples).remove_columns("digest")
     if not has_labels:
         label_column = None
-    split = StreamedSplit(rows, image_column, label_column, ids, len(label_names), args.shuffle_buffer_size)
+    split = StreamedSplit(rows, image_column, label_column, ids, len(label_names))
     return ImageData(args, split, evaluation, label_names, source, eval_split, content.hexdigest())
 
 
@@ -244,7 +245,6 @@ class StreamedSplit:
     label_column: str | None  # missing if the images have no labels
     ids: dict | None  # the id of each value in the label column; `None` if the values are ids
     num_labels: int
-    buffer_size: int  # encoded images in the shuffle buffers of one process
 
     def __len__(self) -> int:
         return int(self.rows.sizes.sum())
@@ -313,29 +313,35 @@ class StreamedImages:
 
     def order(self, args: DistillationTrainingArguments) -> "StreamedBatches":
         """The batches of each epoch, for this process."""
-        process = args.process_index, args.world_size
-        return StreamedBatches(self, args.train_batch_size, args.order_seed, args.dataloader_num_workers, *process)
+        sizes = args.total_train_batch_size, args.train_batch_size
+        readers = args.dataloader_num_workers, args.process_index, args.world_size
+        return StreamedBatches(self, args.division, *sizes, args.order_seed, *readers)
 
 
 class StreamedBatches(torch.utils.data.IterableDataset):
     """
     One process's batches of an epoch, as `augmented_batch` makes them, for a `DataLoader` with `batch_size=None`.
 
-    What is in a batch depends on the seed, the epoch, and the numbers of processes and workers. As with
-    `TrainSampler`, images that do not fill a batch of all processes are left out, others each epoch.
+    The lanes take turns at `division.together` images each, from a part of the rows and a shuffle buffer of their own.
+    So what is in a step follows from the seed, the epoch and the lanes, and not from who reads them. Each lane has one
+    reader: a worker of a process. As with `TrainSampler`, images that do not fill a step are left out, others each
+    epoch.
 
     Args:
-        batch_size (`int`): of this process.
+        step_size (`int`): images in a step of the optimizer, all processes together.
+        batch_size (`int`): images in a batch of this process, a multiple of `division.together`.
         seed (`int`): of the run.
-        num_workers (`int`): of the loader.
+        num_workers (`int`): of the loader, at most.
 
     Raises:
-        UserError: if there are fewer images than all processes need for one step.
+        UserError: if there are fewer images than one step takes.
     """
 
     def __init__(
         self,
         images: StreamedImages,
+        division: Division,
+        step_size: int,
         batch_size: int,
         seed: int,
         num_workers: int,
@@ -344,18 +350,24 @@ class StreamedBatches(torch.utils.data.IterableDataset):
     ):
         self.images = images
         self.split = images.split
+        self.division = division
         self.batch_size = batch_size
         self.seed = seed
-        self.repeats = images.repeats  # an image comes this often, in one batch or two that follow each other
-        self.num_workers = max(1, num_workers)
+        self.repeats = images.repeats  # an image comes this often, in one turn or two that follow each other
         self.process_index = process_index
         self.num_processes = num_processes
-        self.num_batches = len(images) // (batch_size * num_processes)
-        if self.num_batches == 0:
+        num_steps = len(images) // step_size
+        if num_steps == 0:
             raise UserError(
                 f"--streaming: {len(images)} training images are fewer than one step of all processes takes "
-                f"({batch_size} x {num_processes}): use a smaller --per_device_train_batch_size, or leave it out."
+                f"({step_size}): use a smaller --per_device_train_batch_size, or leave it out."
             )
+        self.num_batches = num_steps * step_size // (batch_size * num_processes)
+        self.num_turns = num_steps * step_size // division.together  # of all lanes
+        # The workers take this process's batches in turn. When all lanes have had their turns, the next batch must be
+        # the first worker's again, or two would read the same lanes.
+        cycle = division.lanes * division.together // (batch_size * num_processes)
+        self.num_workers = max(number for number in range(1, max(1, num_workers) + 1) if cycle % number == 0)
         # The epoch; in which epoch how many batches are skipped. Shared: persistent workers have copies of the rest.
         self._progress = torch.zeros(3, dtype=torch.int64).share_memory_()
 
@@ -368,7 +380,7 @@ class StreamedBatches(torch.utils.data.IterableDataset):
             self,
             batch_size=None,
             collate_fn=collate_images,  # torch's default would make tensors of the seeds
-            num_workers=args.dataloader_num_workers,
+            num_workers=min(args.dataloader_num_workers, self.num_workers),
             pin_memory=args.dataloader_pin_memory,
             persistent_workers=args.dataloader_persistent_workers,
             prefetch_factor=args.dataloader_prefetch_factor,
@@ -396,44 +408,64 @@ class StreamedBatches(torch.utils.data.IterableDataset):
         worker = 0 if worker is None else worker.id
         epoch, skipped_epoch, skipped = self._progress.tolist()
         skipped = skipped if skipped_epoch == epoch else 0
-        numbers = range(worker, self.num_batches, self.num_workers)  # as the loader takes them in turn
-        samples_skipped = sum(number < skipped for number in numbers) * self.batch_size
-        rows = self._rows(epoch, worker, samples_skipped // self.repeats)
-        views = (view for row in rows for view in repeat(self.split.decode(*row), self.repeats))
-        views = islice(views, samples_skipped % self.repeats, None)
-        for number in numbers:
+        turns_of_batch = self.batch_size // self.division.together
+        turns_skipped = skipped * self.num_processes * turns_of_batch
+        shards = self._shards(epoch)
+        lanes: dict[int, Iterator[tuple[PILImage.Image, int | None]]] = {}
+        for number in range(worker, self.num_batches, self.num_workers):  # as the loader takes them in turn
             if number < skipped:
                 yield {}
                 continue
+            views, seeds = [], []
+            first = (number * self.num_processes + self.process_index) * turns_of_batch
             try:
-                yield self._batch(list(islice(views, self.batch_size)), epoch, number)
+                for turn in range(first, first + turns_of_batch):
+                    lane = turn % self.division.lanes
+                    if lane not in lanes:
+                        lanes[lane] = self._views(epoch, lane, shards, turns_skipped)
+                    views += self._apart(list(islice(lanes[lane], self.division.together)))
+                    generator = np.random.default_rng([self.seed, epoch, turn, 1])
+                    seeds += generator.integers(2**62, size=self.division.together).tolist()
+                images, labels = zip(*views, strict=True)
+                yield augmented_batch(images, None if labels[0] is None else labels, seeds, self.images.transform)
             except UnreadableRow as error:
                 yield {"error": str(error)}  # a loader would add a worker's traceback to what is raised
                 return
 
-    def _batch(self, views: list[tuple[PILImage.Image, int | None]], epoch: int, number: int) -> dict:
-        generator = np.random.default_rng([self.seed, epoch, self.process_index, number, 1])
-        if self.repeats > 1:
-            # Mixup takes neighbours: the views of one image must not be each other's.
-            views = [views[index] for index in generator.permutation(len(views))]
-        images, labels = zip(*views, strict=True)
-        seeds = generator.integers(2**62, size=len(views)).tolist()
-        return augmented_batch(images, None if labels[0] is None else labels, seeds, self.images.transform)
+    def _apart(self, views: list) -> list:
+        """With repeated augmentation, no image is its own partner (see `sampling.partners`) if there are others."""
+        if self.repeats == 1:
+            return views
+        half = len(views) // 2
+        pairs = zip(views[:half], views[half:], strict=False)
+        return [*chain.from_iterable(pairs), *views[2 * half :]]
 
-    def _rows(self, epoch: int, worker: int, skipped: int) -> Iterator[tuple[int, int, dict]]:
-        """A worker's rows in shuffled order, from number `skipped` on: (shard, row in the shard, content)."""
-        start, count = self._range(worker)
-        ranges = self._ranges(epoch, start, start + count)
-        seed = np.random.SeedSequence([self.seed, epoch, self.process_index, worker, 2]).generate_state(1, np.uint64)
+    def _views(
+        self, epoch: int, lane: int, shards: tuple[np.ndarray, np.ndarray], turns_skipped: int
+    ) -> Iterator[tuple[PILImage.Image, int | None]]:
+        """Images and labels of a lane, each repeated, without those of the first turns of all lanes."""
+        samples_skipped = len(range(lane, turns_skipped, self.division.lanes)) * self.division.together
+        rows = self._rows(epoch, lane, shards, samples_skipped // self.repeats)
+        views = (view for row in rows for view in repeat(self.split.decode(*row), self.repeats))
+        return islice(views, samples_skipped % self.repeats, None)
+
+    def _rows(
+        self, epoch: int, lane: int, shards: tuple[np.ndarray, np.ndarray], skipped: int
+    ) -> Iterator[tuple[int, int, dict]]:
+        """A lane's rows in shuffled order, from number `skipped` on: (shard, row in the shard, content)."""
+        turns = (self.num_turns - np.arange(self.division.lanes) - 1) // self.division.lanes + 1
+        counts = -(-turns * self.division.together // self.repeats)
+        start, count = int(counts[:lane].sum()), int(counts[lane])
+        ranges = self._ranges(*shards, start, start + count)
+        seed = np.random.SeedSequence([self.seed, epoch, lane, 2]).generate_state(1, np.uint64)
         generator = random.Random(int(seed[0]))
-        buffer_size = max(1, self.split.buffer_size // self.num_workers)
         opened: list[_Range] = []
         buffer: list[tuple[int, int, dict | None]] = []
         for emitted in range(count):
             if emitted == skipped and skipped:
                 # The order of rows is known without reading; now come those that an uninterrupted run would hold.
                 buffer = self._read_again(buffer)
-            while len(buffer) < buffer_size:
+            while len(buffer) < self.division.lane_buffer_size:
                 opened += islice(ranges, OPEN_SHARDS - len(opened))
                 if not opened:
                     break
@@ -447,21 +479,16 @@ class StreamedBatches(torch.utils.data.IterableDataset):
             if emitted >= skipped:
                 yield row
 
-    def _range(self, worker: int) -> tuple[int, int]:
-        """First row and number of rows, among all of the epoch, that this worker of this process reads."""
-        counts = [
-            -(-len(range(index, self.num_batches, self.num_workers)) * self.batch_size // self.repeats)
-            for index in range(self.num_workers)
-        ]
-        return self.process_index * sum(counts) + sum(counts[:worker]), counts[worker]
-
-    def _ranges(self, epoch: int, start: int, stop: int) -> Iterator[_Range]:
-        """Rows `start` to `stop` of the epoch's order of shards, which is the same in all processes."""
+    def _shards(self, epoch: int) -> tuple[np.ndarray, np.ndarray]:
+        """The shards in the epoch's order, and the number of its rows at the end of each; the same for all readers."""
         sizes = self.split.rows.sizes
         order = np.random.default_rng([self.seed, epoch]).permutation(len(sizes))
-        ends = np.cumsum(sizes[order])
+        return order, np.cumsum(sizes[order])
+
+    def _ranges(self, order: np.ndarray, ends: np.ndarray, start: int, stop: int) -> Iterator[_Range]:
+        """Rows `start` to `stop` of the epoch."""
         for index in range(int(np.searchsorted(ends, start, side="right")), len(order)):
-            first = int(ends[index] - sizes[order[index]])
+            first = int(ends[index] - self.split.rows.sizes[order[index]])
             if first >= stop:
                 return
             range_ = _Range(int(order[index]), max(start - first, 0), int(min(stop, ends[index])) - first)
