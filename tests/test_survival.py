@@ -5,6 +5,7 @@ import os
 import random
 import shutil
 import signal
+import socket
 import time
 from pathlib import Path
 
@@ -205,6 +206,58 @@ def test_killed_again_and_again_at_random_moments(reference, tmp_path):
         shutil.rmtree(folder)
         runs += 1
     print(f"{kills} kills in {runs} runs of {seconds:.0f} s, all ended the same; {late} runs were done before theirs")
+
+
+def start(folder: Path, processes: int) -> list[Run]:
+    """The command in so many processes, which together take the images of a step."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        meeting_point = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free.getsockname()[1])}
+    flags = [*FLAGS, *places(folder), f"--per_device_train_batch_size={16 // processes}", "--use_cpu"]
+    ranks = [{"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(processes)} for rank in range(processes)]
+    return [Run(*flags, env=rank | meeting_point if processes > 1 else {}) for rank in ranks]
+
+
+@pytest.mark.slow
+def test_killed_again_and_again_while_the_number_of_processes_changes(reference, tmp_path):
+    """A hundred kills, each at a random moment of what is left of a run in one process or two."""
+    chance = random.Random(0)
+    seconds = {}
+    for processes in (1, 2):
+        started = time.monotonic()
+        whole = [
+            process.wait() for process in start(with_teacher(reference, tmp_path / f"timed-{processes}"), processes)
+        ]
+        assert [ended.returncode for ended in whole] == [0] * processes, whole[0].stderr
+        seconds[processes] = time.monotonic() - started
+    kills, runs, late, changes = 0, 0, 0, 0
+    while kills < 100:
+        folder = with_teacher(reference, tmp_path / str(runs))
+        before = None
+        for _ in range(chance.randint(1, 8)):
+            processes = chance.choice((1, 2))
+            changes += before not in (None, processes)
+            before = processes
+            started = start(folder, processes)
+            time.sleep(chance.uniform(0, seconds[processes]))
+            killed = [process.kill() for process in started]
+            if any(killed):
+                kills += 1
+            else:
+                late += 1
+                break
+        if not (folder / "run" / "all_results.json").exists():
+            processes = chance.choice((1, 2))
+            changes += before != processes
+            ended = [process.wait() for process in start(folder, processes)]
+            assert [one.returncode for one in ended] == [0] * processes, ended[0].stderr
+        logs = [json.loads((one / "run/trainer_state.json").read_text())["log_history"] for one in (reference, folder)]
+        for first, second in zip(*logs, strict=True):
+            for name in shared(first):
+                assert second[name] == pytest.approx(first[name], rel=1e-5), (name, first["step"])
+        shutil.rmtree(folder)
+        runs += 1
+    print(f"{kills} kills in {runs} runs, {changes} changes of the processes; {late} runs were done before theirs")
 
 
 # ---- Told to stop ----
