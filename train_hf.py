@@ -166,7 +166,7 @@ def run() -> int:
                 "Lower --per_device_train_batch_size (and --per_device_eval_batch_size), with as many more "
                 "--gradient_accumulation_steps; fewer --dataloader_num_workers save memory, too."
             )
-            return _end(f"error: the memory does not suffice ({first_line(error)}). {advice}", 1)
+            return _end(f"error: out of memory ({first_line(error)}). {advice}", 1)
         # A fault, ours or the machine's: the reason first, then where it happened.
         _end(f"process {os.environ.get('RANK', 0)} failed: {first_line(error)}", 1)
         raise

@@ -22,7 +22,7 @@ from transformers import (
 )
 
 from .errors import UserError, first_line
-from .hub import persistently
+from .hub import retrying
 
 
 # The largest numbers that a config may name, by the key. More would take all memory, or forever, to build.
@@ -120,11 +120,11 @@ def check_complete(missing: list[str], name: str, flag: str) -> None:
 
 
 def _load(kind: type, source: str, **kwargs):
-    return persistently(lambda: kind.from_pretrained(source, **kwargs))
+    return retrying(lambda: kind.from_pretrained(source, **kwargs))
 
 
 def _load_config(source: str, trust_remote_code: bool) -> PreTrainedConfig:
-    raw, _ = persistently(lambda: PreTrainedConfig.get_config_dict(source))
+    raw, _ = retrying(lambda: PreTrainedConfig.get_config_dict(source))
     _check_numbers(raw)  # before anything is made of them: a name for each label, for one
     config = _load(AutoConfig, source, trust_remote_code=trust_remote_code)
     if isinstance(config, TimmWrapperConfig):

@@ -100,7 +100,7 @@ def _why_not_stored(error: BaseException | None) -> str | None:
 
 
 def is_out_of_memory(error: BaseException | None) -> bool:
-    """Whether memory did not suffice: the device's, the machine's, or what `ulimit -v` allows."""
+    """Whether memory ran out: the device's, the machine's, or what `ulimit -v` allows."""
     while error is not None:
         if isinstance(error, (MemoryError, torch.OutOfMemoryError)) or getattr(error, "errno", None) == errno.ENOMEM:
             return True

@@ -1,4 +1,4 @@
-"""Calls of the Hub that outlive its bad moments."""
+"""Calls to the Hub that are repeated when it fails for a moment."""
 
 import logging
 import time
@@ -6,7 +6,6 @@ from collections.abc import Callable
 from typing import TypeVar
 
 from huggingface_hub.errors import HfHubHTTPError
-from huggingface_hub.utils import httpx
 
 from .errors import first_line
 
@@ -18,22 +17,19 @@ WAITS = (1, 4, 16)  # seconds
 MAX_WAIT = 300  # seconds that the Hub may ask for: the window of its rate limits
 # Too many requests, or trouble of the Hub's own. A full quota, an expired token or a missing repository will not pass.
 PASSING_STATUS = (408, 429, 500, 502, 503, 504)
-# Not a connection that cannot be made: offline, it helps nobody to wait.
-CUT_CONNECTION = (
-    *(httpx.ReadError, httpx.WriteError, httpx.ReadTimeout, httpx.WriteTimeout, httpx.RemoteProtocolError),
-)
+# By name: huggingface_hub's client is httpx, or httpx2 from 2.0 on. Not a connection that cannot be made: offline, it
+# helps nobody to wait.
+CUT_CONNECTION = ("ReadError", "WriteError", "ReadTimeout", "WriteTimeout", "RemoteProtocolError")
 
 
-def persistently(call: Callable[[], Answer]) -> Answer:
+def retrying(call: Callable[[], Answer]) -> Answer:
     """
-    What a call of the Hub gives, made up to four times if what it fails of may pass: 429, 5xx, a cut connection.
-
-    huggingface_hub repeats most of its requests by itself; not so a commit (without Xet), a question such as who one
-    is, or a download that is answered by 5xx or reset.
+    The answer of a call to the Hub, which is made up to four times while it fails for a passing reason: 429, 5xx, a
+    cut connection. huggingface_hub repeats most requests itself, but not commits without Xet, `whoami` and the like,
+    or downloads that begin with a 5xx.
 
     Args:
-        call (`Callable`): may be made again whatever it has done already, as pushes and downloads may: files that have
-            arrived are not sent again.
+        call (`Callable`): pushes or downloads; files that have arrived are not sent again.
     """
     for wait in WAITS:
         try:
@@ -54,7 +50,7 @@ def _wait_after(error: BaseException | None, wait: int) -> int | None:
             asked = error.response.headers.get("Retry-After", "")
             asked = min(int(asked), MAX_WAIT) if asked.isdecimal() else 0
             return max(wait, asked) if error.response.status_code in PASSING_STATUS else None
-        if isinstance(error, CUT_CONNECTION):
+        if type(error).__name__ in CUT_CONNECTION:
             return wait
         error = error.__cause__ or error.__context__
     return None

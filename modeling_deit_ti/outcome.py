@@ -34,7 +34,7 @@ from .data.decoding import read_image
 from .data.inputs import EvalImages
 from .device import PRECISION_NAMES
 from .errors import StorageError, first_line
-from .hub import persistently
+from .hub import retrying
 from .interop import QUANTIZED_FILE, save_onnx, save_timm, save_transformers
 from .modeling_deit_ti import DeiTTiForImageClassification
 from .trainer import DistillationTrainer
@@ -247,7 +247,7 @@ def push(args: DistillationTrainingArguments) -> None:
     repo, folder = args.hub_model_id, args.output_dir
     unwanted = ["checkpoint-*", "last-checkpoint/*", "_*", SETTINGS_FILE]  # which names folders of this machine
     try:
-        persistently(
+        retrying(
             lambda: HfApi(token=args.hub_token).upload_folder(
                 repo_id=repo,
                 folder_path=folder,

@@ -70,9 +70,7 @@ def taking_images(name: str) -> Iterator[None]:
         raise
     except Exception as error:  # any architecture, and any image processor
         if is_out_of_memory(error):
-            raise UserError(
-                f"{name}: the memory does not suffice ({first_line(error)}). Lower --batch_size."
-            ) from error
+            raise UserError(f"{name}: out of memory ({first_line(error)}). Lower --batch_size.") from error
         raise UserError(f"{name}: it does not take these images ({first_line(error)}).") from error
 
 

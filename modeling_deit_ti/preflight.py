@@ -13,7 +13,7 @@ from transformers.integrations import get_reporting_integration_callbacks
 from .arguments import Arguments, DistillationTrainingArguments
 from .checkpoints import changed_settings, checkpoints_of, flaw_of, last_complete
 from .errors import UserError, check_writable, first_line
-from .hub import persistently
+from .hub import retrying
 from .muon import make_muon
 
 
@@ -75,9 +75,9 @@ def _pushed_checkpoint(args: DistillationTrainingArguments) -> str:
     api, name = HfApi(token=args.hub_token), hub_repository(args)
     try:
         if "/" not in name:  # a push adds the user, a download does not
-            name = f"{persistently(api.whoami)['name']}/{name}"
+            name = f"{retrying(api.whoami)['name']}/{name}"
         patterns = "last-checkpoint/*"
-        pushed = persistently(lambda: api.snapshot_download(name, revision=args.hub_revision, allow_patterns=patterns))
+        pushed = retrying(lambda: api.snapshot_download(name, revision=args.hub_revision, allow_patterns=patterns))
     except Exception as error:  # of the network or the Hub
         raise UserError(
             f"--resume_from_checkpoint last-checkpoint: cannot be downloaded from {name} ({first_line(error)})."
@@ -109,7 +109,7 @@ def check_hub_access(args: DistillationTrainingArguments) -> None:
     """
     name = hub_repository(args)
     try:
-        persistently(lambda: _prepare_repository(HfApi(token=args.hub_token), name, args))
+        retrying(lambda: _prepare_repository(HfApi(token=args.hub_token), name, args))
     except UserError:
         raise
     except Exception as error:  # from the network, the Hub or the token's file: a push would fail

@@ -31,7 +31,7 @@ from .data.streaming import UnreadableRow
 from .device import HostCopy, teacher_dtype, to_device
 from .distillation import DistillMode, LossParts, distillation_loss, label_loss
 from .errors import first_line
-from .hub import persistently
+from .hub import retrying
 from .interruption import Interrupted, StopRequest, name_of
 from .modeling_deit_ti import DeiTTiForImageClassification
 from .muon import make_muon
@@ -490,8 +490,8 @@ class DistillationTrainer(Trainer):
             delete_older(checkpoint, limit, self.state.best_model_checkpoint)
 
     def init_hf_repo(self, *args, **kwargs) -> None:
-        """As `Trainer`'s, whatever the Hub's mood."""
-        persistently(lambda: super(DistillationTrainer, self).init_hf_repo(*args, **kwargs))
+        """As `Trainer`'s, repeated if the Hub fails for a moment."""
+        retrying(lambda: super(DistillationTrainer, self).init_hf_repo(*args, **kwargs))
 
     def _push_from_checkpoint(self, checkpoint_folder: str) -> None:
         """As `Trainer`'s, which pushes in the background and does not say if that fails."""

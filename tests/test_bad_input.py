@@ -678,7 +678,7 @@ def test_too_little_memory_is_told_with_the_batch_size(tmp_path):
     result = run(*flags, "--per_device_train_batch_size=64", cwd=tmp_path, memory=2**30)
     assert result.returncode == 1, result.stderr
     message = message_of(result)
-    assert message.startswith("the memory does not suffice (") and "--per_device_train_batch_size" in message
+    assert message.startswith("out of memory (") and "--per_device_train_batch_size" in message
 
 
 # ---- Checkpoints that hold more than data ----

@@ -26,7 +26,7 @@ from PIL import Image as PILImage
 from sklearn.datasets import load_digits
 
 from ..errors import UserError, first_line, list_some
-from ..hub import persistently
+from ..hub import retrying
 
 
 logger = logging.getLogger(__name__)
@@ -49,7 +49,7 @@ def load_splits(name: str, config_name: str | None) -> tuple[DatasetDict, str]:
             return _load_each("arrow", files), "local"
         if os.path.isdir(folder):
             return _load_folder(folder, config_name), "local"
-        return persistently(lambda: load_dataset(name, config_name)), "hub"
+        return retrying(lambda: load_dataset(name, config_name)), "hub"
 
 
 @contextlib.contextmanager

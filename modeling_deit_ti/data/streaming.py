@@ -32,7 +32,7 @@ from torch.utils.data import DataLoader
 
 from ..arguments import DistillationTrainingArguments, Division, ImageArguments
 from ..errors import UserError, first_line
-from ..hub import persistently
+from ..hub import retrying
 from .loading import (
     ImageData,
     check_label,
@@ -143,7 +143,7 @@ def _open(file: str):
     if "://" not in file:
         return open(file, "rb")
     files, path = fsspec.url_to_fs(file)
-    return persistently(lambda: files.open(path, "rb"))
+    return retrying(lambda: files.open(path, "rb"))
 
 
 def _table_rows(dataset: Dataset, image_column: str, folder: str) -> TableRows:
@@ -204,7 +204,7 @@ def _open_splits(args: ImageArguments) -> tuple[ParquetRows | TableRows, Dataset
     if not is_table and not (is_folder and find_class_folders(folder)):
         with naming_the_dataset(name):
             source = folder if is_folder else name
-            builder = persistently(lambda: load_dataset_builder(source, args.dataset_config_name))
+            builder = retrying(lambda: load_dataset_builder(source, args.dataset_config_name))
         if isinstance(builder.config, ParquetConfig):
             return *_open_parquet(args, builder), "local" if is_folder else "hub"
         if not (isinstance(builder.config, ImageFolderConfig) and is_folder):

@@ -13,7 +13,7 @@ from ..card.facts import facts
 from ..card.markdown import clean, text
 from ..card.record import RECORD_FILE, RunRecord
 from ..errors import UserError, first_line
-from ..hub import persistently
+from ..hub import retrying
 
 
 PACKAGE = Path(__file__).resolve().parents[1]
@@ -114,7 +114,7 @@ def push_space(folder: Path, repo_id: str) -> str:
         return str(url)
 
     try:
-        return persistently(push)
+        return retrying(push)
     except Exception as error:  # of the network, the Hub or the token's file
         raise UserError(
             f"--to_space {repo_id}: it cannot be pushed ({first_line(error)}). Log in by `hf auth login`, or set "
