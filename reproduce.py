@@ -31,7 +31,7 @@ from benchmarks.accuracy import CARDS, RESULTS, Run, write_results, write_state
 from modeling_deit_ti.card.record import folder_name
 from modeling_deit_ti.classifiers import is_timm_architecture, timm_hub_id
 from modeling_deit_ti.errors import EXIT_INTERRUPTED, EXIT_USER_ERROR, UserError
-from modeling_deit_ti.parsing import fitting_flags, parse_arguments
+from modeling_deit_ti.parsing import fitting_flags, parse_arguments, parse_stages
 
 
 REPOSITORY = Path(__file__).resolve().parent
@@ -218,7 +218,7 @@ def make_runs(args: ReproduceArguments, seeds: list[int]) -> list[Run]:
         else:
             flags += [f"--teacher_model_name_or_path={teacher_folder}", "--teacher_pretrained=False"]
         flags += [f"--seed={seed}", f"--output_dir={folder}", "--disable_tqdm=true"]
-        runs.append(Run(name, seed, flags, parse_arguments(flags)))
+        runs.append(Run(name, seed, flags, parse_stages(flags)))
     return runs
 
 
@@ -291,8 +291,7 @@ def train(run: Run, args: ReproduceArguments, bar: tqdm, stop: threading.Event, 
         epochs_before = bar.n - run.epochs_done  # of the other runs
         while process.poll() is None:
             output += reader.read()
-            epochs = re.findall(r"^Student: epoch ([\d.]+)/", output, re.MULTILINE)
-            bar.update(max(0, epochs_before + float(epochs[-1]) - bar.n) if epochs else 0)
+            bar.update(max(0, epochs_before + run.epochs_reported(output) - bar.n))
             if stop.is_set() or time.monotonic() > deadline - STOP_SECONDS:
                 was_stopped = True
                 bar.write(f"{run.title}: stopping")

@@ -64,16 +64,21 @@ ROWS = (
 
 @dataclass
 class Run:
-    """One training: its flags for train_hf.py, what they mean, and what its folder holds."""
+    """One training: its flags for train_hf.py, what they mean for each of its stages, and what its folder holds."""
 
     name: str
     seed: int
     flags: list[str]
-    args: Arguments
+    stages: list[Arguments]
 
     @property
     def title(self) -> str:
         return f"{self.name}, seed {self.seed}"
+
+    @property
+    def args(self) -> Arguments:
+        """Of the last stage, whose folder is the run's."""
+        return self.stages[-1]
 
     @property
     def folder(self) -> Path:
@@ -81,7 +86,7 @@ class Run:
 
     @property
     def epochs(self) -> float:
-        return self.args.training.num_train_epochs
+        return sum(stage.training.num_train_epochs for stage in self.stages)
 
     @property
     def is_finished(self) -> bool:
@@ -90,10 +95,7 @@ class Run:
     @property
     def epochs_done(self) -> float:
         """Epochs up to the last complete checkpoint, or all of them."""
-        if self.is_finished:
-            return self.epochs
-        checkpoint = last_complete(self.folder)
-        return json.loads(Path(checkpoint, "trainer_state.json").read_text())["epoch"] if checkpoint else 0.0
+        return sum(map(stage_epochs_done, self.stages))
 
     @property
     def state(self) -> str:
@@ -101,6 +103,13 @@ class Run:
             return "finished"
         done = self.epochs_done
         return f"interrupted after {done:g} of {self.epochs:g} epochs" if done else "not yet run"
+
+    def epochs_reported(self, output: str) -> float:
+        """Epochs of all stages, up to the last that train_hf.py has printed."""
+        _, stage, text = ["", "1", *re.split(r"^Stage (\d+) of .*", output, flags=re.MULTILINE)][-3:]
+        of_stage = re.findall(r"^Student: epoch ([\d.]+)/", text, re.MULTILINE)
+        earlier = sum(done.training.num_train_epochs for done in self.stages[: int(stage) - 1])
+        return earlier + (float(of_stage[-1]) if of_stage else 0.0)
 
     def load_record(self) -> dict:
         """`seconds`, over all its processes, and `commits`, of the code that they ran."""
@@ -111,10 +120,29 @@ class Run:
         self.folder.mkdir(parents=True, exist_ok=True)
         (self.folder / REPRODUCE_FILE).write_text(json.dumps(record, indent=2) + "\n")
 
+    def curve(self, metric: str) -> tuple[list[float], list[float]]:
+        """Epochs, counted from the first stage on, and the accuracy after them."""
+        epochs, accuracies, offset = [], [], 0.0
+        for stage in self.stages:
+            log = json.loads(Path(stage.training.output_dir, "trainer_state.json").read_text())["log_history"]
+            of_stage = curve_series(log, metric)
+            epochs += [offset + epoch for epoch in of_stage[0]]
+            accuracies += of_stage[1]
+            offset += stage.training.num_train_epochs
+        return epochs, accuracies
+
     def accuracies(self) -> str:
         """Top-1 of each of its rows, in words."""
         results = json.loads((self.folder / "all_results.json").read_text())
         return "; ".join(f"{row.name} {results[row.metric]:.2%}" for row in ROWS if row.run == self.name)
+
+
+def stage_epochs_done(stage: Arguments) -> float:
+    folder = Path(stage.training.output_dir)
+    if (folder / "all_results.json").is_file():
+        return stage.training.num_train_epochs
+    checkpoint = last_complete(folder)
+    return json.loads(Path(checkpoint, "trainer_state.json").read_text())["epoch"] if checkpoint else 0.0
 
 
 def write_results(budget: str, settings: dict, runs: list[Run]) -> None:
@@ -182,21 +210,23 @@ def make_table(budget: str, settings: dict, runs: list[Run], facts_before: dict[
 
 def run_facts(run: Run, row: Row) -> dict:
     """What the table says about one run."""
-    record = RunRecord.load(run.folder)
-    metrics = record.metrics
+    stages = [RunRecord.load(stage.training.output_dir) for stage in run.stages]
+    record, metrics = stages[-1], stages[-1].metrics
+    seconds = sum(stage.metrics["train_runtime"] for stage in stages)
+    images = sum(stage.metrics["train_samples_per_second"] * stage.metrics["train_runtime"] for stage in stages)
     return {
         "seed": run.seed,
         "architecture": record.architecture,
         "top1": metrics[row.metric],
         "top5": metrics[f"{row.metric}_top5"],
-        "epochs": metrics["epoch"] + sum(stage["epochs"] for stage in record.earlier_stages),
+        "epochs": sum(stage.metrics["epoch"] for stage in stages),
         "train_images": record.dataset.num_train_images,
         "test_images": record.dataset.num_eval_images,
         "test_split": record.dataset.eval_split,
         "validation_images": record.hyperparameters.get("max_validation_samples", record.dataset.num_eval_images),
-        "images_seen": round(metrics["train_samples_per_second"] * metrics["train_runtime"]),
-        "seconds": metrics["train_runtime"] + sum(stage["seconds"] for stage in record.earlier_stages),
-        "images_per_second": metrics["train_samples_per_second"],
+        "images_seen": round(images),
+        "seconds": seconds,
+        "images_per_second": images / seconds,
         "device": record.hardware,
         "precision": record.hyperparameters["precision"],
         "teacher_top1": metrics.get("teacher_accuracy"),
@@ -221,8 +251,7 @@ def make_curves(runs: list[Run]) -> dict:
     for row in ROWS:
         for run in runs:
             if run.name == row.run and run.is_finished:
-                log = json.loads((run.folder / "trainer_state.json").read_text())["log_history"]
-                epochs, accuracies = curve_series(log, row.metric)
+                epochs, accuracies = run.curve(row.metric)
                 if epochs:
                     curves.setdefault(row.name, {})[str(run.seed)] = {"epochs": epochs, "accuracy": accuracies}
     return curves

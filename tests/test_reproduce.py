@@ -225,6 +225,34 @@ def test_only_one_process_trains_a_run(tmp_path, call):
             call("--output_dir=locked", "--rows=none")
 
 
+def test_the_stages_of_a_recipe_are_one_run(tmp_path, call):
+    recipe = RECIPE.replace("num_train_epochs: 3\n", "").replace("patch_size: 16\n", "")
+    stages = "stages:\n- {patch_size: 16, num_train_epochs: 2}\n- {patch_size: 8, num_train_epochs: 1}\n"
+    (tmp_path / "staged.yaml").write_text(recipe + stages)
+    code, printed = call("--budget=staged.yaml", "--rows=none")
+    assert code == 0 and "1 of 1 runs are finished" in printed
+    row = next(row for row in read(tmp_path / "results/digits-staged/table.json")["rows"] if row["run"] == "none")
+    fact, records = row["runs"][0], [RunRecord.load(tmp_path / place) for place in (
+        "outputs/reproduce/digits-staged/none-seed0/stage-1", "outputs/reproduce/digits-staged/none-seed0"
+    )]
+    assert (fact["epochs"], fact["images_seen"]) == (3, 3 * 128)
+    assert [record.patch_size for record in records] == [16, 8]
+    assert fact["seconds"] == pytest.approx(sum(record.metrics["train_runtime"] for record in records))
+    assert fact["top1"] == records[-1].metrics["eval_accuracy"]
+    curve = read(tmp_path / "results/digits-staged/curves.json")["no distillation"]["0"]
+    assert curve["epochs"] == [1, 2, 3] and curve["accuracy"][1] != curve["accuracy"][2]
+
+
+def test_the_progress_of_a_run_counts_the_stages_before(tmp_path):
+    recipe = tmp_path / "staged.yaml"
+    recipe.write_text("stages:\n- {patch_size: 16, num_train_epochs: 2}\n- {patch_size: 8, num_train_epochs: 1}\n")
+    run = runs_of(f"--budget={recipe}")["none"]
+    first = "Stage 1 of 2: somewhere\nStudent: epoch 0.5/2, 10 s\nStudent: epoch 1.5/2, 10 s\n"
+    assert run.epochs == 3 and run.epochs_done == 0
+    assert [run.epochs_reported(text) for text in ("", first, first + "Stage 2 of 2: there\n")] == [0, 1.5, 2]
+    assert run.epochs_reported(first + "Stage 2 of 2: there\nStudent: epoch 0.25/1, 3 s\n") == 2.25
+
+
 def test_a_mistake_that_train_hf_finds_is_passed_on(call):
     with pytest.raises(UserError, match=r"cnn, seed 0: .* exit code 2: --dataset_name \./nowhere: there is no such"):
         call("--dataset_name=./nowhere", "--rows=cnn")
