@@ -157,7 +157,10 @@ def describe_versions(versions: dict[str, str]) -> str:
 
 def describe_setting(result: dict) -> str:
     setting = result["setting"]
-    parts = [result["hardware"]] + [f"threads {setting['threads']}"] * (setting["device"] == "cpu")
+    parts = [result["hardware"]]
+    if setting["device"] == "cpu":  # machines of as many cores differ in their processors
+        parts += [result["processor"].partition(",")[0]] if result["processor"] else []
+        parts += [f"threads {setting['threads']}"]
     parts += [f"{setting['image_size']}/{setting['patch_size']}"]
     if result["benchmark"] == "inference":
         parts += [setting["model"] or "random weights"]
