@@ -53,16 +53,17 @@ def train_on_digits(folder: Path) -> None:
     """A small two-token model that has learned the digits but the last hundred, with the record of a run."""
     torch.manual_seed(0)
     size = {"hidden_size": 48, "intermediate_size": 96, "num_hidden_layers": 3, "image_size": 32, "patch_size": 8}
+    size |= {"drop_path_rate": 0.0}
     mode, processor = resolve_mode("both"), image_processor(32)
     model = DeiTTiForImageClassification(DeiTTiConfig(id2label=dict(enumerate(LABELS)), **size, **mode.network))
     digits = load_digits()
     images = [Image.fromarray(np.uint8(pixels * 255 / 16)).convert("RGB") for pixels in digits.images[:-100]]
     pixel_values = processor(images=images, return_tensors="pt")["pixel_values"]
     labels = torch.from_numpy(digits.target[:-100])
-    optimizer = torch.optim.AdamW(model.parameters(), 2e-3)
-    for step in range(240):
+    optimizer = torch.optim.AdamW(model.parameters(), 8e-3)
+    for step in range(300):
         for group in optimizer.param_groups:
-            group["lr"] = 2e-3 * min(1, (240 - step) / 120)
+            group["lr"] = 8e-3 * min(1, (step + 1) / 60, (300 - step) / 120)
         batch = torch.randint(len(labels), (64,))
         output = model(pixel_values=pixel_values[batch])
         heads = torch.cat((output.class_logits, output.distillation_logits))
