@@ -15,6 +15,7 @@ import os
 import resource
 import runpy
 import signal
+import socket
 import subprocess
 import sys
 import tempfile
@@ -88,6 +89,15 @@ class Run:
 
 def run(*flags, **options) -> subprocess.CompletedProcess:
     return Run(*flags, **options).wait()
+
+
+def start_together(processes: int, *flags, fault: dict | None = None) -> list[Run]:
+    """The command in so many processes that find each other as those of a launcher do, by rank."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        meeting_point = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free.getsockname()[1])}
+    ranks = [{"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(processes)} for rank in range(processes)]
+    return [Run(*flags, env=rank | meeting_point if processes > 1 else {}, fault=fault) for rank in ranks]
 
 
 def arm(function: str, call: int = 1, moment: str = "before", signum: int = signal.SIGKILL, rank: int = 0) -> None:

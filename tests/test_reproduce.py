@@ -232,9 +232,16 @@ def test_the_stages_of_a_recipe_are_one_run(tmp_path, call):
     code, printed = call("--budget=staged.yaml", "--rows=none")
     assert code == 0 and "1 of 1 runs are finished" in printed
     row = next(row for row in read(tmp_path / "results/digits-staged/table.json")["rows"] if row["run"] == "none")
-    fact, records = row["runs"][0], [RunRecord.load(tmp_path / place) for place in (
-        "outputs/reproduce/digits-staged/none-seed0/stage-1", "outputs/reproduce/digits-staged/none-seed0"
-    )]
+    fact, records = (
+        row["runs"][0],
+        [
+            RunRecord.load(tmp_path / place)
+            for place in (
+                "outputs/reproduce/digits-staged/none-seed0/stage-1",
+                "outputs/reproduce/digits-staged/none-seed0",
+            )
+        ],
+    )
     assert (fact["epochs"], fact["images_seen"]) == (3, 3 * 128)
     assert [record.patch_size for record in records] == [16, 8]
     assert fact["seconds"] == pytest.approx(sum(record.metrics["train_runtime"] for record in records))

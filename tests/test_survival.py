@@ -5,12 +5,11 @@ import os
 import random
 import shutil
 import signal
-import socket
 import time
 from pathlib import Path
 
 import pytest
-from real_command import Run, run
+from real_command import Run, run, start_together
 
 from modeling_deit_ti.checkpoints import checkpoints_of, delete_older, flaw_of, last_complete, seal
 
@@ -210,12 +209,8 @@ def test_killed_again_and_again_at_random_moments(reference, tmp_path):
 
 def start(folder: Path, processes: int) -> list[Run]:
     """The command in so many processes, which together take the images of a step."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        meeting_point = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free.getsockname()[1])}
     flags = [*FLAGS, *places(folder), f"--per_device_train_batch_size={16 // processes}", "--use_cpu"]
-    ranks = [{"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(processes)} for rank in range(processes)]
-    return [Run(*flags, env=rank | meeting_point if processes > 1 else {}) for rank in ranks]
+    return start_together(processes, *flags)
 
 
 @pytest.mark.slow

@@ -14,7 +14,7 @@ from typing import NamedTuple
 import psutil
 import pytest
 import torch
-from real_command import REPOSITORY, run
+from real_command import REPOSITORY, run, start_together
 from safetensors.torch import load_file
 
 from modeling_deit_ti.checkpoints import flaw_of
@@ -125,16 +125,17 @@ def test_a_run_that_is_killed_in_both_processes_goes_on_in_both_or_in_one(one, t
     places = [f"--output_dir={tmp_path / 'run'}", f"--teacher_output_dir={two[0] / 'teachers'}"]
     flags = [*FLAGS, *places, "--per_device_train_batch_size=8", "--save_strategy=steps", "--save_steps=2"]
     fault = {"function": STEP, "call": 9, "rank": 1}
-    killed = launch(json.dumps(fault), *flags, script="tests/real_command.py")
-    assert killed.returncode != 0
+    killed = [process.wait().returncode for process in start_together(2, *flags, fault=fault)]
+    assert killed == [1, -signal.SIGKILL]  # the first has lost its connection
     shutil.copytree(tmp_path / "run", tmp_path / "alone")
     alone = run(*flags, f"--output_dir={tmp_path / 'alone'}")
     assert alone.returncode == 0, alone.stderr
     assert "checkpoint-8; a step's 16 images are now 1 x 2 x 8 (processes x accumulation x batch)\n" in alone.stdout
     assert "do not match" not in alone.stderr  # transformers' warning of other batches
     assert_same_losses(one / "run", tmp_path / "alone")
-    ended = launch(*flags)
-    assert ended.returncode == 0, ended.stderr
+    for process in start_together(2, *flags):
+        ended = process.wait()
+        assert ended.returncode == 0, ended.stderr
     first, second = (load_file(folder / "run" / "model.safetensors") for folder in (two[0], tmp_path))
     assert all(torch.equal(first[name], second[name]) for name in first)
 
@@ -157,13 +158,14 @@ def test_the_teacher_is_fitted_once_and_a_signal_to_one_process_stops_both_after
     places = [f"--output_dir={tmp_path / 'run'}", f"--teacher_output_dir={tmp_path / 'teachers'}"]
     flags = [*FLAGS, *places, "--per_device_train_batch_size=8", "--num_train_epochs=1"]
     fault = {"function": STEP, "call": 5, "rank": 1, "signum": signal.SIGTERM}
-    stopped = launch(json.dumps(fault), *flags, script="tests/real_command.py")
-    assert stopped.returncode == 1  # accelerate's, for whatever goes wrong
-    assert "train_hf.py: stopped by SIGTERM after step 5 of 72" in stopped.stderr
+    stopped = [process.wait() for process in start_together(2, *flags, fault=fault)]
+    for process in stopped:
+        assert process.returncode == 75
+        assert "train_hf.py: stopped by SIGTERM after step 5 of 72" in process.stderr
     (checkpoint,) = (tmp_path / "teachers").glob("*/checkpoint-*")
     assert checkpoint.name == "checkpoint-5" and flaw_of(checkpoint) is None
-    ended = launch(*flags)
-    assert ended.returncode == 0, ended.stderr
+    ended, other = (process.wait() for process in start_together(2, *flags))
+    assert ended.returncode == other.returncode == 0, ended.stderr
     assert ended.stdout.count("resuming from") == 1 and ended.stdout.count("Teacher: epoch 12/12, ") == 1
     assert not list((tmp_path / "teachers").glob("*/checkpoint-*"))
     assert len(list((tmp_path / "teachers").glob("*/model.safetensors"))) == 1
