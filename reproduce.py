@@ -31,6 +31,7 @@ from benchmarks.accuracy import CARDS, RESULTS, Run, write_results, write_state
 from modeling_deit_ti.card.record import folder_name
 from modeling_deit_ti.classifiers import is_timm_architecture, timm_hub_id
 from modeling_deit_ti.errors import EXIT_INTERRUPTED, EXIT_USER_ERROR, UserError
+from modeling_deit_ti.fitting import FITTING_VERSION
 from modeling_deit_ti.parsing import fitting_flags, parse_arguments, parse_stages
 
 
@@ -115,6 +116,7 @@ class ReproduceArguments:
             "teacher_config": yaml.safe_load(Path(self.teacher_config).read_text()) if self.teacher_config else None,
             "extra_flags": self.extra_flags,
             "cnn": self.cnn_model_name_or_path,
+            "fitting_version": FITTING_VERSION,
             "accelerate_config": Path(self.accelerate_config).read_text() if self.accelerate_config else None,
         }
 

@@ -49,7 +49,7 @@ from .teacher import Teacher, match_labels, teacher_folder_name
 logger = logging.getLogger(__name__)
 
 # Bump when the way of fitting changes in code: teachers that were fitted the old way are then not reused.
-FITTING_VERSION = 3
+FITTING_VERSION = 4
 RECIPE_FILE = "teacher_recipe.json"
 FLAG = "--teacher_model_name_or_path"
 SHOWN_OF_RECIPE = (

@@ -242,7 +242,7 @@ def fitting_flags(args: Arguments) -> list[str]:
         **({"report_to": args.training.report_to} if args.training.report_to else {}),
         "model_name_or_path": DEFAULT_TEACHER,
         "image_size": args.model.image_size,
-        "crop": student.crop,
+        "crop": student.crop_at(args.model.image_size),  # whatever its own size, it sees what its student sees
         "horizontal_flip": student.horizontal_flip,
         "augment_on": student.augment_on,
         "class_weights": args.training.class_weights,

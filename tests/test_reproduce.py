@@ -352,12 +352,12 @@ def test_the_teachers_run_is_the_one_that_train_hf_would_fit_a_teacher_with(tmp_
     assert (teacher.model.image_size, teacher.augmentation.mixup) == ((64, 0.2) if teacher_config else (32, 0))
 
 
-@pytest.mark.parametrize("name", ["native", "long"])
-def test_a_teacher_that_sees_enlarged_images_has_the_crops_of_its_students(name):
+@pytest.mark.parametrize(("name", "size"), [("cpu", 64), ("native", 128), ("long", 128)])
+def test_a_teacher_that_sees_enlarged_images_has_the_crops_of_its_students(name, size):
     runs = runs_of(f"--budget={name}")
     teacher, student = runs["teacher"].args, runs["hard"].args
-    assert (teacher.model.image_size, student.model.image_size) == (128, 32)
-    assert teacher.augmentation.crop_at(128) == student.augmentation.crop_at(32) == "padded"
+    assert (teacher.model.image_size, student.model.image_size) == (size, 32)
+    assert teacher.augmentation.crop_at(size) == student.augmentation.crop_at(32) == "padded"
 
 
 # ---- Table and curves of recorded results ----
