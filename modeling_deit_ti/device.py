@@ -43,9 +43,9 @@ def autocast(device: torch.device | str, precision: str) -> torch.autocast:
 
 def cpu_is_fast_in_bfloat16() -> bool:
     """
-    Whether matrix products are faster in bfloat16: with AMX, or with AVX512_BF16 on AMD's CPUs (Zen 5: 790 GFLOP/s on
-    two cores, against 206 in float32; Zen 4: 250, against 105). Intel's AVX512_BF16 alone is slower (Emerald Rapids without AMX: 165, against
-    305). Not where `ONEDNN_MAX_CPU_ISA` may have hidden the instructions from torch.
+    Whether matrix products are faster in bfloat16: with AMX, or with AVX512_BF16 on AMD's CPUs (GFLOP/s of two cores:
+    Zen 5 790, in float32 206; Zen 4 250 and 105). Intel's AVX512_BF16 alone is slower (Emerald Rapids without AMX: 165
+    and 305). Not where `ONEDNN_MAX_CPU_ISA` may have hidden the instructions from torch.
     """
     if "ONEDNN_MAX_CPU_ISA" in os.environ:
         return False
