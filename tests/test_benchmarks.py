@@ -416,6 +416,7 @@ def made_up_result(where: dict, speeds: dict[str, float], **changes) -> dict:
         "benchmark": "throughput",
         "device": where["device"],
         "hardware": "1 x Some GPU" if where["device"] == "cuda" else "2 CPU cores (x86_64)",
+        "processor": "Some CPU, avx2, avx512f",
         "versions": {"torch": "2.0"},
         "date": "2026-01-01",
         "setting": setting | where,
@@ -465,6 +466,15 @@ def test_targets_are_met_or_missed_by_the_faster_of_our_two_ways(tmp_path):
         *("62.0 (61.0 to 63.0)", "33.0 (32.0 to 34.0)", "60.0 (59.0 to 61.0)", "not measured"),
     ]
     assert [other[0] for other in others] == [case.name for case in report.CASES if case != report.CPU_BF16_8]
+
+
+def test_a_cpus_result_does_not_replace_that_of_another(tmp_path):
+    result = made_up_result(report.CPU_BF16_8.where, {report.OURS[0]: 90.0})
+    for processor in ("Some CPU, avx2", "Another CPU, avx2", None):
+        report.write_result(result | {"processor": processor}, tmp_path)
+    assert len(list(tmp_path.glob("*.json"))) == 3
+    text = (tmp_path / "README.md").read_text()
+    assert "2 CPU cores (x86_64), Another CPU, threads " in text and "2 CPU cores (x86_64), threads " in text
 
 
 def test_a_cpu_without_bfloat16_instructions_has_targets_of_its_own(tmp_path):
