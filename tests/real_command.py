@@ -92,12 +92,22 @@ def run(*flags, **options) -> subprocess.CompletedProcess:
 
 
 def start_together(processes: int, *flags, fault: dict | None = None) -> list[Run]:
-    """The command in so many processes that find each other as those of a launcher do, by rank."""
+    """The command in so many processes."""
+    return [Run(*flags, env=environment, fault=fault) for environment in environments(processes)]
+
+
+def environments(processes: int) -> list[dict[str, str]]:
+    """By rank, the variables by which the processes of a launcher find each other; none for one alone."""
+    if processes == 1:
+        return [{}]
+    shared = {"WORLD_SIZE": str(processes), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
+    return [shared | {"RANK": str(rank), "LOCAL_RANK": str(rank)} for rank in range(processes)]
+
+
+def free_port() -> int:
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
-        meeting_point = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free.getsockname()[1])}
-    ranks = [{"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(processes)} for rank in range(processes)]
-    return [Run(*flags, env=rank | meeting_point if processes > 1 else {}, fault=fault) for rank in ranks]
+        return free.getsockname()[1]
 
 
 def arm(function: str, call: int = 1, moment: str = "before", signum: int = signal.SIGKILL, rank: int = 0) -> None:

@@ -27,6 +27,7 @@ from huggingface_hub import SpaceCard
 from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 from PIL import Image
+from real_command import free_port
 from selenium import webdriver
 from selenium.webdriver.common.by import By
 from selenium.webdriver.support.ui import WebDriverWait
@@ -123,9 +124,7 @@ runpy.run_path("app.py", run_name="__main__")
 @contextlib.contextmanager
 def serve(*arguments, cwd: Path, log: Path) -> Iterator[str]:
     """The address of the page in a process of its own; beside `log` it notes whom else it wants to reach."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
+    port = free_port()
     command = [sys.executable, "-c", WITHOUT_NETWORK, log.with_suffix(".hosts"), *map(str, arguments)]
     with open(log, "w") as output:
         process = subprocess.Popen(

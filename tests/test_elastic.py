@@ -5,12 +5,11 @@ import contextlib
 import json
 import os
 import signal
-import socket
 from pathlib import Path
 
 import pytest
 from building import arguments, tiny_student, tiny_teacher
-from real_command import FORKS
+from real_command import FORKS, environments
 from test_streaming import parquet  # noqa: F401
 from transformers import TrainerCallback
 
@@ -51,8 +50,7 @@ class Stop(TrainerCallback):
 
 def train(rank: int, environment: dict[str, str], folder: Path, teachers: Path, flags: dict, stop_at: int) -> None:
     """One process of a run with a student of one block, from its latest checkpoint to a step."""
-    if environment:
-        os.environ |= environment | {"RANK": str(rank), "LOCAL_RANK": str(rank)}
+    os.environ |= environment
     args = arguments(output_dir=folder, teacher_output_dir=teachers, **FLAGS, **flags)
     checkpoint = last_complete(folder)
     if checkpoint is not None:
@@ -75,14 +73,9 @@ def train(rank: int, environment: dict[str, str], folder: Path, teachers: Path, 
 def run(folder: Path, *parts: tuple[int, int], teachers: Path | None = None, **flags) -> list[dict]:
     """The logged steps of a run, of which each part has its number of processes and its last step."""
     for processes, stop_at in parts:
-        with socket.socket() as free:
-            free.bind(("127.0.0.1", 0))
-            port = str(free.getsockname()[1])
-        environment = {"WORLD_SIZE": str(processes), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
-        places = environment if processes > 1 else {}
         started = [
-            FORKS.Process(target=train, args=(rank, places, folder, teachers or folder, flags, stop_at))
-            for rank in range(processes)
+            FORKS.Process(target=train, args=(rank, environment, folder, teachers or folder, flags, stop_at))
+            for rank, environment in enumerate(environments(processes))
         ]
         for process in started:
             process.start()

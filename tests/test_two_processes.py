@@ -4,7 +4,6 @@ import json
 import os
 import shutil
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -14,7 +13,7 @@ from typing import NamedTuple
 import psutil
 import pytest
 import torch
-from real_command import REPOSITORY, run, start_together
+from real_command import REPOSITORY, free_port, run, start_together
 from safetensors.torch import load_file
 
 from modeling_deit_ti.checkpoints import flaw_of
@@ -221,9 +220,7 @@ def kill_machine(launcher: subprocess.Popen) -> None:
 def test_a_machine_that_is_lost_is_waited_for_and_the_run_goes_on_from_its_checkpoint(two, machines, tmp_path):
     places = [f"--output_dir={tmp_path / 'run'}", f"--teacher_output_dir={two[0] / 'teachers'}"]
     flags = [*FLAGS, *places, "--per_device_train_batch_size=8", "--save_strategy=steps", "--save_steps=2"]
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        meeting_point = f"{machines[0].address}:{free.getsockname()[1]}"
+    meeting_point = f"{machines[0].address}:{free_port()}"
 
     def start(number: int, name: str, *command: str) -> subprocess.Popen:
         machine = machines[number]
