@@ -149,7 +149,8 @@ def write_results(budget: str, settings: dict, runs: list[Run]) -> None:
     """
     Writes `results/<budget>/` and the cards of the finished runs. `settings` is what all runs share, and `runs` has
     every run at least once, finished or not. A run that is in the table already stays there, with its curve, until it
-    has finished again: a table takes hours, and may be made on several machines.
+    has finished again: a table takes hours, and may be made on several machines. A table of another recipe is replaced
+    once a run of this one has finished.
     """
     folder = RESULTS / budget
     folder.mkdir(parents=True, exist_ok=True)
@@ -158,7 +159,9 @@ def write_results(budget: str, settings: dict, runs: list[Run]) -> None:
         for name in ("table.json", "curves.json")
     )
     if any(before.get(name) != value for name, value in shareable(settings).items()):
-        before = curves_before = {}  # of another recipe
+        if before and not any(run.is_finished for run in runs):
+            return  # the table of another recipe stays until there is a figure to put in its place
+        before = curves_before = {}
     facts_before = {row["row"]: row["runs"] for row in before.get("rows", [])}
     table = make_table(budget, settings, runs, facts_before)
     curves = make_curves(runs)

@@ -446,7 +446,7 @@ def test_a_command_for_one_seed_keeps_the_others_in_the_table(recorded):
     assert (row["baseline_top1"], row["paper_top1"]) == (0.6769, 0.722)
 
 
-def test_a_row_stays_in_the_table_when_its_outputs_are_gone_unless_the_recipe_changes(recorded):
+def test_a_row_stays_in_the_table_when_its_outputs_are_gone(recorded):
     args, runs = recorded
     reproduce.update_results(args, runs)
     shutil.rmtree(args.output_dir)
@@ -454,9 +454,21 @@ def test_a_row_stays_in_the_table_when_its_outputs_are_gone_unless_the_recipe_ch
     results = Path("results/cifar10-small")
     assert [len(row["runs"]) for row in read(results / "table.json")["rows"]] == [3] * len(accuracy.ROWS)
     assert set(read(results / "curves.json")) == {row.name for row in accuracy.ROWS}
-    args = reproduce.parse_command(["--budget=small", "--", "--weight_decay=0.2"])
-    reproduce.update_results(args, reproduce.make_runs(args, args.seeds))
-    assert not any(row["runs"] for row in read(results / "table.json")["rows"])
+
+
+def test_the_table_of_another_recipe_stays_until_a_run_of_the_new_one_has_finished(recorded):
+    args, runs = recorded
+    reproduce.update_results(args, runs)
+    results = {file: file.read_bytes() for file in Path("results/cifar10-small").iterdir()}
+    args.output_dir, args.extra_flags = "elsewhere", ["--weight_decay=0.2"]
+    runs = reproduce.make_runs(args, [0])
+    reproduce.update_results(args, runs)
+    assert {file: file.read_bytes() for file in results} == results
+    shutil.copytree("outputs/reproduce/cifar10-small/none-seed0", runs[2].folder)
+    reproduce.update_results(args, runs)
+    rows = read(Path("results/cifar10-small/table.json"))["rows"]
+    assert {row["run"]: len(row["runs"]) for row in rows if row["runs"]} == {"none": 1}
+    assert set(read(Path("results/cifar10-small/curves.json"))) == {"no distillation"}
 
 
 def test_the_plot_has_all_rows_and_nothing_covers_the_curves(recorded):
