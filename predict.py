@@ -7,10 +7,14 @@ Exit code 0: all is well; 1: some images could not be read and were skipped; 2: 
 
 import argparse
 import csv
+import gc
 import json
 import sys
 from collections.abc import Iterator
 from pathlib import Path
+
+
+gc.disable()  # imports leave nothing to collect, and looking for it takes a fifth of their seconds
 
 import torch
 from PIL import Image
@@ -28,6 +32,9 @@ from modeling_deit_ti.prediction import (
     load_for_prediction,
     taking_images,
 )
+
+
+gc.enable()
 
 
 def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:

@@ -35,7 +35,7 @@ from modeling_deit_ti.parsing import GROUPS, parse_arguments
 
 COMMON = {"deadline": None, "database": None, "suppress_health_check": list(HealthCheck)}
 settings.register_profile("fast", derandomize=True, max_examples=30, **COMMON)
-settings.register_profile("soak", derandomize=False, max_examples=300, **COMMON)
+settings.register_profile("soak", derandomize=False, max_examples=1000, **COMMON)
 PROFILES = ["fast", pytest.param("soak", marks=pytest.mark.slow)]
 
 
