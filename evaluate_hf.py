@@ -108,7 +108,7 @@ def predict(name: str, flag: str, data: EvaluationData, options: argparse.Namesp
     prepare = functools.partial(prepare_batch, image_processor=image_processor)
     loader = DataLoader(data.images, options.batch_size, num_workers=options.num_workers, collate_fn=prepare)
     predicted, confidence, kept = [], [], []
-    progress = tqdm(total=len(data.images), unit="image", desc=shown_names([name])[0])
+    progress = tqdm(total=len(data.images), unit="image", desc=shown_names([name])[0], disable=None)
     with taking_images(f"{flag} {name}"), progress:
         for pixel_values in loader:
             with autocast(model.device, precision):

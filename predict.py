@@ -109,7 +109,7 @@ def predict(
 ) -> list[dict]:
     """The `file` of each image and what [`predict_batch`] says of it. Files that cannot be read are left out."""
     predictions = []
-    with tqdm(total=len(files), unit="image", desc="Predicting") as progress:
+    with tqdm(total=len(files), unit="image", desc="Predicting", disable=None) as progress:
         for start in range(0, len(files), batch_size):
             batch = files[start : start + batch_size]
             images = dict(read_images(batch))

@@ -21,6 +21,7 @@ import sys
 import tempfile
 import time
 import traceback
+from collections.abc import Callable
 from pathlib import Path
 
 
@@ -39,6 +40,7 @@ class Run:
         env: variables on top of the test's.
         fault (`dict`, *optional*): arguments of [`arm`].
         memory (`int`, *optional*): bytes of addresses that it may take, on top of those it starts with.
+        patch (`Callable`, *optional*): called first, in its process.
     """
 
     def __init__(
@@ -48,10 +50,12 @@ class Run:
         env: dict | None = None,
         fault: dict | None = None,
         memory: int | None = None,
+        patch: Callable[[], None] | None = None,
     ):
         self.flags = [str(flag) for flag in flags]
         self._output = tempfile.TemporaryDirectory()
-        target = functools.partial(_become_command, self.flags, str(cwd), env or {}, self._output.name, fault, memory)
+        own = {"flags": self.flags, "cwd": str(cwd), "env": env or {}, "output": self._output.name}
+        target = functools.partial(_become_command, **own, fault=fault, memory=memory, patch=patch)
         self._process = FORKS.Process(target=target)
         self._process.start()
         self.pid = self._process.pid
@@ -91,9 +95,9 @@ def run(*flags, **options) -> subprocess.CompletedProcess:
     return Run(*flags, **options).wait()
 
 
-def start_together(processes: int, *flags, fault: dict | None = None) -> list[Run]:
+def start_together(processes: int, *flags, env: dict | None = None, **options) -> list[Run]:
     """The command in so many processes."""
-    return [Run(*flags, env=environment, fault=fault) for environment in environments(processes)]
+    return [Run(*flags, env=(env or {}) | of_rank, **options) for of_rank in environments(processes)]
 
 
 def environments(processes: int) -> list[dict[str, str]]:
@@ -157,7 +161,13 @@ def arm(function: str, call: int = 1, moment: str = "before", signum: int = sign
 
 
 def _become_command(
-    flags: list[str], cwd: str, env: dict[str, str], output: str, fault: dict | None, memory: int | None
+    flags: list[str],
+    cwd: str,
+    env: dict[str, str],
+    output: str,
+    fault: dict | None,
+    memory: int | None,
+    patch: Callable[[], None] | None,
 ) -> None:
     os.setpgid(0, 0)  # with its loader's workers
     for target, name, mode in ((0, os.devnull, "r"), (1, f"{output}/stdout", "w"), (2, f"{output}/stderr", "w")):
@@ -169,6 +179,8 @@ def _become_command(
         pages = int(Path("/proc/self/statm").read_text().split()[0])
         limit = pages * resource.getpagesize() + memory
         resource.setrlimit(resource.RLIMIT_AS, (limit, limit))
+    if patch is not None:
+        patch()
     if fault is not None:
         arm(**fault)
     code = run_command(flags)

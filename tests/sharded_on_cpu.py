@@ -39,8 +39,12 @@ def take_plugins_too(state, *args, fsdp_plugin=None, deepspeed_plugin=None, **kw
         state.deepspeed_plugins = deepspeed_plugin
 
 
-if __name__ == "__main__":
+def patch_accelerate() -> None:
     AcceleratorState.__init__ = take_plugins_too
+
+
+if __name__ == "__main__":
+    patch_accelerate()
     sys.path[0] = str(REPOSITORY)
     fault = json.loads(sys.argv[1])
     if fault is not None:

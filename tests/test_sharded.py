@@ -11,7 +11,10 @@ from pathlib import Path
 
 import pytest
 import torch
-from real_command import REPOSITORY, run
+from accelerate.commands.launch import _validate_launch_command, launch_command_parser
+from accelerate.utils.launch import prepare_multi_gpu_env
+from real_command import REPOSITORY, run, start_together
+from sharded_on_cpu import patch_accelerate
 
 from modeling_deit_ti import DeiTTiForImageClassification
 
@@ -60,6 +63,18 @@ def launch(folder: Path, config: str, *flags: str, fault: dict | None = None) ->
     ended = subprocess.run(command, cwd=REPOSITORY, capture_output=True, text=True, timeout=300)
     assert (ended.returncode == 0) == (fault is None), ended.stderr
     assert fault is None or "SIGKILL" in ended.stderr, ended.stderr
+    return folder
+
+
+def start(folder: Path, config: str, *flags: str) -> Path:
+    """What `launch` does, in forks of one process: with the variables that `accelerate launch` sets, without it."""
+    command = [f"--config_file=accelerate_configs/{config}.yaml", "train_hf.py"]
+    args, *_ = _validate_launch_command(launch_command_parser().parse_args(command))
+    places = [f"--output_dir={folder / 'run'}", f"--teacher_output_dir={folder / 'teachers'}"]
+    flags = [*FLAGS, *places, "--per_device_train_batch_size=16", *flags]
+    for process in start_together(2, *flags, env=prepare_multi_gpu_env(args), patch=patch_accelerate):
+        ended = process.wait()
+        assert ended.returncode == 0, ended.stderr
     return folder
 
 
@@ -126,18 +141,18 @@ def test_what_is_saved_loads_in_another_process_with_the_code_that_comes_with_it
 
 
 def test_the_fsdp_flag_shards_the_student_though_a_teacher_was_fitted_without_it(tmp_path):
-    launch(tmp_path, "cpu_two_processes", "--fsdp", "--num_train_epochs=1")
+    start(tmp_path, "cpu_two_processes", "--fsdp", "--num_train_epochs=1")
     assert is_sharded(tmp_path / "run")
 
 
 def test_muon_takes_the_steps_of_one_process_and_resumes_from_its_sharded_state(tmp_path):
     flags = ["--distill_mode=none", "--optim=muon", "--optim_args=adamw_lr_scale=2", "--learning_rate=2e-3"]
-    whole = launch(tmp_path / "whole", "fsdp2_bf16", *flags) / "run"
+    whole = start(tmp_path / "whole", "fsdp2_bf16", *flags) / "run"
     alone = [*FLAGS, *flags, "--per_device_train_batch_size=32", "--bf16", f"--output_dir={tmp_path / 'alone'}"]
     ended = run(*alone)
     assert ended.returncode == 0, ended.stderr
     assert is_sharded(whole)
     assert losses_of(whole) == pytest.approx(losses_of(tmp_path / "alone"), rel=2e-3)
-    resumed = launch(tmp_path / "resumed", "fsdp2_bf16", *flags, f"--resume_from_checkpoint={whole / 'checkpoint-2'}")
+    resumed = start(tmp_path / "resumed", "fsdp2_bf16", *flags, f"--resume_from_checkpoint={whole / 'checkpoint-2'}")
     assert losses_of(resumed / "run") == losses_of(whole)
     assert (resumed / "run" / "model.safetensors").read_bytes() == (whole / "model.safetensors").read_bytes()
