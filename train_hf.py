@@ -23,6 +23,7 @@ from accelerate import PartialState
 
 from modeling_deit_ti import preflight
 from modeling_deit_ti.arguments import Arguments
+from modeling_deit_ti.checkpoints import settings_of
 from modeling_deit_ti.data import ImageData, load_images
 from modeling_deit_ti.errors import (
     EXIT_INTERRUPTED,
@@ -40,6 +41,7 @@ from modeling_deit_ti.outcome import push, summary
 from modeling_deit_ti.parsing import parse_stages
 from modeling_deit_ti.progress import quiet_libraries
 from modeling_deit_ti.runs import (
+    begin_with_steps,
     build_network,
     build_trainer,
     evaluation_images,
@@ -89,9 +91,13 @@ def train(args: Arguments, is_last: bool = True) -> None:
         print(f"Images: no training image has a label of {list_some(data.unseen_labels)}")
     if checkpoint is None and args.earlier_stages:
         go_on_with_steps(args, args.earlier_stages[-1])
+    elif checkpoint is None and training.resume_from_checkpoint == "auto":
+        note = begin_with_steps(args, data)
+        if note and is_main:
+            print(f"Student: beginning again; {note}", flush=True)
     if checkpoint is not None:
         resume_precision(training, checkpoint)
-        note = resume_steps(args, checkpoint)
+        note = resume_steps(args, settings_of(checkpoint))
         preflight.check_same_run(checkpoint, run_settings(args, data))
         if is_main:
             told = "finished by an earlier run" if is_finished else f"resuming from {checkpoint}"

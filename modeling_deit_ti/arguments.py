@@ -384,6 +384,7 @@ class DistillationTrainingArguments(TrainingArguments):
         )
         check_at_least(self, per_device_train_batch_size=1, per_device_eval_batch_size=1, eval_accumulation_steps=1)
         check_at_least(self, gradient_accumulation_steps=1, dataloader_num_workers=0, learning_rate=0, max_grad_norm=0)
+        self.given_accumulation = self.gradient_accumulation_steps
         check_at_least(self, seed=0, data_seed=0, early_stopping_patience=1)
         check(self, "seed", lambda seed: seed < 2**32, "below 2**32, as NumPy requires")
         check(self, "ema_decay", lambda decay: 0 < decay < 1, "above 0 and below 1")
@@ -516,6 +517,17 @@ class DistillationTrainingArguments(TrainingArguments):
         self.per_device_train_batch_size = max(size for size in sizes if share % size == 0)
         self.gradient_accumulation_steps = share // self.per_device_train_batch_size
         self.division = division
+
+    def keep_accumulation(self) -> None:
+        """
+        After `share_steps`, has each process take its share in as many batches as the flag says, however large they
+        get, if it can. A batch norm, which sees the batches of all processes at once, then sees as many images in any
+        number of processes.
+        """
+        share = self.images_per_process
+        if share % (self.given_accumulation * self.division.together) == 0:
+            self.per_device_train_batch_size = share // self.given_accumulation
+            self.gradient_accumulation_steps = self.given_accumulation
 
     @property
     def order_seed(self) -> int:

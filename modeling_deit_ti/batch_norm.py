@@ -6,6 +6,10 @@ from torch import distributed, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 
+def has_batch_norms(network: nn.Module) -> bool:
+    return any(isinstance(module, _BatchNorm) for module in network.modules())
+
+
 def synchronise_batch_norms(network: nn.Module, device: torch.device) -> None:
     """
     Has the network's batch norms share their statistics in training. Names and values of its weights stay as they are.

@@ -49,26 +49,29 @@ def flaw_of(checkpoint: str | Path) -> str | None:
     return None
 
 
-def save_settings(checkpoint: str | Path, settings: dict) -> None:
-    """Records in a checkpoint the settings that decide its run (`runs.run_settings`)."""
-    Path(checkpoint, SETTINGS_FILE).write_text(json.dumps(settings, indent=2) + "\n")
+def save_settings(folder: str | Path, settings: dict) -> None:
+    """Records in a run's folder, or in a checkpoint, the settings that decide the run (`runs.run_settings`)."""
+    file = Path(folder, SETTINGS_FILE)
+    file.parent.mkdir(parents=True, exist_ok=True)
+    unfinished = file.with_suffix(".unfinished")
+    unfinished.write_text(json.dumps(settings, indent=2) + "\n")
+    os.replace(unfinished, file)
 
 
-def settings_of(checkpoint: str | Path) -> dict:
-    """The settings of the run that wrote a checkpoint; empty if an older version wrote it."""
-    file = Path(checkpoint, SETTINGS_FILE)
+def settings_of(folder: str | Path) -> dict:
+    """The settings of the run that a folder or checkpoint belongs to; empty if it has none, or an older version's."""
+    file = Path(folder, SETTINGS_FILE)
     return json.loads(file.read_text()) if file.is_file() else {}
 
 
-def changed_settings(checkpoint: str | Path, settings: dict) -> list[str]:
+def changed_settings(before: dict, settings: dict) -> dict[str, tuple]:
     """
-    How the run that wrote a checkpoint differs from one with these settings: a phrase for each setting. How processes
-    share a step is no difference.
+    What has changed from the settings of a run to these: both values, by name. How processes share a step is no
+    change.
     """
-    before, now = settings_of(checkpoint), json.loads(json.dumps(settings))
+    now = json.loads(json.dumps(settings))
     names = [name for name in before | now if before and before.get(name) != now.get(name)]
-    names = [name for name in names if name.removeprefix("teacher_") not in DIVISION]
-    return [f"{name} {before.get(name)}, not {now.get(name)}" for name in names]
+    return {name: (before.get(name), now.get(name)) for name in names if name.removeprefix("teacher_") not in DIVISION}
 
 
 def checkpoints_of(folder: str | Path) -> list[Path]:

@@ -19,7 +19,7 @@ from transformers import PreTrainedModel, set_seed
 
 from .arguments import Arguments, TeacherArguments
 from .card import TeacherRecord
-from .checkpoints import checkpoints_of, last_complete
+from .checkpoints import checkpoints_of, last_complete, save_settings
 from .classifiers import (
     fine_tunable_classifier,
     input_format,
@@ -161,6 +161,7 @@ def _fit(args: Arguments, pretrained: PreTrainedModel | None, source: str, data:
                 network = _with_labels(pretrained, source, data.label_names, image_processor, args.teacher)
                 settle_classifier(run, data, network, name)
             if is_main:
+                save_settings(args.training.output_dir, run_settings(args, data))  # see `runs.begin_with_steps`
                 (folder / "all_results.json").unlink(missing_ok=True)  # of another recipe, or of none
             (checkpoint,) = broadcast_object_list([last_complete(folder)])
             if checkpoint is not None:

@@ -11,7 +11,7 @@ from transformers import PreTrainedModel, Trainer, get_scheduler
 from transformers.integrations import get_reporting_integration_callbacks
 
 from .arguments import Arguments, DistillationTrainingArguments
-from .checkpoints import changed_settings, checkpoints_of, flaw_of, last_complete
+from .checkpoints import changed_settings, checkpoints_of, flaw_of, last_complete, settings_of
 from .errors import UserError, check_writable, first_line
 from .hub import retrying
 from .muon import make_muon
@@ -59,10 +59,11 @@ def is_finished(args: DistillationTrainingArguments, is_last: bool) -> bool:
 
 def check_same_run(checkpoint: str, settings: dict) -> None:
     """Raises a `UserError` if the checkpoint is from a run with other settings, since its end would be neither's."""
-    changed = changed_settings(checkpoint, settings)
+    changed = changed_settings(settings_of(checkpoint), settings)
     if changed:
+        phrases = (f"{name} {before}, not {now}" for name, (before, now) in changed.items())
         raise UserError(
-            f"{checkpoint} belongs to another run, with {'; '.join(changed)}. Go on with the same flags and images, "
+            f"{checkpoint} belongs to another run, with {'; '.join(phrases)}. Go on with the same flags and images, "
             "or start a new run in another --output_dir."
         )
 

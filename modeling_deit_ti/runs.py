@@ -7,12 +7,13 @@ from dataclasses import fields
 import numpy as np
 import torch
 from accelerate.state import AcceleratorState, PartialState
+from accelerate.utils import broadcast_object_list
 from transformers import DeiTImageProcessor, PreTrainedModel, TrainerCallback, set_seed
 
 from .arguments import Arguments, DistillationTrainingArguments, Division
-from .batch_norm import synchronise_batch_norms
+from .batch_norm import has_batch_norms, synchronise_batch_norms
 from .card import TeacherRecord
-from .checkpoints import save_settings, settings_of
+from .checkpoints import changed_settings, save_settings, settings_of
 from .classifiers import (
     check_takes_images,
     fine_tunable_classifier,
@@ -128,15 +129,28 @@ def _shared_recipe(args: Arguments) -> dict:
     return recipe
 
 
-def resume_steps(args: Arguments, checkpoint: str) -> str | None:
+def begin_with_steps(args: Arguments, data: ImageData) -> str | None:
     """
-    However many processes there are now, a resumed run takes the images of a step as its checkpoint did, and so does
-    the run that fits its teacher. Returns a remark if the flags alone would not.
+    [`resume_steps`] for a run that ended before its first checkpoint, as while its teacher was fitted. Any other run
+    begins as its flags say.
+    """
+    # One process decides for all: another machine may see another folder.
+    (before,) = broadcast_object_list([settings_of(args.training.output_dir)])
+    changed = changed_settings(before, run_settings(args, data)).keys() - {"batch_size", "teacher_batch_size"}
+    if args.training.has_automatic_precision:
+        changed -= {"precision"}  # which follows from the network, too
+    return resume_steps(args, before) if before and not changed else None
+
+
+def resume_steps(args: Arguments, before: dict) -> str | None:
+    """
+    However many processes there are now, a run takes the images of a step as it did before, with these settings, and
+    so does the run that fits its teacher. Returns a remark if the flags alone would not.
 
     Raises:
         UserError: if the processes cannot take equal shares.
     """
-    before, training = settings_of(checkpoint), args.training
+    training = args.training
     given = training.total_train_batch_size
     for run, prefix in ((args, ""), (args.fitting, "teacher_")):
         if run is None or f"{prefix}processes" not in before:
@@ -231,6 +245,8 @@ def build_trainer(
     training = args.training
     if args.model.freeze_backbone:
         freeze_backbone(network)
+    if has_batch_norms(network):
+        training.keep_accumulation()
     if training.world_size > 1:
         synchronise_batch_norms(network, training.device)
     if training.device.type == "cpu":
@@ -289,6 +305,8 @@ def train_and_save(
     teacher_path: str | None = None,
 ) -> dict:
     """Trains and evaluates, and writes all that a run leaves; returns the metrics of `all_results.json`."""
+    if trainer.is_world_process_zero():
+        save_settings(trainer.args.output_dir, trainer.settings)  # for a run that ends before its first checkpoint
     latest = _LatestEvaluation()
     trainer.add_callback(latest)
     train = trainer.train(resume_from_checkpoint=checkpoint).metrics
@@ -315,7 +333,6 @@ def train_and_save(
     if trainer.is_world_process_zero():
         scaling = calibrate(trainer)
         metrics |= save_exports(trainer, args.model.export, images)
-        save_settings(trainer.args.output_dir, trainer.settings)
         write_reports(trainer, args, data, teacher, {"train": train, "eval": evaluation, "all": metrics}, scaling)
         finish_reports(trainer)
     return metrics

@@ -8,18 +8,18 @@ import signal
 from pathlib import Path
 
 import pytest
-from building import arguments, tiny_student, tiny_teacher
+from building import TINY_CNN, arguments, tiny_student, tiny_teacher
 from real_command import FORKS, environments
 from test_streaming import parquet  # noqa: F401
 from transformers import TrainerCallback
 
 from modeling_deit_ti.arguments import Division
-from modeling_deit_ti.checkpoints import last_complete
+from modeling_deit_ti.checkpoints import last_complete, save_settings, settings_of
 from modeling_deit_ti.data import load_images
 from modeling_deit_ti.data.inputs import make_image_processor
 from modeling_deit_ti.errors import UserError
 from modeling_deit_ti.interruption import Interrupted
-from modeling_deit_ti.runs import build_trainer, resume_steps
+from modeling_deit_ti.runs import begin_with_steps, build_network, build_trainer, resume_steps, run_settings
 from modeling_deit_ti.teacher_cache import make_teacher_cache
 
 
@@ -49,18 +49,21 @@ class Stop(TrainerCallback):
 
 
 def train(rank: int, environment: dict[str, str], folder: Path, teachers: Path, flags: dict, stop_at: int) -> None:
-    """One process of a run with a student of one block, from its latest checkpoint to a step."""
+    """One process of a run with a CNN, or a student of one block, from its latest checkpoint to a step."""
     os.environ |= environment
     args = arguments(output_dir=folder, teacher_output_dir=teachers, **FLAGS, **flags)
     checkpoint = last_complete(folder)
     if checkpoint is not None:
-        resume_steps(args, checkpoint)
+        resume_steps(args, settings_of(checkpoint))
     data, processor = load_images(args.images), make_image_processor(args.model, args.augmentation)
     teacher = cache = None
     if args.training.mode.has_teacher:
         teacher = tiny_teacher()
         cache = make_teacher_cache(args, teacher, data, processor)
-    student = tiny_student(args, num_hidden_layers=1, num_labels=len(data.label_names))
+    if args.model.is_new_deit_ti:
+        student = tiny_student(args, num_hidden_layers=1, num_labels=len(data.label_names))
+    else:
+        student, *_ = build_network(args, data)
     trainer = build_trainer(args, data, student, processor, teacher, cache)
     if rank == 0:
         trainer.add_callback(Stop(stop_at))
@@ -90,10 +93,10 @@ def share_read(folder: Path) -> float:
     return json.loads((folder / "share_read.json").read_text())
 
 
-def assert_same_losses(changed: list[dict], whole: list[dict]) -> None:
+def assert_same_losses(changed: list[dict], whole: list[dict], rel: float = 1e-5) -> None:
     assert [entry["step"] for entry in changed] == [entry["step"] for entry in whole]
     for name in {"loss", "label_loss", "distillation_loss", "grad_norm", "learning_rate"} & whole[0].keys():
-        assert [entry[name] for entry in changed] == pytest.approx([entry[name] for entry in whole], rel=1e-5), name
+        assert [entry[name] for entry in changed] == pytest.approx([entry[name] for entry in whole], rel=rel), name
 
 
 @pytest.fixture(scope="module")
@@ -115,12 +118,35 @@ def test_two_processes_go_on_as_four_and_they_as_one_with_the_logits_that_anothe
     assert (share_read(whole[0]), share_read(tmp_path)) == (0, 1)
 
 
+def test_two_processes_with_batch_norms_go_on_as_one_and_as_four_which_see_as_many_images_at_once(tmp_path):
+    flags = {**DISTILLED, "distill_mode": "none", "model_name_or_path": TINY_CNN, "per_device_train_batch_size": 8}
+    whole = run(tmp_path / "whole", (2, 8), **flags)
+    changed = run(tmp_path / "changed", (2, 2), (1, 4), (4, 6), (1, 8), **flags)
+    assert_same_losses(changed, whole, rel=1e-4)  # what rounding does to the sign before a ReLU
+
+
 def test_a_stream_goes_on_in_four_processes_and_in_two(parquet, tmp_path):
     flags = {"dataset_name": parquet, "streaming": True, "per_device_train_batch_size": 80, "patch_size": 32}
     whole = run(tmp_path / "whole", (1, 8), dataloader_num_workers=1, **flags)
     changed = run(tmp_path / "changed", (1, 2), (4, 5), dataloader_num_workers=1, **flags)
     changed = run(tmp_path / "changed", (2, 8), **flags)
     assert_same_losses(changed, whole)
+
+
+@pytest.mark.parametrize(("learning_rate", "batch"), [("5e-4", 4), ("1e-3", 8)], ids=["the same", "another"])
+def test_before_its_first_checkpoint_the_same_run_keeps_the_images_of_a_step(
+    tmp_path, monkeypatch, learning_rate, batch
+):
+    flags = {"output_dir": tmp_path, **FLAGS, **DISTILLED, "per_device_train_batch_size": 8}
+    begun = arguments(**flags, learning_rate="5e-4")
+    data = load_images(begun.images)
+    save_settings(tmp_path, run_settings(begun, data))
+    now = arguments(**flags, learning_rate=learning_rate)
+    monkeypatch.setattr(type(now.training), "world_size", 2)
+    note = begin_with_steps(now, data)
+    for run in (now, now.fitting):
+        assert run.training.per_device_train_batch_size == batch
+    assert bool(note) == (batch == 4)
 
 
 @pytest.mark.parametrize(

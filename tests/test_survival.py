@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 from real_command import Run, run, start_together
 
-from modeling_deit_ti.checkpoints import checkpoints_of, delete_older, flaw_of, last_complete, seal
+from modeling_deit_ti.checkpoints import SETTINGS_FILE, checkpoints_of, delete_older, flaw_of, last_complete, seal
 
 
 # Everything random is on, and checkpoints are written within the epochs (of six steps) as well as at their ends.
@@ -303,7 +303,7 @@ def test_told_to_stop_at_the_end_of_an_epoch_it_is_evaluated_first(reference, tm
 def test_told_to_stop_while_the_teacher_is_fitted(reference, tmp_path):
     stopped = run(*FLAGS, *places(tmp_path), fault={"function": STEP, "call": 20, "signum": signal.SIGTERM})
     assert stopped.returncode == 75 and "stopped by SIGTERM after step 20 of 48" in stopped.stderr
-    assert not (tmp_path / "run").exists()
+    assert [path.name for path in (tmp_path / "run").iterdir()] == [SETTINGS_FILE]
     (checkpoint,) = (tmp_path / "teachers").glob("*/checkpoint-20")
     assert flaw_of(checkpoint) is None
 

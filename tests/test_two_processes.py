@@ -153,7 +153,7 @@ def test_a_failure_of_one_process_ends_the_other_within_seconds_and_says_why_fir
     assert not (tmp_path / "run" / "all_results.json").exists()
 
 
-def test_the_teacher_is_fitted_once_and_a_signal_to_one_process_stops_both_after_the_same_step(one, tmp_path):
+def test_the_teacher_is_fitted_once_by_two_processes_then_one_then_two_and_a_signal_to_one_stops_both(one, tmp_path):
     places = [f"--output_dir={tmp_path / 'run'}", f"--teacher_output_dir={tmp_path / 'teachers'}"]
     flags = [*FLAGS, *places, "--per_device_train_batch_size=8", "--num_train_epochs=1"]
     fault = {"function": STEP, "call": 5, "rank": 1, "signum": signal.SIGTERM}
@@ -163,12 +163,15 @@ def test_the_teacher_is_fitted_once_and_a_signal_to_one_process_stops_both_after
         assert "train_hf.py: stopped by SIGTERM after step 5 of 72" in process.stderr
     (checkpoint,) = (tmp_path / "teachers").glob("*/checkpoint-*")
     assert checkpoint.name == "checkpoint-5" and flaw_of(checkpoint) is None
+    alone = run(*flags, fault={"function": STEP, "call": 7, "signum": signal.SIGTERM})
+    assert "Student: beginning again; a step's 16 images are now 1 x 2 x 8" in alone.stdout
+    assert alone.returncode == 75 and "train_hf.py: stopped by SIGTERM after step 12 of 72" in alone.stderr
     ended, other = (process.wait() for process in start_together(2, *flags))
     assert ended.returncode == other.returncode == 0, ended.stderr
     assert ended.stdout.count("resuming from") == 1 and ended.stdout.count("Teacher: epoch 12/12, ") == 1
     assert not list((tmp_path / "teachers").glob("*/checkpoint-*"))
     assert len(list((tmp_path / "teachers").glob("*/model.safetensors"))) == 1
-    # Its batch norms saw the images of both. What rounding does to a fitting grows with the steps.
+    # Its batch norms saw all 16 images of each step. What rounding does to a fitting grows with the steps.
     teachers = [next((folder / "teachers").glob("test_resnet-*")) for folder in (one, tmp_path)]
     assert teachers[0].name == teachers[1].name
     (first_epoch, *epochs), (five_steps, sixth, *others) = (
