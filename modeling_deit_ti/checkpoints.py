@@ -8,7 +8,7 @@ from pathlib import Path
 
 
 CHECKSUMS_FILE = "checksums.json"
-SETTINGS_FILE = "run_settings.json"
+SETTINGS_FILE = "_run_settings.json"  # it names folders of this machine; Trainer pushes no file with an underscore
 # The settings of `arguments.Division`. A run that goes on takes them over.
 DIVISION = ("processes", "together", "lanes", "lane_buffer_size")
 

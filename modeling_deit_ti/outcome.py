@@ -28,7 +28,6 @@ from .card import (
     write_model_card,
 )
 from .card.markdown import duration
-from .checkpoints import SETTINGS_FILE
 from .data import ImageData
 from .data.decoding import read_image
 from .data.inputs import EvalImages
@@ -245,7 +244,7 @@ def push(args: DistillationTrainingArguments) -> None:
         StorageError: if the push fails; the run is complete on disk, and the message says how to push it.
     """
     repo, folder = args.hub_model_id, args.output_dir
-    unwanted = ["checkpoint-*", "last-checkpoint/*", "_*", SETTINGS_FILE]  # which names folders of this machine
+    unwanted = ["checkpoint-*", "last-checkpoint/*", "_*"]  # of a machine, as Trainer has it
     try:
         retrying(
             lambda: HfApi(token=args.hub_token).upload_folder(

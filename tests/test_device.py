@@ -12,6 +12,7 @@ from building import DIGITS, FOUR_STEPS, TINY_CNN, arguments, image_processor, t
 from real_command import run
 
 from modeling_deit_ti import DeiTTiForImageClassification, device
+from modeling_deit_ti.checkpoints import SETTINGS_FILE
 from modeling_deit_ti.classifiers import new_timm_classifier
 from modeling_deit_ti.data import load_images
 from modeling_deit_ti.device import automatic_precision, is_faster_in_eager_attention, teacher_dtype
@@ -142,7 +143,7 @@ def test_a_run_is_told_its_precision_and_a_resumed_one_keeps_it(cpu, tmp_path):
 
 def test_a_checkpoint_in_float16_is_not_taken_over_by_a_cpu(tmp_path):
     training = arguments(output_dir=tmp_path).training
-    (tmp_path / "run_settings.json").write_text('{"precision": "fp16"}')
+    (tmp_path / SETTINGS_FILE).write_text('{"precision": "fp16"}')
     resume_precision(training, str(tmp_path))
     assert training.mixed_precision == "no" and training.has_automatic_precision
 

@@ -12,6 +12,7 @@ from timm.optim import muon as timm_muon
 from torch import nn
 from transformers import DeiTConfig, DeiTForImageClassificationWithTeacher, TrainingArguments
 
+from modeling_deit_ti.checkpoints import SETTINGS_FILE
 from modeling_deit_ti.classifiers import new_timm_classifier
 from modeling_deit_ti.errors import UserError
 from modeling_deit_ti.muon import hidden_matrices, make_muon, muon_options, orthogonalize
@@ -246,7 +247,7 @@ def test_card_checkpoint_and_the_teachers_recipe_say_muon(distilled):
         assert row in card
     assert "optim `muon`" in card and "4 KL" not in card
     assert "0.5 2^2 KL(softmax(z(teacher) / 2) || softmax(z(distillation) / 2))" in card
-    settings = json.loads((distilled / "run" / "checkpoint-4" / "run_settings.json").read_text())
+    settings = json.loads((distilled / "run" / "checkpoint-4" / SETTINGS_FILE).read_text())
     assert (settings["optim"], settings["teacher_optim"]) == ("muon", "muon")
     assert (settings["position_init"], settings["attention_init"]) == ("sincos", "normal")
     assert settings["teacher_targets"] == "standardized" and "teacher_position_init" not in settings

@@ -460,7 +460,7 @@ def test_the_table_of_another_recipe_stays_until_a_run_of_the_new_one_has_finish
     args, runs = recorded
     reproduce.update_results(args, runs)
     results = {file: file.read_bytes() for file in Path("results/cifar10-small").iterdir()}
-    args.output_dir, args.extra_flags = "elsewhere", ["--weight_decay=0.2"]
+    args = reproduce.parse_command(["--budget=small", "--output_dir=elsewhere", "--", "--weight_decay=0.2"])
     runs = reproduce.make_runs(args, [0])
     reproduce.update_results(args, runs)
     assert {file: file.read_bytes() for file in results} == results

@@ -1,6 +1,7 @@
 """A checkpoint is only resumed by the run that wrote it: the same images, batches and recipe."""
 
 import json
+import shutil
 import signal
 from pathlib import Path
 
@@ -73,17 +74,18 @@ def test_told_not_to_resume_it_touches_nothing(stopped):
     assert {path: path.stat().st_mtime_ns for path in stopped.rglob("*")} == before
 
 
-def test_what_does_not_decide_a_run_may_differ(stopped):
+def test_what_does_not_decide_a_run_may_differ(stopped, tmp_path):
+    folder = shutil.copytree(stopped, tmp_path / "run")
     flags = [
         "--per_device_eval_batch_size=10",
         "--save_total_limit=9",
         "--logging_strategy=steps",
         "--logging_steps=5",
     ]
-    ended = run(*FLAGS, *flags, f"--output_dir={stopped}")
+    ended = run(*FLAGS, *flags, f"--output_dir={folder}")
     assert ended.returncode == 0, ended.stderr
-    assert ended.stdout.count(f"Student: resuming from {stopped / 'checkpoint-8'}\n") == 1
-    assert json.loads((stopped / "all_results.json").read_text())["epoch"] == 2
+    assert ended.stdout.count(f"Student: resuming from {folder / 'checkpoint-8'}\n") == 1
+    assert json.loads((folder / "all_results.json").read_text())["epoch"] == 2
 
 
 @pytest.mark.parametrize(
