@@ -127,6 +127,7 @@ def test_orthogonalised_matrices_are_timms(shape, steps):
 def test_steps_are_those_of_timms_muon(network, tmp_path, monkeypatch):
     in_float32 = functools.partial(timm_muon.zeropower_via_newtonschulz, dtype=torch.float32)
     monkeypatch.setattr(timm_muon, "zeropower_via_newtonschulz", in_float32)  # timm's optimizer has no option for it
+    monkeypatch.setattr("modeling_deit_ti.muon.cpu_is_fast_in_bfloat16", lambda: False)
     args = muon_arguments(tmp_path, learning_rate=1e-2, weight_decay=0.3, optim_args="momentum=0.8,adamw_lr_scale=2")
 
     def build():
