@@ -185,6 +185,11 @@ class ModelArguments:
         help="How the position embeddings of a deit_ti from scratch start: as sines and cosines of rows and columns, "
         "or as DeiT's small normal values.",
     )
+    patch_init: Literal["normal", "whitening"] = HfArg(
+        default="normal",
+        help="How the patch projection of a deit_ti from scratch starts: `whitening`, by bringing the principal "
+        "components of the training images' patches to one size.",
+    )
     attention_init: Literal["normal", "mimetic"] = HfArg(
         default="normal",
         help="How the attention of a deit_ti from scratch starts: `mimetic`, as it looks in trained networks.",
@@ -560,7 +565,7 @@ class Arguments(NamedTuple):
         options = {name: getattr(self.training, name) for name in OPTIONAL_HYPERPARAMETERS}
         shown |= {name: value for name, value in options.items() if value is not None}
         if self.model.is_new_deit_ti:
-            shown |= {name: getattr(self.model, name) for name in ("position_init", "attention_init")}
+            shown |= {name: getattr(self.model, name) for name in ("patch_init", "position_init", "attention_init")}
         return shown | vars(self.augmentation) | {"crop": self.augmentation.crop_at(self.model.image_size)}
 
     def division(self, processes: int) -> Division:

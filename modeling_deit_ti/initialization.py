@@ -2,8 +2,13 @@
 which the saved model knows nothing."""
 
 import torch
+from torch import nn
+from torch.nn import functional as F
 
 from .modeling_deit_ti import DeiTTiForImageClassification
+
+
+WHITENING_FLOOR = 0.01  # variance that is added to each component's, as a share of the pixels'
 
 
 @torch.no_grad()
@@ -36,6 +41,31 @@ def sincos_positions(side: int, width: int, temperature: float = 10_000.0) -> to
     axis = torch.cat((angles.sin(), angles.cos()), dim=1)
     columns, rows = axis.repeat(side, 1), axis.repeat_interleave(side, dim=0)
     return torch.cat((columns, rows), dim=1)
+
+
+@torch.no_grad()
+def start_from_whitened_patches(network: DeiTTiForImageClassification, images: torch.Tensor) -> None:
+    """
+    The patch projection starts by whitening: it takes the patches of `images` to their principal components, each
+    divided by its standard deviation, so that edges weigh as much as the brightness that dominates the pixels. Like
+    the first layer of "94% on CIFAR-10 in 3.29 seconds on a single GPU" (Jordan, 2024, section 3.2), but learned from
+    there. Where a patch has fewer values than the network is wide, the components are turned into as many directions.
+
+    Args:
+        network ([`DeiTTiForImageClassification`])
+        images (`torch.Tensor` of shape `(B, C, height, width)`): normalised, as the network takes them.
+    """
+    projection, width = network.deit_ti.embeddings.patch_projection, network.config.hidden_size
+    patches = F.unfold(images, projection.kernel_size, stride=projection.stride).transpose(1, 2).flatten(0, 1)
+    values, vectors = torch.linalg.eigh(patches.T.cov())  # in ascending order
+    rank = min(width, len(values))
+    values, components = values[-rank:], vectors[:, -rank:].T
+    # What hardly varies is mostly noise, and would be all that is seen.
+    whitening = components / (values + WHITENING_FLOOR * patches.var()).sqrt()[:, None]
+    if rank < width:
+        whitening = (width / rank) ** 0.5 * nn.init.orthogonal_(torch.empty(width, rank)) @ whitening
+    projection.weight.copy_(whitening.view_as(projection.weight))
+    projection.bias.zero_()
 
 
 @torch.no_grad()

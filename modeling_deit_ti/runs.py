@@ -26,9 +26,14 @@ from .classifiers import (
 from .configuration_deit_ti import DeiTTiConfig
 from .data import ImageData
 from .data.inputs import EvalImages, make_image_processor, make_train_images
+from .data.sampling import random_rows
 from .device import PRECISION_NAMES, automatic_precision, is_faster_in_eager_attention, keep_freed_memory
 from .errors import UserError, first_line
-from .initialization import start_from_mimetic_attention, start_from_sincos_positions
+from .initialization import (
+    start_from_mimetic_attention,
+    start_from_sincos_positions,
+    start_from_whitened_patches,
+)
 from .interop import is_vit, load_student
 from .modeling_deit_ti import DeiTTiForImageClassification
 from .outcome import calibrate, save_exports, write_reports
@@ -39,6 +44,7 @@ from .trainer import DistillationTrainer
 
 
 FLAG = "--model_name_or_path"
+WHITENING_PATCHES = 50_000
 
 
 def build_network(args: Arguments, data: ImageData) -> tuple[PreTrainedModel, DeiTImageProcessor, list[str]]:
@@ -81,11 +87,20 @@ def build_network(args: Arguments, data: ImageData) -> tuple[PreTrainedModel, De
             f"--image_size {model.image_size} --patch_size {model.patch_size}: so many patches do not fit into memory "
             f"({first_line(error)})."
         ) from error
+    if model.patch_init == "whitening":
+        start_from_whitened_patches(network, sample_of_images(data, image_processor, model.patch_size))
     if model.position_init == "sincos":
         start_from_sincos_positions(network)
     if model.attention_init == "mimetic":
         start_from_mimetic_attention(network)
     return network, image_processor, []
+
+
+def sample_of_images(data: ImageData, image_processor, patch_size: int) -> torch.Tensor:
+    """Training images `(B, 3, image_size, image_size)`, as the network takes them, with about `WHITENING_PATCHES`."""
+    patches_per_image = (image_processor.crop_size["height"] // patch_size) ** 2
+    rows = random_rows(len(data.train), -(-WHITENING_PATCHES // patches_per_image))
+    return EvalImages(data.train.select(rows), image_processor).__getitems__(range(len(rows)))["pixel_values"]
 
 
 def run_settings(args: Arguments, data: ImageData) -> dict:

@@ -6,11 +6,18 @@ import numpy as np
 import pytest
 import torch
 from building import TINY_CNN, arguments
+from torch.nn import functional as F
 
+from modeling_deit_ti import DeiTTiConfig, DeiTTiForImageClassification
 from modeling_deit_ti.arguments import ImageArguments
 from modeling_deit_ti.data import load_images
+from modeling_deit_ti.data.inputs import EvalImages, make_image_processor
 from modeling_deit_ti.errors import UserError
-from modeling_deit_ti.initialization import sincos_positions, start_from_mimetic_attention
+from modeling_deit_ti.initialization import (
+    sincos_positions,
+    start_from_mimetic_attention,
+    start_from_whitened_patches,
+)
 from modeling_deit_ti.runs import build_network, run_settings
 
 
@@ -27,6 +34,10 @@ def network(digits, folder, **flags):
 
 def positions_of(model) -> torch.Tensor:
     return model.deit_ti.embeddings.position_embeddings.detach()
+
+
+def patches_weight_of(model) -> torch.Tensor:
+    return model.deit_ti.embeddings.patch_projection.weight.detach()
 
 
 # ---- Positions ----
@@ -68,11 +79,12 @@ def test_nothing_else_starts_otherwise_and_normal_positions_are_as_before(digits
     assert normal[differing[0]].std().item() == pytest.approx(0.02, rel=0.05)
 
 
-def test_a_network_that_starts_from_another_keeps_its_positions(digits, tmp_path):
+def test_a_network_that_starts_from_another_keeps_its_positions_and_patches(digits, tmp_path):
     source = network(digits, tmp_path, position_init="normal")
     source.save_pretrained(tmp_path / "source")
-    student = network(digits, tmp_path, model_name_or_path=tmp_path / "source")
+    student = network(digits, tmp_path, model_name_or_path=tmp_path / "source", patch_init="whitening")
     assert torch.equal(positions_of(student), positions_of(source))
+    assert torch.equal(patches_weight_of(student), patches_weight_of(source))
 
 
 # ---- Attention ----
@@ -131,13 +143,86 @@ def test_mimetic_attention_is_the_same_for_a_seed_and_nothing_else_changes(digit
     )
 
 
+# ---- Patches ----
+
+
+def patches_of(images, size: int) -> torch.Tensor:
+    """`(patches, 3 size size)`, cut by reshaping."""
+    count, channels, height, width = images.shape
+    cut = images.reshape(count, channels, height // size, size, width // size, size)
+    return cut.permute(0, 2, 4, 1, 3, 5).reshape(-1, channels * size * size)
+
+
+def network_for(size: int):
+    return DeiTTiForImageClassification(DeiTTiConfig(image_size=16, patch_size=size))
+
+
+def smooth_images() -> torch.Tensor:
+    """Neighbouring pixels are alike, as in photos."""
+    noise = torch.randn(400, 3, 16, 16, generator=torch.Generator().manual_seed(0))
+    return F.avg_pool2d(noise, 3, stride=1, padding=1) + noise.mean(dim=(1, 2, 3), keepdim=True) * 10
+
+
+def test_whitened_patches_vary_alike_in_all_large_components_and_not_together():
+    images, model = smooth_images(), network_for(8)
+    start_from_whitened_patches(model, images)
+    projection = model.deit_ti.embeddings.patch_projection
+    seen = projection(images).detach().flatten(2).mT.flatten(0, 1)
+    variances, pixels = torch.linalg.eigvalsh(patches_of(images, 8).T.cov()), patches_of(images, 8).var()
+    expected = variances / (variances + 0.01 * pixels)
+    torch.testing.assert_close(seen.T.cov(), torch.diag(expected), atol=4e-3, rtol=1e-3)
+    assert 0.9 < expected.max() < 1 and expected.min() < 0.8  # not the noise
+    assert projection.bias.count_nonzero() == 0
+
+
+def test_large_patches_start_with_their_largest_components():
+    images, model = smooth_images(), network_for(16)  # 768 values, 192 directions
+    start_from_whitened_patches(model, images)
+    weight = patches_weight_of(model).flatten(1)
+    directions = F.normalize(weight, dim=1)
+    torch.testing.assert_close(directions @ directions.T, torch.eye(192), atol=1e-4, rtol=0)
+    covariance = patches_of(images, 16).T.cov()
+    kept = (directions @ covariance @ directions.T).trace()
+    torch.testing.assert_close(kept, torch.linalg.eigvalsh(covariance)[-192:].sum(), rtol=1e-3, atol=0)
+
+
+def test_small_patches_keep_their_size_in_more_directions_than_they_have_values():
+    images, model = smooth_images(), network_for(4)  # 48 values, 192 directions
+    start_from_whitened_patches(model, images)
+    weight = patches_weight_of(model).flatten(1)
+    seen = patches_of(images, 4) @ weight.T
+    variances, pixels = torch.linalg.eigvalsh(patches_of(images, 4).T.cov()), patches_of(images, 4).var()
+    expected = (variances / (variances + 0.01 * pixels)).mean()
+    assert seen.var(dim=0).mean().item() == pytest.approx(expected.item(), rel=1e-3)
+    assert torch.linalg.matrix_rank(weight) == 48
+
+
+def test_only_the_patches_start_otherwise_and_from_the_training_images(digits, tmp_path):
+    normal = network(digits, tmp_path, distill_mode="both").state_dict()
+    args = arguments(output_dir=tmp_path, image_size=32, patch_size=8)
+    whitened = network(digits, tmp_path, distill_mode="both", patch_init="whitening")
+    state = whitened.state_dict()
+    differing = [name for name in normal if not torch.equal(normal[name], state[name])]
+    assert differing == ["deit_ti.embeddings.patch_projection.weight"]  # the bias starts at zero in both
+    again = DeiTTiForImageClassification(whitened.config)
+    images = EvalImages(digits.train, make_image_processor(args.model, args.augmentation))  # few enough: all
+    start_from_whitened_patches(again, images.__getitems__(range(64))["pixel_values"])
+    torch.testing.assert_close(patches_weight_of(again), patches_weight_of(whitened))
+
+
+def test_whitening_is_not_for_streams(tmp_path):
+    with pytest.raises(UserError, match="not with --streaming"):
+        arguments(output_dir=tmp_path, patch_init="whitening", streaming=True)
+    arguments(output_dir=tmp_path, patch_init="whitening", streaming=True, model_name_or_path=TINY_CNN)  # has none
+
+
 # ---- The command ----
 
 
 def test_only_a_new_deit_ti_is_recorded_with_its_start(digits, tmp_path):
     args = arguments(output_dir=tmp_path, attention_init="mimetic", distill_mode="hard")
     settings = run_settings(args, digits)
-    assert (settings["position_init"], settings["attention_init"]) == ("sincos", "mimetic")
+    assert [settings[f"{part}_init"] for part in ("patch", "position", "attention")] == ["normal", "sincos", "mimetic"]
     cnn = arguments(output_dir=tmp_path, model_name_or_path=TINY_CNN)
     assert not [name for name in (*run_settings(cnn, digits), *run_settings(args.fitting, digits)) if "_init" in name]
 
