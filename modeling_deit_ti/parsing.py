@@ -206,8 +206,6 @@ def _check_combinations(args: Arguments) -> None:
         )
     if model.attention_init != "normal" and not model.is_new_deit_ti:
         raise UserError("--attention_init is for a deit_ti from scratch; any other model comes with its own start.")
-    if model.patch_init == "whitening" and model.is_new_deit_ti and args.images.streaming:
-        raise UserError("--patch_init whitening looks at the images before they are trained on: not with --streaming.")
     if model.image_size % model.patch_size and not model.is_timm_architecture:
         raise UserError(
             f"--patch_size {model.patch_size} does not divide --image_size {model.image_size}: use a multiple, such "

@@ -25,8 +25,7 @@ from .classifiers import (
 )
 from .configuration_deit_ti import DeiTTiConfig
 from .data import ImageData
-from .data.inputs import EvalImages, make_image_processor, make_train_images
-from .data.sampling import random_rows
+from .data.inputs import EvalImages, make_image_processor, make_train_images, sample_images
 from .device import PRECISION_NAMES, automatic_precision, is_faster_in_eager_attention, keep_freed_memory
 from .errors import UserError, first_line
 from .initialization import (
@@ -44,7 +43,7 @@ from .trainer import DistillationTrainer
 
 
 FLAG = "--model_name_or_path"
-WHITENING_PATCHES = 50_000
+WHITENING_PATCHES = 50_000  # whose principal components a new network starts with
 
 
 def build_network(args: Arguments, data: ImageData) -> tuple[PreTrainedModel, DeiTImageProcessor, list[str]]:
@@ -88,19 +87,14 @@ def build_network(args: Arguments, data: ImageData) -> tuple[PreTrainedModel, De
             f"({first_line(error)})."
         ) from error
     if model.patch_init == "whitening":
-        start_from_whitened_patches(network, sample_of_images(data, image_processor, model.patch_size))
+        patches_per_image = (model.image_size // model.patch_size) ** 2
+        images = sample_images(data, image_processor, -(-WHITENING_PATCHES // patches_per_image))
+        start_from_whitened_patches(network, images)
     if model.position_init == "sincos":
         start_from_sincos_positions(network)
     if model.attention_init == "mimetic":
         start_from_mimetic_attention(network)
     return network, image_processor, []
-
-
-def sample_of_images(data: ImageData, image_processor, patch_size: int) -> torch.Tensor:
-    """Training images `(B, 3, image_size, image_size)`, as the network takes them, with about `WHITENING_PATCHES`."""
-    patches_per_image = (image_processor.crop_size["height"] // patch_size) ** 2
-    rows = random_rows(len(data.train), -(-WHITENING_PATCHES // patches_per_image))
-    return EvalImages(data.train.select(rows), image_processor).__getitems__(range(len(rows)))["pixel_values"]
 
 
 def run_settings(args: Arguments, data: ImageData) -> dict:

@@ -11,7 +11,7 @@ from torch.nn import functional as F
 from modeling_deit_ti import DeiTTiConfig, DeiTTiForImageClassification
 from modeling_deit_ti.arguments import ImageArguments
 from modeling_deit_ti.data import load_images
-from modeling_deit_ti.data.inputs import EvalImages, make_image_processor
+from modeling_deit_ti.data.inputs import EvalImages, make_image_processor, sample_images
 from modeling_deit_ti.errors import UserError
 from modeling_deit_ti.initialization import (
     sincos_positions,
@@ -210,10 +210,16 @@ def test_only_the_patches_start_otherwise_and_from_the_training_images(digits, t
     torch.testing.assert_close(patches_weight_of(again), patches_weight_of(whitened))
 
 
-def test_whitening_is_not_for_streams(tmp_path):
-    with pytest.raises(UserError, match="not with --streaming"):
-        arguments(output_dir=tmp_path, patch_init="whitening", streaming=True)
-    arguments(output_dir=tmp_path, patch_init="whitening", streaming=True, model_name_or_path=TINY_CNN)  # has none
+def test_a_stream_lends_its_first_images(tmp_path):
+    whole, streamed = (
+        load_images(ImageArguments("digits", streaming=streaming, max_eval_samples=50)) for streaming in (False, True)
+    )
+    args = arguments(output_dir=tmp_path, image_size=32, patch_size=8)
+    processor = make_image_processor(args.model, args.augmentation)
+    first = sample_images(streamed, processor, 100)
+    torch.testing.assert_close(first, EvalImages(whole.train, processor).__getitems__(range(100))["pixel_values"])
+    assert len(sample_images(streamed, processor, 5_000)) == len(whole.train)
+    network(streamed, tmp_path, patch_init="whitening")
 
 
 # ---- The command ----

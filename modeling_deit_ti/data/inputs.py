@@ -20,7 +20,7 @@ from ..errors import UserError
 from .augmentation import BatchAugmentation
 from .decoding import read_image
 from .loading import ImageData
-from .sampling import TrainSampler, augmented_batch, mix_images
+from .sampling import TrainSampler, augmented_batch, mix_images, random_rows
 from .streaming import StreamedImages
 
 
@@ -186,6 +186,18 @@ class TrainImages(_Images):
     def order(self, args: DistillationTrainingArguments) -> TrainSampler:
         """The keys of each epoch, for all processes together."""
         return TrainSampler(len(self), args.total_train_batch_size, args.order_seed, self.repeats)
+
+
+def sample_images(data: ImageData, image_processor, count: int) -> torch.Tensor:
+    """
+    Training images `(count, 3, image_size, image_size)` as the image processor makes them, the same in every run:
+    random ones or, of a stream, the first. Fewer if there are no more.
+    """
+    if data.is_streamed:
+        images = data.train.first_images(count)
+    else:
+        images = [read_image(row) for row in data.train.select(random_rows(len(data.train), count))]
+    return image_processor(images, return_tensors="pt")["pixel_values"]
 
 
 # ---- Evaluation ----

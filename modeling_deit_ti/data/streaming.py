@@ -267,6 +267,16 @@ class StreamedSplit:
             place = f"Split `train`, {self.rows.place(shard, start)} or after"
             raise UnreadableRow(f"{place}: it cannot be read ({first_line(error)}).") from error
 
+    def first_images(self, count: int) -> list[PILImage.Image]:
+        """RGB images, fewer if there are no more. Raises an `UnreadableRow` if one of them cannot be had."""
+        images = []
+        for shard, size in enumerate(self.rows.sizes.tolist()):
+            rows = self.read(shard, 0, min(size, count - len(images)))
+            images += [self.decode(shard, number, row)[0] for number, row in enumerate(rows)]
+            if len(images) == count:
+                break
+        return images
+
     def decode(self, shard: int, number: int, row: dict) -> tuple[PILImage.Image, int | None]:
         """The RGB image and the label id of a row. Raises an `UnreadableRow` if one of them cannot be had."""
         place = f"Split `train`, {self.rows.place(shard, number)}"
