@@ -188,18 +188,6 @@ class TrainImages(_Images):
         return TrainSampler(len(self), args.total_train_batch_size, args.order_seed, self.repeats)
 
 
-def sample_images(data: ImageData, image_processor, count: int) -> torch.Tensor:
-    """
-    Training images `(count, 3, image_size, image_size)` as the image processor makes them, the same in every run:
-    random ones or, of a stream, the first. Fewer if there are no more.
-    """
-    if data.is_streamed:
-        images = data.train.first_images(count)
-    else:
-        images = [read_image(row) for row in data.train.select(random_rows(len(data.train), count))]
-    return image_processor(images, return_tensors="pt")["pixel_values"]
-
-
 # ---- Evaluation ----
 
 
@@ -256,6 +244,17 @@ class CroppedImages(_Images):
             images = [read_image(row) for row in rows]
         cropped = self.image_processor(images, do_rescale=False, do_normalize=False, return_tensors="pt")
         return batch | {"pixel_values": cropped["pixel_values"]}
+
+
+def sample_images(data: ImageData, image_processor, count: int) -> torch.Tensor:
+    """
+    Training images `(count, 3, image_size, image_size)` as the image processor makes them, the same in every run:
+    random ones or, of a stream, the first. Fewer if there are no more.
+    """
+    if data.is_streamed:
+        return image_processor(data.train.first_images(count), return_tensors="pt")["pixel_values"]
+    rows = random_rows(len(data.train), count)
+    return EvalImages(data.train.select(rows), image_processor).__getitems__(range(len(rows)))["pixel_values"]
 
 
 def normalised(images: torch.Tensor, image_processor) -> torch.Tensor:

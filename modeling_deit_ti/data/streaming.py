@@ -269,13 +269,12 @@ class StreamedSplit:
 
     def first_images(self, count: int) -> list[PILImage.Image]:
         """RGB images, fewer if there are no more. Raises an `UnreadableRow` if one of them cannot be had."""
-        images = []
-        for shard, size in enumerate(self.rows.sizes.tolist()):
-            rows = self.read(shard, 0, min(size, count - len(images)))
-            images += [self.decode(shard, number, row)[0] for number, row in enumerate(rows)]
-            if len(images) == count:
-                break
-        return images
+        rows = (
+            (shard, number, row)
+            for shard, size in enumerate(self.rows.sizes.tolist())
+            for number, row in enumerate(self.read(shard, 0, size))
+        )
+        return [self.decode(*row)[0] for row in islice(rows, count)]
 
     def decode(self, shard: int, number: int, row: dict) -> tuple[PILImage.Image, int | None]:
         """The RGB image and the label id of a row. Raises an `UnreadableRow` if one of them cannot be had."""
