@@ -31,8 +31,8 @@ def add_prediction_flags(parser: argparse.ArgumentParser) -> None:
 
 
 def chosen_precision(name: str, model: PreTrainedModel) -> str:
-    """The precision that `--precision` names, for `device.autocast`; `auto` goes by the model and its device."""
-    return PRECISIONS.get(name) or automatic_precision(model.device, model)
+    """The precision that `--precision` names, for `device.autocast`; `auto` goes by its device."""
+    return PRECISIONS.get(name) or automatic_precision(model.device)
 
 
 def load_for_prediction(

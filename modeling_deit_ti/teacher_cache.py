@@ -240,7 +240,7 @@ def _recipe(args: Arguments, teacher: Teacher, data: ImageData, image_processor)
         "image_std": list(image_processor.image_std),
         "augmentation": vars(args.augmentation) | {"crop": args.augmentation.crop_at(image_size)},
         "device": training.device.type,
-        "precision": str(teacher_dtype(teacher, training.device, training.mixed_precision)),
+        "precision": str(teacher_dtype(training.mixed_precision)),
         "tf32": training.tf32,
         "compile": None if compilation.backend == DynamoBackend.NO else compilation.to_kwargs(),
         "deepspeed": training.deepspeed_plugin is not None,  # rounds the images to its own precision

@@ -205,7 +205,7 @@ class DistillationTrainer(Trainer):
         self.class_weights = None if class_weights is None else class_weights.to(self.args.device)
         self.settings = settings
         if teacher is not None:
-            dtype = teacher_dtype(teacher, self.args.device, self.args.mixed_precision)
+            dtype = teacher_dtype(self.args.mixed_precision)
             teacher.to(self.args.device, dtype, memory_format=torch.channels_last)
             # As accelerate compiles the student: for training alone, since the last batch of an evaluation is smaller.
             compile_options = self.accelerator.state.dynamo_plugin

@@ -15,7 +15,7 @@ from modeling_deit_ti import DeiTTiForImageClassification, device
 from modeling_deit_ti.checkpoints import SETTINGS_FILE
 from modeling_deit_ti.classifiers import new_timm_classifier
 from modeling_deit_ti.data import load_images
-from modeling_deit_ti.device import automatic_precision, is_faster_in_eager_attention, teacher_dtype
+from modeling_deit_ti.device import automatic_precision, is_faster_in_eager_attention
 from modeling_deit_ti.parsing import fitting_flags
 from modeling_deit_ti.runs import build_network, build_trainer, resume_precision
 from modeling_deit_ti.teacher import Teacher
@@ -107,14 +107,10 @@ def cnn(name: str) -> torch.nn.Module:
     return new_timm_classifier(name, DIGITS, 32, image_processor(32))
 
 
-def test_on_a_cpu_a_network_with_depthwise_convolutions_stays_in_float32(cpu, monkeypatch):
+def test_on_a_cpu_a_network_with_depthwise_convolutions_trains_in_float32(cpu, monkeypatch):
     cpu("avx512_bf16", "amx")
     depthwise, plain = cnn("efficientnet_lite0"), cnn("regnetx_002")  # the latter has grouped convolutions
     assert (automatic_precision("cpu", depthwise), automatic_precision("cpu", plain)) == ("no", "bf16")
-    assert teacher_dtype(depthwise, "cpu", "bf16") == torch.float32
-    assert teacher_dtype(plain, "cpu", "bf16") == torch.bfloat16
-    assert teacher_dtype(plain, "cpu", "no") == torch.float32
-    assert teacher_dtype(depthwise, "cuda", "bf16") == torch.bfloat16
 
 
 def test_a_teacher_in_float32_stays_so_beside_a_student_in_bfloat16():
