@@ -180,6 +180,9 @@ class ModelArguments:
     image_size: int = HfArg(default=224, help="Height and width of the network's input, in pixels.")
     patch_size: int = HfArg(default=16, help="Height and width of a patch, in pixels.")
     drop_path_rate: float = HfArg(default=0.1, help="Stochastic depth of the last block.")
+    patch_drop_rate: float = HfArg(
+        default=0.0, help="Share of an image's patches that a step of training leaves out (PatchDropout), of a DeiT-Ti."
+    )
     position_init: Literal["sincos", "normal"] = HfArg(
         default="sincos",
         help="How the position embeddings of a deit_ti from scratch start: as sines and cosines of rows and columns, "
@@ -212,7 +215,8 @@ class ModelArguments:
 
     def __post_init__(self):
         check_at_least(self, image_size=2, patch_size=1)  # torch cannot resize to a single pixel
-        check(self, "drop_path_rate", lambda rate: 0 <= rate < 1, "at least 0 and below 1")
+        for name in ("drop_path_rate", "patch_drop_rate"):
+            check(self, name, lambda rate: 0 <= rate < 1, "at least 0 and below 1")
         check(self, "eval_crop_ratio", lambda ratio: 0 < ratio <= 1, "above 0 and at most 1")
 
     @property
@@ -562,6 +566,8 @@ class Arguments(NamedTuple):
             del shown["max_steps"]  # epochs decide
         if self.model.freeze_backbone:
             shown["freeze_backbone"] = True
+        if self.model.patch_drop_rate > 0:
+            shown["patch_drop_rate"] = self.model.patch_drop_rate
         options = {name: getattr(self.training, name) for name in OPTIONAL_HYPERPARAMETERS}
         shown |= {name: value for name, value in options.items() if value is not None}
         if self.model.is_new_deit_ti:

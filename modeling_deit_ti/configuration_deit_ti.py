@@ -28,6 +28,8 @@ class DeiTTiConfig(PretrainedConfig):
         drop_path_rate (`float`, *optional*, defaults to 0.1):
             Stochastic depth: probability of dropping a residual branch in the last block. It increases linearly from
             0 in the first.
+        patch_drop_rate (`float`, *optional*, defaults to 0.0):
+            PatchDropout (Liu et al., 2023): share of an image's patches that training leaves out.
         initializer_range (`float`, *optional*, defaults to 0.02):
             Standard deviation of the truncated normal that initialises tokens, positions and weights.
         layer_norm_eps (`float`, *optional*, defaults to 1e-6): Epsilon of the layer norms.
@@ -61,6 +63,7 @@ class DeiTTiConfig(PretrainedConfig):
         hidden_dropout_prob=0.0,
         attention_probs_dropout_prob=0.0,
         drop_path_rate=0.1,
+        patch_drop_rate=0.0,
         initializer_range=0.02,
         layer_norm_eps=1e-6,
         image_size=224,
@@ -92,6 +95,7 @@ class DeiTTiConfig(PretrainedConfig):
         self.hidden_dropout_prob = hidden_dropout_prob
         self.attention_probs_dropout_prob = attention_probs_dropout_prob
         self.drop_path_rate = drop_path_rate
+        self.patch_drop_rate = patch_drop_rate
         self.initializer_range = initializer_range
         self.layer_norm_eps = layer_norm_eps
         self.image_size = image_size

@@ -86,6 +86,14 @@ def drop_path(hidden_states: torch.Tensor, noise: torch.Tensor | None, rate: flo
     return hidden_states * keep[:, None, None]
 
 
+def keep_patches(patches: torch.Tensor, noise: torch.Tensor, rate: float) -> torch.Tensor:
+    """PatchDropout (Liu et al., 2023): of the patches `(B, N, D)` those that have the smallest uniform numbers in
+    `noise` `(B, N)`, the same number of each image, at least one. Which position each has is already part of it."""
+    kept = max(1, int(patches.shape[1] * (1 - rate)))
+    places = noise.argsort(dim=1)[:, :kept, None].expand(-1, -1, patches.shape[2])
+    return patches.gather(1, places)
+
+
 class DeiTTiEmbeddings(nn.Module):
     """(B, C, height, width) pixels to (B, N, D): the learned tokens, then the patches, plus their positions."""
 
@@ -104,9 +112,15 @@ class DeiTTiEmbeddings(nn.Module):
         self.num_tokens = len(config.tokens)
         num_patches = (config.image_size // config.patch_size) ** 2
         self.position_embeddings = nn.Parameter(torch.zeros(1, self.num_tokens + num_patches, config.hidden_size))
+        self.patch_drop_rate = config.patch_drop_rate
         self.dropout = nn.Dropout(config.hidden_dropout_prob)
 
-    def forward(self, pixel_values: torch.Tensor, interpolate_pos_encoding: bool = False) -> torch.Tensor:
+    def forward(
+        self,
+        pixel_values: torch.Tensor,
+        interpolate_pos_encoding: bool = False,
+        patch_drop_noise: torch.Tensor | None = None,
+    ) -> torch.Tensor:
         batch_size, _, height, width = pixel_values.shape
         pixel_values = pixel_values.to(self.patch_projection.weight.dtype)
         positions = self.position_embeddings
@@ -124,7 +138,13 @@ class DeiTTiEmbeddings(nn.Module):
             for token in (self.class_token, self.distillation_token)
             if token is not None
         ]
-        return self.dropout(torch.cat([*tokens, patches], dim=1) + positions)
+        hidden_states = torch.cat([*tokens, patches], dim=1) + positions
+        if self.training and self.patch_drop_rate > 0:
+            learned, patches = hidden_states.tensor_split((self.num_tokens,), dim=1)
+            if patch_drop_noise is None:
+                patch_drop_noise = torch.rand(patches.shape[:2], device=patches.device)
+            hidden_states = torch.cat((learned, keep_patches(patches, patch_drop_noise, self.patch_drop_rate)), dim=1)
+        return self.dropout(hidden_states)
 
 
 def eager_attention_forward(module, query, key, value, attention_mask, scaling, dropout=0.0, **kwargs):
@@ -239,6 +259,7 @@ class DeiTTiModel(DeiTTiPreTrainedModel):
         pixel_values: torch.Tensor,
         interpolate_pos_encoding: bool = False,
         drop_path_noise: torch.Tensor | None = None,
+        patch_drop_noise: torch.Tensor | None = None,
         **kwargs,
     ) -> BaseModelOutput | tuple:
         """
@@ -250,17 +271,20 @@ class DeiTTiModel(DeiTTiPreTrainedModel):
             drop_path_noise (`torch.Tensor` of shape `(B, num_hidden_layers, 2)`, *optional*):
                 Uniform numbers in [0, 1), one for each branch of each image: in training, those below the layer's rate
                 are dropped. Drawn if missing.
+            patch_drop_noise (`torch.Tensor` of shape `(B, patches)`, *optional*):
+                Uniform numbers in [0, 1), one for each patch: in training, if the model drops patches, those with the
+                smallest numbers are kept. Drawn if missing.
             output_hidden_states, output_attentions, return_dict (`bool`, *optional*):
                 As in every transformers model. Attention probabilities need `attn_implementation="eager"`.
 
         Returns:
             `BaseModelOutput` with `last_hidden_state` of shape `(B, N, D)`: class token and distillation token (if the
-            model has them), then the patches.
+            model has them), then the patches; in training with `patch_drop_rate`, those that were kept, in any order.
 
         Raises:
             ValueError: if the images have another size and `interpolate_pos_encoding` is not set.
         """
-        hidden_states = self.embeddings(pixel_values, interpolate_pos_encoding)
+        hidden_states = self.embeddings(pixel_values, interpolate_pos_encoding, patch_drop_noise)
         noises = [None] * len(self.layers)
         if self.training and self.config.drop_path_rate > 0:
             if drop_path_noise is None:
@@ -291,6 +315,7 @@ class DeiTTiForImageClassification(DeiTTiPreTrainedModel):
         labels: torch.Tensor | None = None,
         interpolate_pos_encoding: bool = False,
         drop_path_noise: torch.Tensor | None = None,
+        patch_drop_noise: torch.Tensor | None = None,
         **kwargs,
     ) -> DeiTTiImageClassifierOutput | tuple:
         """
@@ -311,6 +336,7 @@ class DeiTTiForImageClassification(DeiTTiPreTrainedModel):
             pixel_values,
             interpolate_pos_encoding=interpolate_pos_encoding,
             drop_path_noise=drop_path_noise,
+            patch_drop_noise=patch_drop_noise,
             **kwargs,
         )
         tokens = output.last_hidden_state

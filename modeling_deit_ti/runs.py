@@ -73,6 +73,7 @@ def build_network(args: Arguments, data: ImageData) -> tuple[PreTrainedModel, De
         image_size=model.image_size,
         patch_size=model.patch_size,
         drop_path_rate=model.drop_path_rate,
+        patch_drop_rate=model.patch_drop_rate,
         **label_maps(data.label_names),
         **training.mode.network,
     )

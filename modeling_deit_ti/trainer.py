@@ -25,7 +25,7 @@ from transformers.trainer_utils import EvalPrediction
 from .card import Predictions
 from .checkpoints import delete_older, save_settings, seal
 from .data.inputs import normalised
-from .data.randomness import DROP_PATH_STREAM, random_uniform, start_generator
+from .data.randomness import DROP_PATH_STREAM, PATCH_DROP_STREAM, random_uniform, start_generator
 from .data.sampling import TrainSampler, collate_images
 from .data.streaming import UnreadableRow
 from .device import HostCopy, teacher_dtype, to_device
@@ -391,9 +391,12 @@ class DistillationTrainer(Trainer):
         if not self.is_deit_ti:
             start_generator(int(seeds[0]), self.args.device)  # for a network that draws by itself
             return {}
-        num_layers = self.model.config.num_hidden_layers
-        noise = random_uniform(torch.from_numpy(seeds), DROP_PATH_STREAM, num_layers, 2).float()
-        return {"drop_path_noise": to_device(noise, self.args.device)}
+        config, seeds = self.model.config, torch.from_numpy(seeds)
+        noise = {"drop_path_noise": random_uniform(seeds, DROP_PATH_STREAM, config.num_hidden_layers, 2)}
+        if config.patch_drop_rate > 0:
+            patches = (config.image_size // config.patch_size) ** 2
+            noise["patch_drop_noise"] = random_uniform(seeds, PATCH_DROP_STREAM, patches)
+        return {name: to_device(values.float(), self.args.device) for name, values in noise.items()}
 
     def _record_step(self, parts: LossParts, logits: torch.Tensor, teacher_logits: torch.Tensor | None) -> None:
         """Keeps what the next log and the next check for losses that are not finite need."""

@@ -68,6 +68,7 @@ def tiny_student(args: Arguments, num_hidden_layers: int = 2, num_labels: int = 
         image_size=model.image_size,
         patch_size=model.patch_size,
         drop_path_rate=model.drop_path_rate,
+        patch_drop_rate=model.patch_drop_rate,
         num_labels=num_labels,
         num_hidden_layers=num_hidden_layers,
         **args.training.mode.network,

@@ -298,6 +298,7 @@ MISTAKES = {
         ["--image_size 100000000", "do not fit into memory"],
     ),
     "drop path nan": (nothing, ["--drop_path_rate=nan"], ["--drop_path_rate", "nan is not a finite number"]),
+    "all patches dropped": (nothing, ["--patch_drop_rate=1"], ["--patch_drop_rate", "at least 0 and below 1"]),
     "model nowhere": (nothing, ["--model_name_or_path=nowhere"], ["--model_name_or_path nowhere"]),
     "model with one head for two tokens": (nothing, ["--distill_mode=both"], ["test_resnet has one head"]),
     "model that is no DeiT": (

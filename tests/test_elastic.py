@@ -23,10 +23,11 @@ from modeling_deit_ti.runs import begin_with_steps, build_network, build_trainer
 from modeling_deit_ti.teacher_cache import make_teacher_cache
 
 
-# DeiT's recipe, in which all is random: an image, its company, and the branches of the network.
+# DeiT's recipe, in which all is random: an image, its patches, its company, and the branches of the network.
 FLAGS = {
     "image_size": 32,
     "drop_path_rate": 0.5,
+    "patch_drop_rate": 0.5,
     "num_train_epochs": 2,
     "eval_strategy": "no",
     "logging_strategy": "steps",

@@ -21,7 +21,7 @@ from transformers import DeiTForImageClassificationWithTeacher as TransformersDe
 
 from modeling_deit_ti import DeiTTiConfig, DeiTTiForImageClassification, DeiTTiModel
 from modeling_deit_ti.distillation import MODES, resolve_mode
-from modeling_deit_ti.modeling_deit_ti import drop_path, interpolate_position_embeddings
+from modeling_deit_ti.modeling_deit_ti import drop_path, interpolate_position_embeddings, keep_patches
 
 
 def small_config(mode=MODES["both"], **overrides) -> DeiTTiConfig:
@@ -276,6 +276,38 @@ def test_drop_path_follows_the_noise_that_is_given_or_drawn_and_only_in_training
     torch.testing.assert_close(alone, given)
     assert not torch.equal(model(images, drop_path_noise=noise.flip(0)).logits, given)
     assert torch.equal(model.eval()(images, drop_path_noise=noise).logits, model(images).logits)
+
+
+def test_patch_dropout_keeps_the_patches_with_the_smallest_numbers():
+    patches = torch.arange(2 * 5 * 3.0).view(2, 5, 3)
+    noise = torch.tensor([[0.9, 0.1, 0.5, 0.2, 0.8], [0.0, 0.7, 0.6, 0.3, 0.9]])
+    for rate, expected in ((0.6, ([1, 3], [0, 3])), (0.79, ([1], [0])), (0.95, ([1], [0]))):
+        kept = torch.stack([patches[image, list(places)] for image, places in enumerate(expected)])
+        assert torch.equal(keep_patches(patches, noise, rate), kept)
+
+
+def test_a_network_with_patch_dropout_learns_from_the_patches_that_the_noise_keeps():
+    model, images = perturb(small_model(patch_drop_rate=0.75, drop_path_rate=0.0)).train(), torch.randn(3, 3, 32, 32)
+    torch.manual_seed(1)
+    drawn = model(images, output_hidden_states=True)
+    assert {states.shape for states in drawn.hidden_states} == {(3, 2 + 4, 192)}
+    torch.manual_seed(1)
+    noise = torch.rand(3, 16)
+    given = model(images, patch_drop_noise=noise)
+    assert torch.equal(given.logits, drawn.logits)
+    alone = torch.cat([model(images[i : i + 1], patch_drop_noise=noise[i : i + 1]).logits for i in range(3)])
+    torch.testing.assert_close(alone, given.logits)
+    # What lies in the patches that were left out makes no difference, and what lies in the others does.
+    is_kept = noise.argsort(dim=1).argsort(dim=1) < 4
+    pixels = is_kept.view(3, 1, 4, 4).repeat_interleave(8, dim=2).repeat_interleave(8, dim=3)
+    assert torch.equal(model(images * pixels, patch_drop_noise=noise).logits, given.logits)
+    assert not torch.equal(model(images * ~pixels, patch_drop_noise=noise).logits, given.logits)
+
+
+def test_patch_dropout_is_for_training_alone():
+    model, plain = (perturb(small_model(patch_drop_rate=rate)) for rate in (0.5, 0.0))
+    images, noise = torch.randn(2, 3, 32, 32), torch.rand(2, 16)
+    assert torch.equal(model(images, patch_drop_noise=noise).logits, plain(images).logits)
 
 
 def test_drop_path_rate_grows_linearly_with_depth():

@@ -240,7 +240,7 @@ def test_the_same_seed_gives_the_same_weights_and_another_seed_others(digits, tm
     recipe = {**DEITS_AUGMENTATION, "augment_on": augment_on}
     runs = []
     for seed in (1, 1, 2):
-        trainer = make_trainer(digits, tmp_path, seed=seed, drop_path_rate=0.3, **recipe)
+        trainer = make_trainer(digits, tmp_path, seed=seed, drop_path_rate=0.3, patch_drop_rate=0.5, **recipe)
         trainer.train()
         runs.append(weights(trainer))
     assert_same(runs[0], runs[1])
@@ -253,6 +253,7 @@ def test_a_resumed_run_ends_with_the_weights_of_one_that_never_stopped(digits, t
         **DEITS_AUGMENTATION,
         "augment_on": "auto",
         "drop_path_rate": 0.3,
+        "patch_drop_rate": 0.5,
         "num_train_epochs": 2,
         "save_strategy": "steps",
         "save_steps": step,

@@ -63,7 +63,7 @@ def test_the_pretended_gpu_counts_what_waits_and_nothing_else(gpu):
 
 @pytest.mark.parametrize(
     "flags",
-    [NOTHING_RANDOM, {**NOTHING_RANDOM, "mixup": 0.8, "cutmix": 1, "drop_path_rate": 0.5}],
+    [NOTHING_RANDOM, {**NOTHING_RANDOM, "mixup": 0.8, "cutmix": 1, "drop_path_rate": 0.5, "patch_drop_rate": 0.5}],
     ids=["static", "mixed"],
 )
 def test_no_step_waits_whether_the_teachers_logits_are_computed_or_read(digits, tmp_path, gpu, flags):

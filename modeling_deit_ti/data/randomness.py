@@ -1,8 +1,8 @@
 """What is random in training follows from an image's seed, and from nothing else.
 
 The seed of an image is a function of the run's seed, the epoch and the image's place in the epoch (see `TrainSampler`
-and `StreamedBatches`). Its crop, its augmentation, how it is mixed with its neighbour and the branches that drop path
-leaves out are functions of that seed. So they are the same whichever process, worker or micro batch an image comes to,
+and `StreamedBatches`). Its crop, its augmentation, how it is mixed with its neighbour, the branches that drop path
+leaves out and the patches that are dropped are functions of that seed. So they are the same whichever process, worker or micro batch an image comes to,
 and wherever a run was resumed: no generator has a state that would have to be kept.
 
 What other networks than DeiT-Ti draw in their forward pass (dropout) comes from torch's generator, which each micro
@@ -23,7 +23,8 @@ import torch
     NOISE_STREAM,
     MIXING_STREAM,
     DROP_PATH_STREAM,
-) = range(7)
+    PATCH_DROP_STREAM,
+) = range(8)
 
 
 # ---- SplitMix64 (Steele, Lea, Flood 2014), a hash of (seed, counter), on wrapping int64 ----
