@@ -76,6 +76,11 @@ class TimeSetting(Setting):
     recipe: str = HfArg(default="recipes/cifar10_quick.yaml", help="Ours; its images and sizes are those of all.")
     dataset_name: str | None = HfArg(default=None, help="As train_hf.py takes it. Default: the recipe's.")
     targets: list[float] = HfArg(default_factory=lambda: [0.6, 0.7], help="Accuracies to reach, from 0 to 1.")
+    peers_patch_size: int | None = HfArg(
+        default=None,
+        help="Of the others, in pixels. Default: the recipe's. They have no step that drops patches, so larger ones "
+        "may be the faster way for them.",
+    )
     limit: float = HfArg(default=3.0, help="The others stop after so many times our own time to the highest target.")
     every_minutes: float = HfArg(default=2.0, help="Evaluate after each epoch, and so often within it.")
     contenders: list[str] = HfArg(
@@ -97,6 +102,9 @@ class TimeSetting(Setting):
         ours = parse_arguments([f"--config={self.recipe}", f"--use_cpu={self.device == 'cpu'}"])
         self.dataset_name = self.dataset_name or ours.images.dataset_name
         self.image_size, self.patch_size = ours.model.image_size, ours.model.patch_size
+        self.peers_patch_size = self.peers_patch_size or self.patch_size
+        if self.image_size % self.peers_patch_size:
+            raise UserError(f"--peers_patch_size {self.peers_patch_size} does not divide {self.image_size} pixels.")
 
     @property
     def rows(self) -> Rows:
@@ -117,7 +125,10 @@ def make_arguments(
     flags = {name: value for name, value in images.items() if value is not None}
     flags |= {"dataset_name": setting.dataset_name, "validation_from_train": True}
     flags |= {"teacher_model_name_or_path": setting.teacher, "teacher_num_train_epochs": 0}  # it is fitted
-    flags |= {"config": setting.recipe} if contender == OURS else CONTENDERS[contender][1]
+    if contender == OURS:
+        flags["config"] = setting.recipe
+    else:
+        flags |= {"patch_size": setting.peers_patch_size} | CONTENDERS[contender][1]
     return contenders.make_arguments(setting, work_dir, precision, **flags)
 
 

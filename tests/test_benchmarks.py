@@ -268,7 +268,8 @@ def time_flags(tmp_path, work_dir) -> list[str]:
 
 
 def test_time_to_accuracy_goes_on_with_the_contenders_that_are_missing(time_flags, tmp_path, monkeypatch):
-    assert time_to_accuracy.main([*time_flags, "--limit", "0.01", "--contenders", "timm"]) == 0
+    time_flags += ["--limit", "0.01", "--contenders", "timm", "--peers_patch_size", "32"]
+    assert time_to_accuracy.main(time_flags) == 0
     (file,) = (tmp_path / "results").glob("time-to-accuracy-*.json")
     result = json.loads(file.read_text())
     ours, *timm = result["rows"]
@@ -278,14 +279,16 @@ def test_time_to_accuracy_goes_on_with_the_contenders_that_are_missing(time_flag
     assert [point["epoch"] for point in ours["curve"]] == [1.0, 2.0]  # to the end of its recipe
     # The others have a hundredth of our time, less than a step of theirs takes, of 128 images by default.
     assert all(len(row["curve"]) == 1 and row["curve"][0]["images"] == 128 for row in timm)
-    header, *rows = table_in(file.with_suffix(".md").read_text())
+    text = file.with_suffix(".md").read_text()
+    assert "Ours has patches of 16 pixels, the others of 32." in text
+    header, *rows = table_in(text)
     assert header[2:4] == ["1 %, minutes", "100 %, minutes"]
     assert [row[3].startswith("not reached in ") for row in rows] == [True] * 3
     assert file.with_suffix(".png").stat().st_size > 10_000
     assert file.stem in (tmp_path / "results" / "README.md").read_text()
 
     monkeypatch.setattr(time_to_accuracy, "attempt", lambda *args: pytest.fail("all of these are finished"))
-    assert time_to_accuracy.main([*time_flags, "--limit", "0.01", "--contenders", "timm"]) == 0
+    assert time_to_accuracy.main(time_flags) == 0
     assert json.loads(file.read_text())["rows"] == result["rows"]
 
 
@@ -325,6 +328,7 @@ def test_the_clock_stands_still_while_it_evaluates(time_flags):
     [
         ({"--teacher": "no_such_folder"}, "--teacher no_such_folder: name the folder of a teacher"),
         ({"--every_minutes": "0"}, "--every_minutes 0.0: must be above 0."),
+        ({"--peers_patch_size": "5"}, "--peers_patch_size 5 does not divide 32 pixels."),
     ],
 )
 def test_mistakes_about_time_are_named_before_training(changes, message, time_flags):
