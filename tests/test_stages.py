@@ -14,7 +14,10 @@ from modeling_deit_ti.errors import UserError
 from modeling_deit_ti.parsing import parse_arguments, parse_stages
 
 
-STAGES = [{"patch_size": 16, "learning_rate": 1e-3}, {"patch_size": 8, "learning_rate": 5e-4}]
+STAGES = [
+    {"patch_size": 16, "learning_rate": 1e-3, "patch_drop_rate": 0.5, "lr_scheduler_type": "constant_with_warmup"},
+    {"patch_size": 8, "learning_rate": 5e-4},
+]
 
 
 def write_recipe(folder, stages, **flags) -> str:
@@ -94,5 +97,6 @@ def test_a_run_killed_in_its_second_stage_goes_on_there_and_ends_the_same(tmp_pa
     first = json.loads((whole / "stage-1" / "all_results.json").read_text())
     assert [(stage["patch_size"], stage["top1"]) for stage in record.earlier_stages] == [(16, first["eval_accuracy"])]
     card = (whole / "README.md").read_text()
-    assert "| 1 | 32x32 | 16x16 | 1 | 0.001 |" in card and "| 2 | 32x32 | 8x8 | 1 | 0.0005 |" in card
+    assert "| 1 | 32x32 | 16x16 | 50 % | 1 | 0.001 | constant_with_warmup |" in card
+    assert "| 2 | 32x32 | 8x8 | 0 % | 1 | 0.0005 | cosine |" in card
     assert "| Initial weights | random |" in card

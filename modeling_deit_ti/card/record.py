@@ -118,9 +118,11 @@ class RunRecord:
         """What the card of a later stage says about this run."""
         return {
             "patch_size": self.patch_size,
+            "patch_drop_rate": self.hyperparameters.get("patch_drop_rate", 0.0),
             "image_size": self.image_size,
             "epochs": self.metrics["epoch"],
             "learning_rate": self.hyperparameters["learning_rate"],
+            "lr_scheduler_type": self.hyperparameters["lr_scheduler_type"],
             "seconds": self.metrics["train_runtime"],
             "top1": self.metrics["eval_accuracy"],
         }
