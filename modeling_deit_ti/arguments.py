@@ -181,7 +181,8 @@ class ModelArguments:
     patch_size: int = HfArg(default=16, help="Height and width of a patch, in pixels.")
     drop_path_rate: float = HfArg(default=0.1, help="Stochastic depth of the last block.")
     patch_drop_rate: float = HfArg(
-        default=0.0, help="Share of an image's patches that a step of training leaves out (PatchDropout), of a DeiT-Ti."
+        default=0.0,
+        help="Share of an image's patches that a step of training leaves out (PatchDropout), of a DeiT-Ti.",
     )
     position_init: Literal["sincos", "normal"] = HfArg(
         default="sincos",

@@ -2,8 +2,8 @@
 
 The seed of an image is a function of the run's seed, the epoch and the image's place in the epoch (see `TrainSampler`
 and `StreamedBatches`). Its crop, its augmentation, how it is mixed with its neighbour, the branches that drop path
-leaves out and the patches that are dropped are functions of that seed. So they are the same whichever process, worker or micro batch an image comes to,
-and wherever a run was resumed: no generator has a state that would have to be kept.
+leaves out and the patches that are dropped are functions of that seed. So they are the same whichever process, worker
+or micro batch an image comes to, and wherever a run was resumed: no generator has a state that would have to be kept.
 
 What other networks than DeiT-Ti draw in their forward pass (dropout) comes from torch's generator, which each micro
 batch starts from the seed of its first image.
