@@ -78,8 +78,8 @@ class TimeSetting(Setting):
     targets: list[float] = HfArg(default_factory=lambda: [0.6, 0.7], help="Accuracies to reach, from 0 to 1.")
     peers_patch_size: int | None = HfArg(
         default=None,
-        help="Of the others, in pixels. Default: the recipe's. Their defaults drop no patches, so larger ones may be the "
-        "faster way for them.",
+        help="Of the others, in pixels. Default: the recipe's. Their defaults drop no patches, so larger ones may be "
+        "the faster way for them.",
     )
     limit: float = HfArg(default=3.0, help="The others stop after so many times our own time to the highest target.")
     every_minutes: float = HfArg(default=2.0, help="Evaluate after each epoch, and so often within it.")
