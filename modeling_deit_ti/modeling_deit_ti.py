@@ -132,19 +132,15 @@ class DeiTTiEmbeddings(nn.Module):
                 )
             grid = (height // self.patch_size, width // self.patch_size)
             positions = interpolate_position_embeddings(positions, self.num_tokens, grid)
-        patches = self.patch_projection(pixel_values).flatten(2).transpose(1, 2)  # (B, patches, D)
-        tokens = [
-            token.expand(batch_size, -1, -1)
-            for token in (self.class_token, self.distillation_token)
-            if token is not None
-        ]
-        hidden_states = torch.cat([*tokens, patches], dim=1) + positions
+        token_positions, patch_positions = positions.tensor_split((self.num_tokens,), dim=1)
+        patches = self.patch_projection(pixel_values).flatten(2).transpose(1, 2) + patch_positions  # (B, patches, D)
         if self.training and self.patch_drop_rate > 0:
-            learned, patches = hidden_states.tensor_split((self.num_tokens,), dim=1)
             if patch_drop_noise is None:
                 patch_drop_noise = torch.rand(patches.shape[:2], device=patches.device)
-            hidden_states = torch.cat((learned, keep_patches(patches, patch_drop_noise, self.patch_drop_rate)), dim=1)
-        return self.dropout(hidden_states)
+            patches = keep_patches(patches, patch_drop_noise, self.patch_drop_rate)
+        tokens = [token for token in (self.class_token, self.distillation_token) if token is not None]
+        tokens = (torch.cat(tokens, dim=1) + token_positions).expand(batch_size, -1, -1)
+        return self.dropout(torch.cat((tokens, patches), dim=1))
 
 
 def eager_attention_forward(module, query, key, value, attention_mask, scaling, dropout=0.0, **kwargs):
