@@ -36,7 +36,7 @@ from modeling_deit_ti.parsing import fitting_flags, parse_arguments, parse_stage
 
 
 REPOSITORY = Path(__file__).resolve().parent
-BUDGETS = ("baseline", "native", "cpu", "small", "long")
+BUDGETS = ("baseline", "native", "cpu", "afternoon", "small", "long")
 # How long a run may take to reach its first step (imports, images, the teacher's accuracy), and to stop when told to.
 START_SECONDS, STOP_SECONDS = 60, 60
 

@@ -5,6 +5,7 @@ rewritten from all JSON files after every run; it also lists the settings that h
 """
 
 import json
+import math
 import re
 import statistics
 import time
@@ -43,7 +44,9 @@ class Case(NamedTuple):
     @property
     def command(self) -> str:
         names = [name for name in ("image_size", "patch_size", "batch_size") if name in self.where]
-        return f"python benchmarks/{self.benchmark}.py" + "".join(f" --{name} {self.where[name]}" for name in names)
+        flags = [f" --{name} {self.where[name]}" for name in names]
+        flags += [" --teacher FOLDER"] * (self.benchmark == "time_to_accuracy")
+        return f"python benchmarks/{self.benchmark}.py" + "".join(flags)
 
     def covers(self, result: dict) -> bool:
         return result["benchmark"] == self.benchmark and self.where.items() <= result["setting"].items()
@@ -62,6 +65,9 @@ CASES = (
 )
 CPU_BF16_4, CPU_BF16_8, CPU_FP32_4, GPU_224, GPU_32 = CASES
 CPU_INFERENCE = Case("inference on a CPU", {"device": "cpu"}, "inference")
+CPU_TIME = Case(
+    "time to accuracy on a CPU, CIFAR-10", {"device": "cpu", "recipe": "cifar10_quick.yaml"}, "time_to_accuracy"
+)
 # Of a case, or of any: the target in words, its figure (see `figures`), the figure's limit and format.
 TARGETS = (
     *(
@@ -86,6 +92,11 @@ TARGETS = (
     (GPU_32, "at least 40,000 images/s", "images/s", ">=", 40_000, ",.0f"),
     (None, "host memory grows by at most 1% over the epochs", "growth", "<=", 0.01, "+.2%"),
     (CPU_INFERENCE, "batch 1, fastest exported form at least 2x native float32", "exported", ">=", 2.0, ".2f"),
+    *(
+        (CPU_TIME, f"{accuracy} in at most a third of {whose} minutes", f"{accuracy}, {peer}", "<=", 1 / 3, ".2f")
+        for accuracy in ("60%", "70%")
+        for peer, whose in (("timm", "timm's"), ("transformers", "transformers'"))
+    ),
 )
 
 
@@ -95,9 +106,10 @@ def figures(result: dict) -> dict[str, float]:
     faster, and under each contender's name how many times its speed that is; the peak of `device GB`; the bare step's
     share of the matrix `product`'s rate; and `growth`, the highest host memory after an epoch of the second half,
     relative to that of the first. For inference, `exported`: the fastest form but this model's own, relative to it.
+    For the time to an accuracy, by accuracy and contender, our share of its minutes, [`time_shares`].
     """
     if result["benchmark"] == "time_to_accuracy":
-        return {}
+        return time_shares(result)
     # Of inference, one image a call.
     rows = {row["name"]: row for row in result["rows"] if not row["failed"] and row.get("batch_size", 1) == 1}
     speeds = {name: row["images_per_second"]["median"] for name, row in rows.items()}
@@ -117,6 +129,24 @@ def figures(result: dict) -> dict[str, float]:
         # Allocators go up and down; only memory that keeps going up is growth.
         found["growth"] = max(epochs[half:]) / max(epochs[:half]) - 1
     return found
+
+
+def time_shares(result: dict) -> dict[str, float]:
+    """
+    Our minutes to each target, divided by those of a contender, whichever of its rows was faster. One that did not
+    reach the target counts with all the minutes that it had, which favours it.
+    """
+    shares, (ours, *others) = {}, result["rows"]
+    if ours["failed"]:
+        return shares
+    others = [row for row in others if not row["failed"]]
+    for position, target in enumerate(result["setting"]["targets"]):
+        mine = ours["minutes_to_target"][position]
+        for row in others:
+            name = f"{target:.0%}, {row['name'].partition(',')[0]}"
+            minutes = row["minutes_to_target"][position] or row["curve"][-1]["minutes"]
+            shares[name] = math.inf if mine is None else max(shares.get(name, 0.0), mine / minutes)
+    return shares
 
 
 def share_of_product(bare: dict) -> float:

@@ -221,9 +221,10 @@ def plot(rows: list[dict], targets: list[float], file: Path) -> Figure:
         if row["failed"]:
             continue
         minutes, accuracies = ([point[key] for point in row["curve"]] for key in ("minutes", "accuracy"))
-        look = {"color": colours[row["name"].partition(",")[0]], "linestyle": "--" if "," in row["name"] else "-"}
+        name, _, precision_by_flag = row["name"].partition(",")
+        look = {"color": colours[name], "linestyle": "--" if precision_by_flag else "-"}
         marker = {"marker": "o" if len(minutes) <= 30 else None, "markersize": 3.5}
-        axes.plot(minutes, accuracies, **look, **marker, label=f"{row['name']} ({row['precision']})")
+        axes.plot(minutes, accuracies, **look, **marker, label=f"{name} ({row['precision']})")
     for target in targets:
         axes.axhline(target, color="#777777", linestyle=":", linewidth=1.2)
     style_axes(axes, "top-1 on images held out from training", "minutes of training")

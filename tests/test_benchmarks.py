@@ -280,10 +280,10 @@ def test_time_to_accuracy_goes_on_with_the_contenders_that_are_missing(time_flag
     # The others have a hundredth of our time, less than a step of theirs takes, of 128 images by default.
     assert all(len(row["curve"]) == 1 and row["curve"][0]["images"] == 128 for row in timm)
     text = file.with_suffix(".md").read_text()
-    assert "Ours has patches of 16 pixels, the others of 32." in text
+    assert "(ours in patches of 16 pixels, the others in patches of 32)" in text
     header, *rows = table_in(text)
     assert header[2:4] == ["1 %, minutes", "100 %, minutes"]
-    assert [row[3].startswith("not reached in ") for row in rows] == [True] * 3
+    assert [row[3] for row in rows] == ["not reached"] * 3
     assert file.with_suffix(".png").stat().st_size > 10_000
     assert file.stem in (tmp_path / "results" / "README.md").read_text()
 
@@ -440,8 +440,10 @@ def test_without_results_every_target_is_not_measured_and_names_its_command(tmp_
     report.write_index(tmp_path)
     assert set(verdicts(tmp_path).values()) == {("not measured", "not measured")}
     commands = [row[-1] for row in table_in((tmp_path / "README.md").read_text())[1:]]
-    assert all(command.startswith("`python benchmarks/throughput.py --image_size") for command in commands[:-1])
-    assert commands[-1] == "`python benchmarks/inference.py`"
+    *throughput, inference_command = commands[:-4]
+    assert all(command.startswith("`python benchmarks/throughput.py --image_size") for command in throughput)
+    assert inference_command == "`python benchmarks/inference.py`"
+    assert set(commands[-4:]) == {"`python benchmarks/time_to_accuracy.py --teacher FOLDER`"}
     header, *rows = table_in((tmp_path / "README.md").read_text(), 1)
     assert [row[0] for row in rows] == [case.name for case in report.CASES]
     assert all(set(row[1:]) == {"not measured"} for row in rows)
@@ -515,6 +517,35 @@ def test_target_of_inference_is_about_the_fastest_exported_form_at_batch_1(tmp_p
     report.write_result(made_up_result({"device": "cpu", **setting}, {}, **changes), tmp_path)
     name = f"{report.CPU_INFERENCE.name}: batch 1, fastest exported form at least 2x native float32"
     assert verdicts(tmp_path)[name] == ("3.10", "met")
+
+
+def row_to_targets(name: str, minutes_to_target: list[float | None], minutes: float) -> dict:
+    curve = [{"minutes": minutes, "epoch": 2.0, "images": 1000, "accuracy": 0.65}]
+    facts = {"name": name, "failed": None, "precision": "fp32"}
+    return facts | {"curve": curve, "minutes_to_target": minutes_to_target}
+
+
+def test_targets_of_time_are_about_the_faster_row_of_each_and_count_minutes_that_were_not_enough(tmp_path):
+    rows = [
+        row_to_targets("ours", [4.0, 10.0], 10.0),
+        row_to_targets("timm", [16.0, 29.0], 29.0),
+        row_to_targets("timm, bf16", [11.0, None], 30.5),
+        row_to_targets("transformers", [None, None], 30.0),
+        {"name": "transformers, bf16", "failed": "OutOfMemoryError: 40 GB"},
+    ]
+    setting = {"recipe": "cifar10_quick.yaml", "image_size": 32, "patch_size": 4, "peers_patch_size": 8, "limit": 3.0}
+    setting |= {"targets": [0.6, 0.7], "every_minutes": 1.0, "teacher": "a_teacher"}
+    changes = {"benchmark": "time_to_accuracy", "train_images": 100, "held_out_images": 10, "recipe": {"epochs": 4}}
+
+    def verdicts_with(*rows) -> list[tuple[str, str]]:
+        result = made_up_result({"device": "cpu"} | setting, {}, rows=rows, **changes)
+        report.write_result(result | {"setting": result["setting"] | setting}, tmp_path)
+        return [verdict for name, verdict in verdicts(tmp_path).items() if name.startswith(report.CPU_TIME.name)]
+
+    assert verdicts_with(*rows) == [("0.36", "missed"), ("0.13", "met"), ("0.34", "missed"), ("0.33", "met")]
+    too_slow = row_to_targets("ours", [4.0, None], 12.0)
+    assert verdicts_with(too_slow, rows[1])[2] == ("inf", "missed")
+    assert set(verdicts_with({"name": "ours", "failed": "it did"})) == {("not measured", "not measured")}
 
 
 def test_memory_that_creeps_up_is_told(tmp_path):
