@@ -538,8 +538,7 @@ def test_targets_of_time_are_about_the_faster_row_of_each_and_count_minutes_that
     changes = {"benchmark": "time_to_accuracy", "train_images": 100, "held_out_images": 10, "recipe": {"epochs": 4}}
 
     def verdicts_with(*rows) -> list[tuple[str, str]]:
-        result = made_up_result({"device": "cpu"} | setting, {}, rows=rows, **changes)
-        report.write_result(result | {"setting": result["setting"] | setting}, tmp_path)
+        report.write_result(made_up_result({"device": "cpu"} | setting, {}, rows=rows, **changes), tmp_path)
         return [verdict for name, verdict in verdicts(tmp_path).items() if name.startswith(report.CPU_TIME.name)]
 
     assert verdicts_with(*rows) == [("0.36", "missed"), ("0.13", "met"), ("0.34", "missed"), ("0.33", "met")]

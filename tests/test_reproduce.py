@@ -271,7 +271,10 @@ def test_a_mistake_that_train_hf_finds_is_passed_on(call):
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
-        (["--budget=huge"], "--budget huge: must be one of baseline, native, cpu, afternoon, small, long, or a YAML"),
+        (
+            ["--budget=huge"],
+            "--budget huge: must be one of baseline, native, cpu, afternoon, small, long, or a YAML file",
+        ),
         (["--budget=broken.yaml"], "--config broken.yaml: it must consist of `flag: value` lines"),
         (["--rows", "medium"], "argument --rows: invalid choice: 'medium'"),
         (["--minutes=1"], "--minutes 1: must be at least 2"),
