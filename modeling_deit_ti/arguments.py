@@ -45,6 +45,8 @@ HYPERPARAMETERS = (
 )
 # As above, but only mentioned if they are set: what was fitted before they came is still the same.
 OPTIONAL_HYPERPARAMETERS = ("class_weights", "early_stopping_patience", "ema_decay")
+# How a deit_ti from scratch starts.
+INITIALIZATION = ("patch_init", "position_init", "attention_init")
 
 
 def check(group, name: str, is_valid: Callable[[float], bool], requirement: str) -> None:
@@ -572,7 +574,7 @@ class Arguments(NamedTuple):
         options = {name: getattr(self.training, name) for name in OPTIONAL_HYPERPARAMETERS}
         shown |= {name: value for name, value in options.items() if value is not None}
         if self.model.is_new_deit_ti:
-            shown |= {name: getattr(self.model, name) for name in ("patch_init", "position_init", "attention_init")}
+            shown |= {name: getattr(self.model, name) for name in INITIALIZATION}
         return shown | vars(self.augmentation) | {"crop": self.augmentation.crop_at(self.model.image_size)}
 
     def division(self, processes: int) -> Division:

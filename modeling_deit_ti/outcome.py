@@ -10,7 +10,7 @@ from huggingface_hub import HfApi
 from safetensors.torch import load_file, save_file
 from transformers.utils import SAFE_WEIGHTS_NAME
 
-from .arguments import Arguments, DistillationTrainingArguments
+from .arguments import INITIALIZATION, Arguments, DistillationTrainingArguments
 from .card import (
     CURVES_FILE,
     EXAMPLE_FILE,
@@ -166,6 +166,8 @@ def describe_run(
         "max_eval_samples": images.max_eval_samples,
         "max_validation_samples": images.max_validation_samples,
     }
+    if first:  # how the network started is part of the first stage's
+        hyperparameters |= {name: value for name, value in first.hyperparameters.items() if name in INITIALIZATION}
     if training.load_best_model_at_end:
         hyperparameters["metric_for_best_model"] = training.metric_for_best_model
     if images.streaming:

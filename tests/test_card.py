@@ -350,6 +350,13 @@ def test_example_and_curves_are_shown_where_the_run_left_them(tmp_path):
     assert "huggingface_hub import" not in local
 
 
+def test_whitened_patches_are_no_random_start(tmp_path):
+    record = make_record()
+    assert "| Initial weights | random |" in render(record, tmp_path)
+    record.hyperparameters["patch_init"] = "whitening"
+    assert "| Initial weights | random, but for the patch projection, which starts from" in render(record, tmp_path)
+
+
 def test_checkpoint_chosen_on_the_evaluation_split_is_said(tmp_path):
     record = make_record()
     assert "flatter" not in render(record, tmp_path)
