@@ -577,7 +577,9 @@ class DistillationTrainer(Trainer):
         readouts = [logits if isinstance(logits, torch.Tensor) else logits[0]]
         if len(self.readouts) > 1:
             _, class_logits, distillation_logits = logits
-            readouts += [class_logits, distillation_logits, (class_logits + distillation_logits) / 2]
+            # In half precision the model's own mean is rounded: another mean would be another prediction.
+            both = readouts[0] if self.mode.readout == "both" else (class_logits + distillation_logits) / 2
+            readouts += [class_logits, distillation_logits, both]
         ranked = torch.stack(readouts, dim=1).topk(min(5, self.num_labels), dim=-1).indices
         predicting = readouts[0].float()
         kept = ranked, predicting.softmax(dim=-1).amax(dim=-1)

@@ -232,6 +232,14 @@ def test_in_bf16_the_teacher_runs_in_bf16_as_well(digits, tmp_path):
     assert next(trainer.model.parameters()).dtype == torch.float32
 
 
+def test_in_bf16_the_mean_of_both_heads_is_the_prediction(digits, tmp_path):
+    trainer = make_trainer(digits, tmp_path, distill_mode="both", bf16=True, use_cpu=True)
+    for head in (trainer.model.class_head, trainer.model.distillation_head):
+        torch.nn.init.constant_(head.bias, 20)  # around it bfloat16 has steps of 1/8, so that means are rounded
+    kept = trainer.predict(trainer.eval_dataset).predictions[0]
+    assert (kept[:, 0] == kept[:, trainer.readouts.index("_both")]).all()
+
+
 # ---- Training ----
 
 
