@@ -357,6 +357,15 @@ def test_whitened_patches_are_no_random_start(tmp_path):
     assert "| Initial weights | random, but for the patch projection, which starts from" in render(record, tmp_path)
 
 
+def test_epochs_and_time_are_those_of_all_stages(tmp_path):
+    record = make_record()
+    record.metrics["epoch"] = 8.0
+    record.earlier_stages = [{**record.as_stage(), "epochs": 20.0, "seconds": 4266.0}]
+    card = render(record, tmp_path)
+    assert "This model was trained for 28 epochs at 32x32 pixels" in card
+    assert "Training took 1 h 23 min, all stages together, on 2 CPU cores" in card
+
+
 def test_checkpoint_chosen_on_the_evaluation_split_is_said(tmp_path):
     record = make_record()
     assert "flatter" not in render(record, tmp_path)

@@ -101,3 +101,4 @@ def test_a_run_killed_in_its_second_stage_goes_on_there_and_ends_the_same(tmp_pa
     assert "| 2 | 32x32 | 8x8 | 0 % | 1 | 0.0005 | cosine |" in card
     assert "| Initial weights | random |" in card
     assert "| attention_init | `mimetic` |" in card
+    assert ", all stages together, on " in card

@@ -56,7 +56,9 @@ def write_model_card(record: RunRecord, folder: str | os.PathLike) -> None:
     """Writes the card to `README.md` in the run's folder, after all else: it covers what it finds there."""
     folder = Path(folder)
     name = record.hub_model_id.rpartition("/")[2] if record.hub_model_id else folder_name(folder)
-    rows = results(record)
+    rows, earlier = results(record), record.earlier_stages
+    # max_steps may have ended the run before its num_train_epochs.
+    epochs = record.metrics.get("epoch", record.hyperparameters.get("num_train_epochs"))
     card = ModelCard.from_template(
         card_metadata(record, name, rows),
         template_path=str(TEMPLATE),
@@ -64,8 +66,9 @@ def write_model_card(record: RunRecord, folder: str | os.PathLike) -> None:
         name=name,
         results=rows,
         interval=confidence_interval(rows[0].accuracy, record.dataset.num_eval_images) if rows else None,
-        # max_steps may have ended the run before its num_train_epochs.
-        epochs=record.metrics.get("epoch", record.hyperparameters.get("num_train_epochs")),
+        epochs=epochs,
+        epochs_in_all=epochs and epochs + sum(stage["epochs"] for stage in earlier),
+        seconds_in_all=record.metrics.get("train_runtime", 0) + sum(stage["seconds"] for stage in earlier),
         has_baseline=any(row.baseline is not None for row in rows),
         equation=loss_equation(record.mode, record.hyperparameters.get("class_weights") is not None),
         labels_in_training=labels_in_training(record.hyperparameters),
