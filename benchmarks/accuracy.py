@@ -102,7 +102,7 @@ class Run:
         if self.is_finished:
             return "finished"
         done = self.epochs_done
-        return f"interrupted after {done:g} of {self.epochs:g} epochs" if done else "not yet run"
+        return f"interrupted after {done:.3g} of {self.epochs:g} epochs" if done else "not yet run"
 
     def epochs_reported(self, output: str) -> float:
         """Epochs of all stages, up to the last that train_hf.py has printed."""
@@ -213,23 +213,21 @@ def make_table(budget: str, settings: dict, runs: list[Run], facts_before: dict[
 
 def run_facts(run: Run, row: Row) -> dict:
     """What the table says about one run."""
-    stages = [RunRecord.load(stage.training.output_dir) for stage in run.stages]
-    record, metrics = stages[-1], stages[-1].metrics
-    seconds = sum(stage.metrics["train_runtime"] for stage in stages)
-    images = sum(stage.metrics["train_samples_per_second"] * stage.metrics["train_runtime"] for stage in stages)
+    record = RunRecord.load(run.folder)
+    metrics = record.metrics
     return {
         "seed": run.seed,
         "architecture": record.architecture,
         "top1": metrics[row.metric],
         "top5": metrics[f"{row.metric}_top5"],
-        "epochs": sum(stage.metrics["epoch"] for stage in stages),
+        "epochs": record.epochs,
         "train_images": record.dataset.num_train_images,
         "test_images": record.dataset.num_eval_images,
         "test_split": record.dataset.eval_split,
         "validation_images": record.hyperparameters.get("max_validation_samples", record.dataset.num_eval_images),
-        "images_seen": round(images),
-        "seconds": seconds,
-        "images_per_second": images / seconds,
+        "images_seen": record.images_seen,
+        "seconds": record.seconds,
+        "images_per_second": record.images_seen / record.seconds,
         "device": record.hardware,
         "precision": record.hyperparameters["precision"],
         "teacher_top1": metrics.get("teacher_accuracy"),

@@ -207,6 +207,7 @@ def describe_run(
 def summary(trainer: DistillationTrainer, teacher: TeacherRecord | None, metrics: dict) -> str:
     """What a person wants to know at the end. `metrics` are those of `all_results.json`."""
     folder = trainer.args.output_dir
+    record = RunRecord.load(folder)
     has_top5 = trainer.num_labels > 5
     lines = ["", f"{'':34}{'top-1':>8}" + f"{'top-5':>9}" * has_top5]
     if teacher is not None:
@@ -215,8 +216,9 @@ def summary(trainer: DistillationTrainer, teacher: TeacherRecord | None, metrics
         name = {"": "student", "_both": "  mean of both heads"}.get(readout, f"  {readout[1:]} head")
         top1, top5 = metrics[f"eval_accuracy{readout}"], metrics[f"eval_accuracy{readout}_top5"]
         lines.append(f"{name:34}{top1:8.2%}" + f"{top5:9.2%}" * has_top5)
-    share, time = metrics.get("teacher_cached", 0), duration(metrics["train_runtime"])
-    cached = f", {share:.0%} of the teacher's logits read from its cache" if share else ""
+    together, in_last = (" for all stages together", " in the last stage") if record.earlier_stages else ("", "")
+    share = metrics.get("teacher_cached", 0)
+    cached = f", {share:.0%} of the teacher's logits read from its cache{in_last}" if share else ""
     remote_code = ", trust_remote_code=True" if trainer.is_deit_ti else ""
     if metrics.get("stopped_early"):
         args = trainer.args
@@ -227,7 +229,8 @@ def summary(trainer: DistillationTrainer, teacher: TeacherRecord | None, metrics
         ]
     lines += [
         "",
-        f"Trained in {time}, {metrics['train_samples_per_second']:.0f} images/s in {metrics['precision']}{cached}.",
+        f"Trained in {duration(record.seconds)}{together}, {record.images_seen / record.seconds:.0f} images/s in "
+        f"{metrics['precision']}{cached}.",
         f"The model, its card (README.md) and its curves are in {folder}",
         *([f"The teacher is in {metrics['teacher_path']}"] if teacher is not None else []),
         "",

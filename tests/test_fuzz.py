@@ -261,8 +261,14 @@ def test_label_names_leave_the_card_whole(profile, tmp_path):
             patch_size=4,
             mode=MODES["none"],
             dataset=DatasetRecord(dataset_name, "scikit-learn", names, 10, 10),
-            metrics={"eval_accuracy": 0.5, "eval_accuracy_top5": 0.75},
-            hyperparameters={"learning_rate": 1e-3},
+            metrics={
+                "eval_accuracy": 0.5,
+                "eval_accuracy_top5": 0.75,
+                "epoch": 1.0,
+                "train_runtime": 10.0,
+                "train_samples_per_second": 1.0,
+            },
+            hyperparameters={"learning_rate": 1e-3, "lr_scheduler_type": "cosine"},
             hardware="2 CPU cores",
             example_label=names[0],
         )

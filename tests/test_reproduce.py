@@ -393,7 +393,12 @@ def all_recorded(tmp_path_factory) -> tuple[Path, reproduce.ReproduceArguments, 
             mode=run.args.training.mode,
             dataset=DatasetRecord("uoft-cs/cifar10", "hub", labels, 10_000, 10_000),
             metrics=metrics,
-            hyperparameters={"precision": "no", "max_validation_samples": 1000},
+            hyperparameters={
+                "learning_rate": 1e-3,
+                "lr_scheduler_type": "cosine",
+                "precision": "no",
+                "max_validation_samples": 1000,
+            },
             hardware="2 CPU cores (x86_64)",
         )
         place = folder / run.folder

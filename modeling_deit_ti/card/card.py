@@ -56,19 +56,14 @@ def write_model_card(record: RunRecord, folder: str | os.PathLike) -> None:
     """Writes the card to `README.md` in the run's folder, after all else: it covers what it finds there."""
     folder = Path(folder)
     name = record.hub_model_id.rpartition("/")[2] if record.hub_model_id else folder_name(folder)
-    rows, earlier = results(record), record.earlier_stages
-    # max_steps may have ended the run before its num_train_epochs.
-    epochs = record.metrics.get("epoch", record.hyperparameters.get("num_train_epochs"))
+    rows = results(record)
     card = ModelCard.from_template(
         card_metadata(record, name, rows),
         template_path=str(TEMPLATE),
         record=record,
         name=name,
         results=rows,
-        interval=confidence_interval(rows[0].accuracy, record.dataset.num_eval_images) if rows else None,
-        epochs=epochs,
-        epochs_in_all=epochs and epochs + sum(stage["epochs"] for stage in earlier),
-        seconds_in_all=record.metrics.get("train_runtime", 0) + sum(stage["seconds"] for stage in earlier),
+        interval=confidence_interval(rows[0].accuracy, record.dataset.num_eval_images),
         has_baseline=any(row.baseline is not None for row in rows),
         equation=loss_equation(record.mode, record.hyperparameters.get("class_weights") is not None),
         labels_in_training=labels_in_training(record.hyperparameters),
@@ -117,9 +112,9 @@ def card_metadata(record: RunRecord, name: str, rows: list[ResultRow]) -> ModelC
         pipeline_tag="image-classification",
         tags=tags + (["distillation", "knowledge-distillation"] if mode.has_teacher else []),
         datasets=[dataset.name] if dataset.source == "hub" else None,
-        metrics=["accuracy"] if evaluations else None,
-        model_name=name if evaluations else None,
-        eval_results=evaluations or None,
+        metrics=["accuracy"],
+        model_name=name,
+        eval_results=evaluations,
     )
     if record.base_model_on_hub:
         metadata["base_model"], metadata["base_model_relation"] = record.base_model, "finetune"
@@ -133,10 +128,8 @@ def card_metadata(record: RunRecord, name: str, rows: list[ResultRow]) -> ModelC
 
 
 def results(record: RunRecord) -> list[ResultRow]:
-    """A row per read-out, the predicting one first; none if the model was not evaluated."""
+    """A row per read-out, the predicting one first."""
     mode, metrics = record.mode, record.metrics
-    if "eval_accuracy" not in metrics:
-        return []
     keys = {mode.readout: "eval_accuracy"}
     if len(mode.tokens) == 2:
         keys |= {name: f"eval_accuracy_{name}" for name in ("both", "class", "distillation") if name != mode.readout}

@@ -32,8 +32,8 @@ def percent(value: float) -> str:
 
 def duration(seconds: float) -> str:
     """A time in hours and minutes, in minutes and seconds or in seconds."""
-    hours, rest = divmod(round(seconds), 3600)
-    minutes, rest = divmod(rest, 60)
-    if hours:
+    minutes, rest = divmod(round(seconds), 60)
+    if minutes >= 60:
+        hours, minutes = divmod(round(seconds / 60), 60)
         return f"{hours} h {minutes} min"
-    return f"{minutes} min {rest} s" if minutes else f"{seconds:.0f} s"
+    return f"{minutes} min {rest} s" if minutes else f"{rest} s"

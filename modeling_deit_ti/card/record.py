@@ -114,6 +114,26 @@ class RunRecord:
         self.hyperparameters = shareable(self.hyperparameters)
         self.command = None if self.command is None else shareable_command(self.command)
 
+    @property
+    def stages(self) -> list[dict]:
+        """Of the whole training: the earlier stages, if its recipe has any, then this run."""
+        return [*self.earlier_stages, self.as_stage()]
+
+    @property
+    def epochs(self) -> float:
+        """Of all stages, as trained: `max_steps` may end one before its `num_train_epochs`."""
+        return sum(stage["epochs"] for stage in self.stages)
+
+    @property
+    def seconds(self) -> float:
+        """Of training, all stages together, with the evaluations between epochs."""
+        return sum(stage["seconds"] for stage in self.stages)
+
+    @property
+    def images_seen(self) -> int:
+        """In training, all stages together: an image counts in each epoch."""
+        return sum(stage["images_seen"] for stage in self.stages)
+
     def as_stage(self) -> dict:
         """What the card of a later stage says about this run."""
         return {
@@ -124,6 +144,7 @@ class RunRecord:
             "learning_rate": self.hyperparameters["learning_rate"],
             "lr_scheduler_type": self.hyperparameters["lr_scheduler_type"],
             "seconds": self.metrics["train_runtime"],
+            "images_seen": round(self.metrics["train_samples_per_second"] * self.metrics["train_runtime"]),
             "top1": self.metrics["eval_accuracy"],
         }
 
