@@ -227,7 +227,7 @@ def run_facts(run: Run, row: Row) -> dict:
         "validation_images": record.hyperparameters.get("max_validation_samples", record.dataset.num_eval_images),
         "images_seen": record.images_seen,
         "seconds": record.seconds,
-        "images_per_second": record.images_seen / record.seconds,
+        "images_per_second": record.images_per_second,
         "device": record.hardware,
         "precision": record.hyperparameters["precision"],
         "teacher_top1": metrics.get("teacher_accuracy"),

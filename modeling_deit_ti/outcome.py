@@ -229,7 +229,7 @@ def summary(trainer: DistillationTrainer, teacher: TeacherRecord | None, metrics
         ]
     lines += [
         "",
-        f"Trained in {duration(record.seconds)}{together}, {record.images_seen / record.seconds:.0f} images/s in "
+        f"Trained in {duration(record.seconds)}{together}, {record.images_per_second:.0f} images/s in "
         f"{metrics['precision']}{cached}.",
         f"The model, its card (README.md) and its curves are in {folder}",
         *([f"The teacher is in {metrics['teacher_path']}"] if teacher is not None else []),

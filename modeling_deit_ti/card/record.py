@@ -134,6 +134,11 @@ class RunRecord:
         """In training, all stages together: an image counts in each epoch."""
         return sum(stage["images_seen"] for stage in self.stages)
 
+    @property
+    def images_per_second(self) -> float:
+        """In training, on average over all stages."""
+        return self.images_seen / self.seconds
+
     def as_stage(self) -> dict:
         """What the card of a later stage says about this run."""
         return {
