@@ -3,7 +3,6 @@
 import datetime
 import multiprocessing
 import os
-import re
 import sys
 import traceback
 from collections.abc import Callable
@@ -19,15 +18,14 @@ from transformers import HfArgumentParser, TrainingArguments
 from transformers.hf_argparser import HfArg
 
 from modeling_deit_ti.arguments import Arguments, check_at_least
-from modeling_deit_ti.card import describe_hardware, library_versions
+from modeling_deit_ti.card import describe_cores, describe_hardware, library_versions, processor_facts
+from modeling_deit_ti.device import cpu_count
 from modeling_deit_ti.errors import UserError, first_line
 
 
 Precision = Literal["fp32", "fp16", "bf16"]
 # Of a table, by name: each row's contender and precision; `None`: what train_hf.py takes by itself.
 Rows = dict[str, tuple[str, Precision | None]]
-# Of a CPU: what decides how fast it multiplies matrices, by the names that Linux has for them.
-INSTRUCTIONS = ("avx2", "avx512f", "avx512_vnni", "avx512_bf16", "avx512_fp16", "amx_bf16", "amx_int8", "bf16")
 BARE, PUBLISHED_BASELINE = "bare step", "published baseline's loop"
 OURS = ("ours, augment on loader", "ours, augment on device")
 PEERS = ("timm", "transformers")
@@ -83,11 +81,6 @@ class SpeedSetting(Setting):
             raise UserError(f"--patch_size {self.patch_size} does not divide --image_size {self.image_size}.")
 
 
-def cpu_count() -> int:
-    """The cores that this process may use, which in a container are not all of them; only Linux can tell."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-
-
 def parse_setting(kind: type[Setting], argv: list[str], description: str) -> Setting:
     """Raises a `UserError` if the machine or the libraries lack what is asked for."""
     # One GPU, even if there are more: a Trainer would use them all.
@@ -119,26 +112,13 @@ def precision_of(args: Arguments) -> Precision:
     return {"no": "fp32"}.get(args.training.mixed_precision, args.training.mixed_precision)
 
 
-def describe_processor() -> str | None:
-    """Its name, and those of its instructions that matter here; only Linux tells."""
-    try:
-        text = Path("/proc/cpuinfo").read_text()
-    except OSError:
-        return None
-    name = re.search(r"^model name\s*: (.+)$", text, re.MULTILINE)
-    flags = re.search(r"^(?:flags|Features)\s*: (.+)$", text, re.MULTILINE)
-    known = set(flags[1].split()) if flags else set()
-    parts = [name[1]] if name else []
-    return ", ".join(parts + [flag for flag in INSTRUCTIONS if flag in known])
-
-
 def describe_machine(device: str, *more_libraries: str) -> dict:
     """Device, instruction set and versions, as every result records them."""
-    training_args = TrainingArguments(use_cpu=device == "cpu", report_to="none")
+    on_gpu = device == "cuda"
     return {
         "device": device,
-        "hardware": describe_hardware(training_args),
-        "processor": describe_processor(),
+        "hardware": describe_hardware(TrainingArguments(report_to="none")) if on_gpu else describe_cores(),
+        "processor": ", ".join(processor_facts()) or None,
         "versions": library_versions() | {library: version(library) for library in more_libraries},
         "date": datetime.date.today().isoformat(),
     }

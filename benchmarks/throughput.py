@@ -42,7 +42,6 @@ from benchmarks.setting import (
     Rows,
     SpeedSetting,
     attempt,
-    cpu_count,
     parse_setting,
     precision_of,
     run,
@@ -52,7 +51,7 @@ from modeling_deit_ti.arguments import Arguments, check_at_least
 from modeling_deit_ti.classifiers import is_timm_architecture, new_timm_classifier
 from modeling_deit_ti.data import ImageData, load_images
 from modeling_deit_ti.data.inputs import make_image_processor
-from modeling_deit_ti.device import HALF_DTYPES
+from modeling_deit_ti.device import HALF_DTYPES, cpu_count
 from modeling_deit_ti.errors import UserError
 from modeling_deit_ti.parsing import parse_arguments
 

@@ -52,6 +52,11 @@ def cpu_is_fast_in_bfloat16() -> bool:
     return torch.cpu._is_amx_tile_supported() or (torch.cpu._is_avx512_bf16_supported() and _is_amd())
 
 
+def cpu_count() -> int:
+    """The cores that this process may use, which in a container are not all of them; only Linux can tell."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+
+
 @cache
 def _is_amd() -> bool:
     try:

@@ -19,7 +19,12 @@ from huggingface_hub import ModelCard
 from huggingface_hub.repocard_data import eval_results_to_model_index, model_index_to_eval_results
 from markdown_it import MarkdownIt
 from PIL import Image
-from transformers import DeiTImageProcessor, TimmWrapperConfig, TimmWrapperForImageClassification
+from transformers import (
+    DeiTImageProcessor,
+    TimmWrapperConfig,
+    TimmWrapperForImageClassification,
+    TrainingArguments,
+)
 from transformers.trainer_utils import SchedulerType
 
 from modeling_deit_ti import DeiTTiConfig, DeiTTiForImageClassification
@@ -28,6 +33,8 @@ from modeling_deit_ti.card import (
     RunRecord,
     TeacherRecord,
     curve_series,
+    describe_cores,
+    describe_hardware,
     plot_training_curves,
     write_model_card,
 )
@@ -359,6 +366,17 @@ def test_epochs_and_time_are_those_of_all_stages(tmp_path):
     assert "This model was trained for 28 epochs at 32x32 pixels" in card
     # 754.3 seconds more, at 1234.5 images a second
     assert "Training took 1 h 24 min for all stages together (385 images per second) on 2 CPU cores" in card
+
+
+@pytest.mark.skipif(not os.path.exists("/proc/cpuinfo"), reason="Linux alone names its processor there")
+def test_a_processor_is_named_with_its_instructions(tmp_path):
+    facts = dict(re.findall(r"^(.+?)\s*: (.+)$", Path("/proc/cpuinfo").read_text(), re.MULTILINE))
+    described = describe_hardware(TrainingArguments(use_cpu=True, report_to="none"))
+    assert described.startswith(describe_cores()[:-1]) and described.endswith(")")
+    assert facts.get("model name", "") in described
+    for instructions in ("avx2", "avx512_bf16", "amx_bf16"):
+        assert (f", {instructions}" in described) == (instructions in facts.get("flags", "").split())
+    assert f"per second) on {text(described)}, " in render(make_record(hardware=described), tmp_path)
 
 
 def test_checkpoint_chosen_on_the_evaluation_split_is_said(tmp_path):

@@ -1,6 +1,7 @@
 """What a run takes by itself to suit its device: precision, attention, memory layout, memory."""
 
 import json
+import os
 import platform
 import signal
 import subprocess
@@ -230,3 +231,8 @@ print(given_back, faults())
     ended = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
     given_back, kept = map(int, ended.stdout.split())
     assert given_back > 10_000 and kept < 100
+
+
+def test_cores_are_counted_where_the_system_does_not_say_which_are_allowed(monkeypatch):
+    monkeypatch.delattr(os, "sched_getaffinity", raising=False)  # as on a Mac
+    assert device.cpu_count() == os.cpu_count()

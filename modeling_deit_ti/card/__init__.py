@@ -11,9 +11,11 @@ from .record import (
     DatasetRecord,
     RunRecord,
     TeacherRecord,
+    describe_cores,
     describe_hardware,
     folder_name,
     library_versions,
+    processor_facts,
     shown_names,
 )
 from .report import (
@@ -44,6 +46,7 @@ __all__ = [
     "compare",
     "confidence_interval",
     "curve_series",
+    "describe_cores",
     "describe_hardware",
     "draw_report",
     "example_files",
@@ -51,6 +54,7 @@ __all__ = [
     "library_versions",
     "make_report",
     "plot_training_curves",
+    "processor_facts",
     "report_section",
     "scale_temperature",
     "shown_names",

@@ -17,10 +17,13 @@ from typing import Literal
 import torch
 from transformers import TrainingArguments
 
+from ..device import cpu_count
 from ..distillation import DistillMode
 
 
 RECORD_FILE = "run_record.json"
+# Of a CPU: what decides how fast it multiplies matrices, by the names that Linux has for them.
+INSTRUCTIONS = ("avx2", "avx512f", "avx512_vnni", "avx512_bf16", "avx512_fp16", "amx_bf16", "amx_int8", "bf16")
 CIFAR10_LABELS = {"airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck"}
 
 
@@ -72,14 +75,30 @@ def library_versions() -> dict[str, str]:
 
 
 def describe_hardware(args: TrainingArguments) -> str:
-    """The devices that a run uses, in words: `2 x NVIDIA H100`, `8 CPU cores (x86_64)`."""
+    """The devices that a run uses, in words: `2 x NVIDIA H100`, `8 CPU cores (x86_64, AMD EPYC, avx2, avx512f)`."""
     if args.device.type == "cpu":
-        # A container or a scheduler may allow fewer cores than the machine has; only Linux can tell.
-        count = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-        return f"{count} CPU core{'s' if count != 1 else ''} ({platform.machine()})"
+        return describe_cores(*processor_facts())
     if args.device.type == "cuda":
         return f"{args.world_size} x {torch.cuda.get_device_name(args.device)}"
     return f"{args.world_size} x {args.device.type.upper()}"
+
+
+def describe_cores(*details: str) -> str:
+    """`8 CPU cores (x86_64)`, with the details in the brackets, too."""
+    count = cpu_count()
+    return f"{count} CPU core{'s' if count != 1 else ''} ({', '.join((platform.machine(), *details))})"
+
+
+def processor_facts() -> list[str]:
+    """The processor's name, and those of its instructions that matter here. Empty where Linux does not tell."""
+    try:
+        text = Path("/proc/cpuinfo").read_text()
+    except OSError:
+        return []
+    name = re.search(r"^model name\s*: (.+)$", text, re.MULTILINE)
+    flags = re.search(r"^(?:flags|Features)\s*: (.+)$", text, re.MULTILINE)
+    known = set(flags[1].split()) if flags else set()
+    return [name[1]] * (name is not None) + [flag for flag in INSTRUCTIONS if flag in known]
 
 
 @dataclass

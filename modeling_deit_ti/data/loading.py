@@ -2,7 +2,6 @@
 
 import contextlib
 import hashlib
-import os
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -14,6 +13,7 @@ from PIL import Image as PILImage
 from sklearn.model_selection import train_test_split
 
 from ..arguments import ImageArguments
+from ..device import cpu_count
 from ..errors import UserError, first_line, list_some
 from .decoding import decode_image, open_image
 from .sampling import SUBSET_SEED, random_rows
@@ -313,7 +313,7 @@ def check_split(
         remove_columns=split.column_names,
         features=Features(CHECKED | DECODED if decode else CHECKED),
         # Starting processes takes longer than checking a small split.
-        num_proc=min(len(os.sched_getaffinity(0)), 16) if len(split) >= 20_000 else None,
+        num_proc=min(cpu_count(), 16) if len(split) >= 20_000 else None,
         desc=f"Checking {split_name}",
     )
     if not decode:
