@@ -208,14 +208,14 @@ def summary(trainer: DistillationTrainer, teacher: TeacherRecord | None, metrics
     """What a person wants to know at the end. `metrics` are those of `all_results.json`."""
     folder = trainer.args.output_dir
     record = RunRecord.load(folder)
-    has_top5 = trainer.num_labels > 5
-    lines = ["", f"{'':34}{'top-1':>8}" + f"{'top-5':>9}" * has_top5]
-    if teacher is not None:
-        lines.append(f"{'teacher, ' + teacher.name:34}{teacher.accuracy:8.2%}")
+    rows = [] if teacher is None else [(f"teacher, {teacher.name}", teacher.accuracy, None)]
     for readout in trainer.readouts:
         name = {"": "student", "_both": "  mean of both heads"}.get(readout, f"  {readout[1:]} head")
-        top1, top5 = metrics[f"eval_accuracy{readout}"], metrics[f"eval_accuracy{readout}_top5"]
-        lines.append(f"{name:34}{top1:8.2%}" + f"{top5:9.2%}" * has_top5)
+        rows.append((name, metrics[f"eval_accuracy{readout}"], metrics[f"eval_accuracy{readout}_top5"]))
+    width, has_top5 = max(34, *(len(name) for name, *_ in rows)), trainer.num_labels > 5
+    lines = ["", f"{'':{width}}{'top-1':>8}" + f"{'top-5':>9}" * has_top5]
+    for name, top1, top5 in rows:
+        lines.append(f"{name:{width}}{top1:8.2%}" + (f"{top5:9.2%}" if has_top5 and top5 is not None else ""))
     together, in_last = (" for all stages together", " in the last stage") if record.earlier_stages else ("", "")
     share = metrics.get("teacher_cached", 0)
     cached = f", {share:.0%} of the teacher's logits read from its cache{in_last}" if share else ""

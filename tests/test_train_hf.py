@@ -159,6 +159,18 @@ def test_a_run_tells_the_person_what_came_out(finished):
         assert unwanted not in result.stderr + result.stdout, result.stderr
 
 
+def test_the_summary_is_a_table_whatever_the_teachers_name(finished, monkeypatch, tmp_path, capsys):
+    fitted = json.loads((finished[0] / "all_results.json").read_text())["teacher_path"]
+    teacher = shutil.copytree(fitted, tmp_path / "a-teacher-in-a-folder-with-a-long-name")
+    flags = ["--distill_mode=both", f"--teacher_model_name_or_path={teacher}", f"--output_dir={tmp_path / 'run'}"]
+    in_process(monkeypatch, *QUICK, *flags)
+    lines = capsys.readouterr().out.splitlines()
+    header = next(number for number, line in enumerate(lines) if line.split() == ["top-1", "top-5"])
+    end = lines[header].index("top-1") + len("top-1")
+    # The teacher, the student, its two heads and their mean.
+    assert [line[:end][-1] for line in lines[header + 1 : header + 6]] == ["%"] * 5
+
+
 def test_the_saved_model_predicts_with_the_head_of_its_mode(finished):
     folder, _ = finished
     model = AutoModelForImageClassification.from_pretrained(folder).eval()
