@@ -8,6 +8,7 @@ import json
 import re
 import shlex
 import statistics
+from collections import defaultdict
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -240,7 +241,12 @@ def run_facts(run: Run, row: Row) -> dict:
 def render_table(table: dict) -> str:
     """`table.md`."""
     facts = [fact for row in table["rows"] for fact in row["runs"]]
-    return render("accuracy.md", **table, facts=facts, flags=shlex.join(table["extra_flags"]), cnns=CNNS)
+    devices = defaultdict(dict)  # the names of the runs on each, as the keys of a dict: in order, each once
+    for row in table["rows"]:
+        for fact in row["runs"]:
+            devices[fact["device"]][row["run"]] = None
+    flags = shlex.join(table["extra_flags"])
+    return render("accuracy.md", **table, facts=facts, devices=devices, flags=flags, cnns=CNNS)
 
 
 # ---- Curves ----

@@ -438,12 +438,25 @@ def test_the_table_has_mean_and_spread_over_seeds_beside_baseline_and_paper(reco
         "| 0, 1, 2 |",
         "on 10,000 images of the test split",
         "run with the extra flags `--weight_decay=0.1`",
-        "- precision: float32",
+        "- device: 2 CPU cores (x86_64)\n- precision: float32",
         "- commit: 0123456789ab",
     ):
         assert line in text
     names = {path.name for path in Path("model_cards").iterdir()}
     assert len(names) == 30 and {"cifar10-small-both-soft.md", "cifar10-small-both-soft-seed2.md"} <= names
+
+
+def test_a_table_of_several_machines_says_which_runs_each_has_trained(recorded):
+    args, runs = recorded
+    for run in runs:
+        if run.name in ("both", "teacher"):
+            record = RunRecord.load(run.folder)
+            record.hardware = "1 x Some GPU"
+            record.save(run.folder)
+    reproduce.update_results(args, runs)
+    others = "none, soft, hard, both-soft, both-standardized, distill, class, cnn"
+    devices = f"2 CPU cores (x86_64) for {others}; 1 x Some GPU for both, teacher"
+    assert f"\n- device: {devices}\n" in Path("results/cifar10-small/table.md").read_text()
 
 
 def test_a_command_for_one_seed_keeps_the_others_in_the_table(recorded):
