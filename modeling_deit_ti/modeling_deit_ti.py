@@ -165,14 +165,18 @@ class DeiTTiAttention(nn.Module):
         self.qkv = nn.Linear(config.hidden_size, 3 * config.hidden_size, bias=config.qkv_bias)
         self.projection = nn.Linear(config.hidden_size, config.hidden_size)
 
-    def forward(self, hidden_states: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None]:
+    def forward(
+        self, hidden_states: torch.Tensor, num_queries: int | None = None
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """(B, N, D) to (B, N, D), or of the first tokens alone, which attend to all: (B, num_queries, D)."""
         batch_size, length, width = hidden_states.shape
         qkv = self.qkv(hidden_states).view(batch_size, length, 3, self.num_heads, self.head_dim)
         query, key, value = qkv.permute(2, 0, 3, 1, 4).unbind(0)  # each (B, H, N, D / H)
+        query = query[:, :, :num_queries]
         attend = ALL_ATTENTION_FUNCTIONS.get_interface(self.config._attn_implementation, eager_attention_forward)
         dropout = self.config.attention_probs_dropout_prob if self.training else 0.0
         output, attention = attend(self, query, key, value, None, scaling=self.scaling, dropout=dropout)
-        return self.projection(output.reshape(batch_size, length, width)), attention
+        return self.projection(output.reshape(batch_size, -1, width)), attention
 
 
 class DeiTTiMLP(nn.Module):
@@ -198,9 +202,13 @@ class DeiTTiLayer(GradientCheckpointingLayer):
         self.dropout = nn.Dropout(config.hidden_dropout_prob)
         self.drop_path_rate = drop_path_rate
 
-    def forward(self, hidden_states: torch.Tensor, drop_path_noise: torch.Tensor | None = None) -> torch.Tensor:
+    def forward(
+        self, hidden_states: torch.Tensor, drop_path_noise: torch.Tensor | None = None, num_outputs: int | None = None
+    ) -> torch.Tensor:
+        """(B, N, D) to (B, N, D), or only the first tokens of it: (B, num_outputs, D)."""
         noise_of_attention, noise_of_mlp = (None, None) if drop_path_noise is None else drop_path_noise.unbind(dim=1)
-        branch, _ = self.attention(self.attention_norm(hidden_states))
+        branch, _ = self.attention(self.attention_norm(hidden_states), num_outputs)
+        hidden_states = hidden_states[:, :num_outputs]
         hidden_states = hidden_states + drop_path(self.dropout(branch), noise_of_attention, self.drop_path_rate)
         branch = self.mlp(self.mlp_norm(hidden_states))
         return hidden_states + drop_path(self.dropout(branch), noise_of_mlp, self.drop_path_rate)
@@ -256,6 +264,7 @@ class DeiTTiModel(DeiTTiPreTrainedModel):
         interpolate_pos_encoding: bool = False,
         drop_path_noise: torch.Tensor | None = None,
         patch_drop_noise: torch.Tensor | None = None,
+        learned_tokens_only: bool = False,
         **kwargs,
     ) -> BaseModelOutput | tuple:
         """
@@ -270,12 +279,15 @@ class DeiTTiModel(DeiTTiPreTrainedModel):
             patch_drop_noise (`torch.Tensor` of shape `(B, patches)`, *optional*):
                 Uniform numbers in [0, 1), one for each patch: in training, if the model drops patches, those with the
                 smallest numbers are kept. Drawn if missing.
+            learned_tokens_only (`bool`, *optional*, defaults to `False`):
+                Whether the last layer leaves out the patches, which saves three quarters of its work.
             output_hidden_states, output_attentions, return_dict (`bool`, *optional*):
                 As in every transformers model. Attention probabilities need `attn_implementation="eager"`.
 
         Returns:
             `BaseModelOutput` with `last_hidden_state` of shape `(B, N, D)`: class token and distillation token (if the
-            model has them), then the patches; in training with `patch_drop_rate`, those that were kept, in any order.
+            model has them), then the patches, unless `learned_tokens_only`; in training with `patch_drop_rate`, those
+            that were kept, in any order.
 
         Raises:
             ValueError: if the images have another size and `interpolate_pos_encoding` is not set.
@@ -286,8 +298,11 @@ class DeiTTiModel(DeiTTiPreTrainedModel):
             if drop_path_noise is None:
                 drop_path_noise = torch.rand(len(pixel_values), len(self.layers), 2, device=pixel_values.device)
             noises = drop_path_noise.unbind(dim=1)
-        for layer, noise in zip(self.layers, noises, strict=True):
-            hidden_states = layer(hidden_states, noise)
+        num_outputs = [None] * len(self.layers)
+        if learned_tokens_only:
+            num_outputs[-1] = len(self.config.tokens)
+        for layer, noise, count in zip(self.layers, noises, num_outputs, strict=True):
+            hidden_states = layer(hidden_states, noise, count)
         return BaseModelOutput(last_hidden_state=self.norm(hidden_states))
 
 
@@ -328,11 +343,15 @@ class DeiTTiForImageClassification(DeiTTiPreTrainedModel):
         Returns:
             [`DeiTTiImageClassifierOutput`]
         """
+        # The heads read the learned tokens alone, but who asks for every layer's output gets all of the last one's.
+        captures = ("output_hidden_states", "output_attentions")
+        is_captured = any(kwargs.get(name, getattr(self.config, name)) for name in captures)
         output = self.deit_ti(
             pixel_values,
             interpolate_pos_encoding=interpolate_pos_encoding,
             drop_path_noise=drop_path_noise,
             patch_drop_noise=patch_drop_noise,
+            learned_tokens_only=not is_captured,
             **kwargs,
         )
         tokens = output.last_hidden_state

@@ -173,6 +173,28 @@ def test_each_head_reads_its_own_token():
     torch.testing.assert_close(output.distillation_logits, model.distillation_head(hidden[:, 1]))
 
 
+@pytest.mark.parametrize("mode", ["none", "both"])
+def test_the_last_layer_leaves_out_the_patches_and_nothing_else_changes(mode):
+    """Logits and gradients as with all tokens, which asking for hidden states gives; in training, too."""
+    model = perturb(small_model(resolve_mode(mode), drop_path_rate=0.5, patch_drop_rate=0.25)).train()
+    noise = {"drop_path_noise": torch.rand(4, 2, 2), "patch_drop_noise": torch.rand(4, 16)}
+    images, labels = torch.randn(4, 3, 32, 32), torch.tensor([0, 1, 2, 1])
+    lengths = []
+    model.deit_ti.norm.register_forward_hook(lambda module, inputs, output: lengths.append(output.shape[1]))
+    logits, gradients = [], []
+    for is_captured in (False, True):
+        output = model(images, labels=labels, output_hidden_states=is_captured, **noise)
+        output.loss.backward()
+        logits.append(output.logits.detach())
+        gradients.append({name: parameter.grad for name, parameter in model.named_parameters()})
+        model.zero_grad(set_to_none=True)
+    num_tokens = len(model.config.tokens)
+    assert lengths == [num_tokens, num_tokens + 12]
+    torch.testing.assert_close(*logits, atol=1e-5, rtol=1e-5)
+    assert all((gradient != 0).any() for gradient in gradients[0].values())
+    torch.testing.assert_close(*gradients, atol=1e-6, rtol=1e-4)
+
+
 def test_initialisation_is_a_truncated_normal_of_width_two_hundredths():
     model = DeiTTiForImageClassification(DeiTTiConfig(**MODES["both"].network))
     for name, parameter in model.named_parameters():
@@ -293,8 +315,8 @@ def test_a_network_with_patch_dropout_learns_from_the_patches_that_the_noise_kee
     assert {states.shape for states in drawn.hidden_states} == {(3, 2 + 4, 192)}
     torch.manual_seed(1)
     noise = torch.rand(3, 16)
+    assert torch.equal(model(images, patch_drop_noise=noise, output_hidden_states=True).logits, drawn.logits)
     given = model(images, patch_drop_noise=noise)
-    assert torch.equal(given.logits, drawn.logits)
     alone = torch.cat([model(images[i : i + 1], patch_drop_noise=noise[i : i + 1]).logits for i in range(3)])
     torch.testing.assert_close(alone, given.logits)
     # What lies in the patches that were left out makes no difference, and what lies in the others does.
