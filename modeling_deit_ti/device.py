@@ -59,12 +59,14 @@ def cpu_count() -> int:
 
 
 @cache
+def cpu_info() -> str:
+    """What Linux says about the processors; empty on other systems."""
+    path = Path("/proc/cpuinfo")
+    return path.read_text() if path.exists() else ""
+
+
 def _is_amd() -> bool:
-    try:
-        vendor = Path("/proc/cpuinfo").read_text()
-    except OSError:  # not Linux
-        vendor = platform.processor()
-    return "AuthenticAMD" in vendor
+    return "AuthenticAMD" in (cpu_info() or platform.processor())
 
 
 def has_depthwise(network: nn.Module) -> bool:

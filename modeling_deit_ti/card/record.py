@@ -17,7 +17,7 @@ from typing import Literal
 import torch
 from transformers import TrainingArguments
 
-from ..device import cpu_count
+from ..device import cpu_count, cpu_info
 from ..distillation import DistillMode
 
 
@@ -91,12 +91,8 @@ def describe_cores(*details: str) -> str:
 
 def processor_facts() -> list[str]:
     """The processor's name, and those of its instructions that matter here. Empty where Linux does not tell."""
-    try:
-        text = Path("/proc/cpuinfo").read_text()
-    except OSError:
-        return []
-    name = re.search(r"^model name\s*: (.+)$", text, re.MULTILINE)
-    flags = re.search(r"^(?:flags|Features)\s*: (.+)$", text, re.MULTILINE)
+    name = re.search(r"^model name\s*: (.+)$", cpu_info(), re.MULTILINE)
+    flags = re.search(r"^(?:flags|Features)\s*: (.+)$", cpu_info(), re.MULTILINE)
     known = set(flags[1].split()) if flags else set()
     return [name[1]] * (name is not None) + [flag for flag in INSTRUCTIONS if flag in known]
 
