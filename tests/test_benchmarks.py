@@ -91,10 +91,11 @@ def test_bare_step_counts_its_operations(setting, work_dir):
     clock = step_clock.StepClock("cpu", 4, time.time(), 1, 0, 0)
     contenders.train_bare(args, load_images(args.images), clock)
     flops = throughput.step_flops(**clock.networks, args=args)
-    # 6 tokens through 12 layers whose matrices have 12 x 192^2 weights, and the products of 3 heads of 64 channels; 4
-    # patches through the projection; 2 tokens to their head. Twice for multiply and add; backward is twice as much
-    # again, but for the pixels' gradient.
-    forward = 2 * (12 * (6 * 12 * 192**2 + 2 * 6 * 6 * 192) + 4 * 192 * 768 + 2 * 192 * 10)
+    # 6 tokens through 11 layers whose matrices have 12 x 192^2 weights, and the products of 3 heads of 64 channels; in
+    # the last layer all are keys and values, but only 2 go on; 4 patches through the projection; 2 tokens to their
+    # head. Twice for multiply and add; backward is twice as much again, but for the pixels' gradient.
+    layers = 11 * (6 * 12 * 192**2 + 2 * 6 * 6 * 192) + (6 * 3 + 2 * 9) * 192**2 + 2 * 2 * 6 * 192
+    forward = 2 * (layers + 4 * 192 * 768 + 2 * 192 * 10)
     assert flops["student_flops"] == 3 * forward - 2 * 4 * 192 * 768
     assert 0 < flops["teacher_flops"] < flops["student_flops"]
 
