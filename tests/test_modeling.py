@@ -310,13 +310,14 @@ def test_patch_dropout_keeps_the_patches_with_the_smallest_numbers():
 
 def test_a_network_with_patch_dropout_learns_from_the_patches_that_the_noise_keeps():
     model, images = perturb(small_model(patch_drop_rate=0.75, drop_path_rate=0.0)).train(), torch.randn(3, 3, 32, 32)
+    hidden_states = model(images, output_hidden_states=True).hidden_states
+    assert {states.shape for states in hidden_states} == {(3, 2 + 4, 192)}
     torch.manual_seed(1)
-    drawn = model(images, output_hidden_states=True)
-    assert {states.shape for states in drawn.hidden_states} == {(3, 2 + 4, 192)}
+    drawn = model(images)
     torch.manual_seed(1)
     noise = torch.rand(3, 16)
-    assert torch.equal(model(images, patch_drop_noise=noise, output_hidden_states=True).logits, drawn.logits)
     given = model(images, patch_drop_noise=noise)
+    assert torch.equal(given.logits, drawn.logits)
     alone = torch.cat([model(images[i : i + 1], patch_drop_noise=noise[i : i + 1]).logits for i in range(3)])
     torch.testing.assert_close(alone, given.logits)
     # What lies in the patches that were left out makes no difference, and what lies in the others does.
