@@ -1,7 +1,7 @@
-"""A page to try a model on: `python app.py MODEL`, or `--compare A B`; with `--to_space USER/NAME` it becomes a Space.
+"""A page to try a model: `python app.py MODEL`, or `--compare A B`; with `--to_space USER/NAME` it becomes a Space.
 
-MODEL is the folder of a run, or one with several runs, among which the page chooses; a Hub id; or a timm architecture.
-The page is for this machine only, unless --share is given, and needs no network.
+MODEL is the folder of a run, a folder with several runs to choose from on the page, a Hub id, or a timm architecture.
+The page can only be reached from this machine, unless --share is given, and needs no network.
 """
 
 import argparse
@@ -16,7 +16,7 @@ os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"  # before it is imported
 try:
     import gradio as gr
 except ImportError as error:
-    print(f"app.py: the page needs packages that are missing ({error}): pip install gradio", file=sys.stderr)
+    print(f"app.py: the page needs packages that are not installed ({error}): pip install gradio", file=sys.stderr)
     sys.exit(2)
 
 import torch
@@ -39,46 +39,46 @@ from modeling_deit_ti.prediction import head_logits, load_for_prediction, taking
 MAX_SIDE = 20_000  # pixels: browsers show no larger pictures, and resizing one takes gigabytes
 HEADS = {"class": "class head", "distillation": "distillation head", "both": "mean of both"}
 MAX_LABELS = 5
-MAX_MAPS = 3  # of the class token, of the distillation token, and their difference
+MAX_MAPS = 3  # of the class token, the distillation token and their difference
 NO_OTHER = "no other model"
 PANELS = ("classify", "compare")
-BLOCKS = {"all blocks (attention rollout)": slice(None), "the last block alone": slice(-1, None)}
+BLOCKS = {"all blocks (attention rollout)": slice(None), "only the last block": slice(-1, None)}
 
 
 def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(prog="app.py", description="A page to try a model on.")
-    parser.add_argument("model", metavar="MODEL", nargs="?", help="folder of a run or of several, Hub id, timm name")
-    parser.add_argument("--compare", metavar=("A", "B"), nargs=2, help="two models on the same picture")
+    parser = argparse.ArgumentParser(prog="app.py", description="Opens a page to try a model.")
+    parser.add_argument("model", metavar="MODEL", nargs="?", help="folder of one or more runs, Hub id, or timm name")
+    parser.add_argument("--compare", metavar=("A", "B"), nargs=2, help="compare two models on the same picture")
     parser.add_argument(
         "--min_probability",
         type=float,
         default=0.5,
-        help="below it, the page says that no label fits (default: 0.5, where any other label is as likely together)",
+        help="below this, the page says that no label fits (default: 0.5, where all others together are as likely)",
     )
-    parser.add_argument("--port", type=int, help="default: the first free one from 7860")
+    parser.add_argument("--port", type=int, help="default: the first free port from 7860")
     parser.add_argument("--no_browser", action="store_true", help="only print the address")
     parser.add_argument("--share", action="store_true", help="a public address for a week, through Gradio's servers")
-    parser.add_argument("--trust_remote_code", action="store_true", help="run the code that the model brings along")
+    parser.add_argument("--trust_remote_code", action="store_true", help="run code that comes with a model")
     parser.add_argument("--to_space", metavar="USER/NAME", help="push the page and its models as a Space instead")
     parser.add_argument(
-        "--dry_run", type=Path, metavar="FOLDER", help="with --to_space: only write it, to a new folder"
+        "--dry_run", type=Path, metavar="FOLDER", help="with --to_space: only write it to a new folder"
     )
-    parser.add_argument("--static", action="store_true", help="with --to_space: a Space without a server")
+    parser.add_argument("--static", action="store_true", help="with --to_space: a Space that runs in the browser")
     parser.add_argument(
         "--node_modules",
         type=Path,
         metavar="FOLDER",
-        help="with --static: where npm has put transformers.js, to copy it (default: browsers fetch it from a CDN)",
+        help="with --static: where npm installed transformers.js, to copy it (default: browsers fetch it from a CDN)",
     )
     return parser.parse_args(arguments)
 
 
 def find_models(name: str) -> dict[str, str]:
     """
-    The models that `name` stands for, by what the page calls them: itself, or the folders inside that hold one.
+    The models that `name` refers to, by their names on the page: itself, or the folders inside it that hold a model.
 
     Raises:
-        UserError: if it is a folder without a model.
+        UserError: if it is a folder without models.
     """
     if not os.path.isdir(name):
         return {name: name}  # a Hub id, or a timm architecture
@@ -91,13 +91,13 @@ def find_models(name: str) -> dict[str, str]:
             models[Path(parent).relative_to(name).as_posix()] = parent
             folders.clear()  # a model's exports and checkpoints are the same model
     if not models:
-        raise UserError(f"MODEL {name}: neither the folder nor one inside holds a model (there is no config.json).")
+        raise UserError(f"MODEL {name}: neither the folder nor any inside it holds a model (there is no config.json).")
     return models
 
 
 def read_picture(file: str) -> tuple[Image.Image, str]:
     """
-    The upright RGB picture, and a remark if it is not all that the file holds.
+    The picture, upright and in RGB, and a remark if the file holds more than that.
 
     Raises:
         UserError: if it cannot be read, or is too large.
@@ -106,15 +106,15 @@ def read_picture(file: str) -> tuple[Image.Image, str]:
     try:
         with open_image(encoded) as header:
             if max(header.size) > MAX_SIDE:
-                raise ValueError(f"it has {header.width:,}x{header.height:,} pixels, and a side may have {MAX_SIDE:,}")
+                raise ValueError(f"it has {header.width:,}x{header.height:,} pixels; the limit is {MAX_SIDE:,} a side")
             if getattr(header, "is_animated", False):
-                remark = f"This is an animation of {header.n_frames} pictures, and the model sees only the first."
+                remark = f"This is an animation of {header.n_frames} frames; the model only sees the first."
         return decode_image(encoded), remark
     except Image.UnidentifiedImageError as error:
-        raise UserError("This file is not a picture: take a JPEG, PNG, WebP, GIF, BMP or TIFF file.") from error
+        raise UserError("This file is not a picture: use a JPEG, PNG, WebP, GIF, BMP or TIFF file.") from error
     except Image.DecompressionBombError as error:
         raise UserError("This picture has too many pixels: make it smaller.") from error
-    except Exception as error:  # a broken file makes PIL's decoders raise anything
+    except Exception as error:  # PIL's decoders may raise anything on a broken file
         raise UserError(f"This picture cannot be used: {str(error).rstrip('.') or type(error).__name__}.") from error
 
 
@@ -123,10 +123,10 @@ def read_picture(file: str) -> tuple[Image.Image, str]:
 
 class Models:
     """
-    The models of the page, each loaded when it is first asked.
+    The models of the page, each loaded when it is first used.
 
     Args:
-        names (`dict`): names or folders of the models, by what the page calls them.
+        names (`dict`): names or folders of the models, by their names on the page.
     """
 
     def __init__(self, names: dict[str, str], trust_remote_code: bool = False):
@@ -138,15 +138,15 @@ class Models:
         model, image_processor = load_for_prediction(self.names[name], "MODEL", self.trust_remote_code)
         tokens = learned_tokens(model)
         if tokens:
-            model.set_attn_implementation("eager")  # fused attention keeps its probabilities to itself
+            model.set_attn_implementation("eager")  # fused attention does not return its probabilities
         return model, image_processor, tokens
 
     def facts(self, name: str) -> str:
-        """What is known about a model, as markdown."""
+        """What is known about a model, as Markdown."""
         if name == NO_OTHER:
             return ""
         if not Path(self.names[name], RECORD_FILE).is_file():
-            return "Nothing is known about its training: it comes without the record of a run."
+            return "Nothing is known about its training: it comes without a run record."
         return facts(RunRecord.load(self.names[name]))
 
     def introduce(self, name: str) -> list:
@@ -155,12 +155,12 @@ class Models:
         return [shown, shown, self.facts(name)]
 
     def examples(self) -> list[str]:
-        """The pictures that the runs have kept, each once."""
+        """The example pictures of the runs, each once."""
         files = (file for path in self.names.values() for file in example_files(path))
         return list({file.read_bytes(): str(file) for file in files}.values())
 
     def answer(self, picture: str | None, name: str, min_probability: float, blocks: str) -> list:
-        """What a panel shows of a picture: the verdict, the labels of each head, the attention maps."""
+        """What a panel shows for a picture: the verdict, the labels of each head, the attention maps."""
         hidden = gr.update(visible=False)
         nothing = [hidden] * (len(HEADS) + MAX_MAPS) + [""]
         if picture is None or name == NO_OTHER:
@@ -179,7 +179,7 @@ class Models:
             shares = attention_maps(output.attentions[BLOCKS[blocks]], tokens)
             maps = {token: shares[token][0] for token in tokens}
             pictures, words = draw_attention(seen_picture(image, image_processor), maps)
-        by = f" By {text(name)}. " if len(self.names) > 1 else " "
+        by = f" Predicted by {text(name)}. " if len(self.names) > 1 else " "
         drawn = [gr.update(value=picture, label=title, visible=True) for title, picture in pictures.items()]
         return [
             verdict(model, output.logits[0], min_probability) + by + remark,
@@ -191,7 +191,7 @@ class Models:
 
 
 def verdict(model: PreTrainedModel, logits: torch.Tensor, min_probability: float) -> str:
-    """What the model says by its logits `(K,)`, as markdown, or that no label fits."""
+    """The most probable label by the logits `(K,)`, or that no label fits, as Markdown."""
     probability, label = logits.float().softmax(-1).max(-1)
     probability, name = probability.item(), text(model.config.id2label[label.item()])
     if probability < min_probability:
@@ -200,7 +200,7 @@ def verdict(model: PreTrainedModel, logits: torch.Tensor, min_probability: float
 
 
 def show_heads(model: PreTrainedModel, output: ModelOutput) -> list[dict]:
-    """An update for each read-out: its most probable labels, or nothing if the model does not have it."""
+    """An update for each read-out: its most probable labels, or hidden if the model does not have it."""
     readout = getattr(model.config, "readout", None)
     heads = head_logits(output, readout)
     updates = []
@@ -216,17 +216,17 @@ def show_heads(model: PreTrainedModel, output: ModelOutput) -> list[dict]:
 
 
 def make_page(models: Models, chosen: list[str], min_probability: float) -> gr.Blocks:
-    """The page, with the `chosen` one or two of the models side by side."""
+    """The page, which starts with the one or two `chosen` models side by side."""
     names = list(models.names)
     with gr.Blocks(
-        title="What is on this picture?", analytics_enabled=False, delete_cache=(3600, 3600), fill_width=True
+        title="What is in this picture?", analytics_enabled=False, delete_cache=(3600, 3600), fill_width=True
     ) as page:
-        gr.Markdown("# What is on this picture?")
+        gr.Markdown("# What is in this picture?")
         with gr.Row():
             with gr.Column(scale=1, min_width=280):
                 sources = ["upload", "clipboard", "webcam"]
                 picture = gr.Image(label="Picture", sources=sources, format="png", height=320, elem_id="picture")
-                # Just the uploaded file: to read it, and to say why that fails, is for `read_picture`.
+                # Just the uploaded file: `read_picture` reads it, and says why if that fails.
                 picture.preprocess = lambda uploaded: uploaded and uploaded.path
                 if examples := models.examples():
                     samples = [[file] for file in examples]
@@ -234,7 +234,7 @@ def make_page(models: Models, chosen: list[str], min_probability: float) -> gr.B
                     row = gr.Dataset(
                         components=[picture],
                         samples=samples,
-                        label="From the data it was tested on",
+                        label="Examples from the test data",
                         type="index",
                         elem_id="examples",
                     )
@@ -249,7 +249,7 @@ def make_page(models: Models, chosen: list[str], min_probability: float) -> gr.B
                 panels = [make_panel(choice.value, at) for choice, at in zip(choices, PANELS, strict=True)]
         with gr.Row():
             threshold = gr.Slider(0, 1, min_probability, step=0.01, label="No label fits below this probability")
-            blocks = gr.Radio(list(BLOCKS), value=next(iter(BLOCKS)), label="Where it looks, by the attention of")
+            blocks = gr.Radio(list(BLOCKS), value=next(iter(BLOCKS)), label="Where it looks: the attention of")
         with gr.Row():
             for choice, (panel, parts), at in zip(choices, panels, PANELS, strict=True):
                 with gr.Column(min_width=320, visible=choice.value != NO_OTHER) as about:
@@ -266,7 +266,7 @@ def make_page(models: Models, chosen: list[str], min_probability: float) -> gr.B
 
 
 def make_panel(name: str, at: str) -> tuple[gr.Column, list[gr.Component]]:
-    """A column for the answers of one model, and its parts in the order of [`Models.answer`]."""
+    """A column for one model's answers, and its components in the order of [`Models.answer`]."""
     with gr.Column(min_width=320, visible=name != NO_OTHER) as panel:
         said = gr.Markdown(elem_id=f"{at}-verdict")
         with gr.Row():
@@ -282,7 +282,7 @@ def make_panel(name: str, at: str) -> tuple[gr.Column, list[gr.Component]]:
     return panel, [said, *heads, *maps, words]
 
 
-# Gradio has a button for it, but does not know Ctrl-V.
+# Gradio has a button for pasting, but ignores Ctrl-V.
 PASTE = """() => document.addEventListener("paste", ({ clipboardData }) => {
     const upload = document.querySelector("#picture input[type=file]");
     if (!upload || clipboardData.files.length === 0) return;
@@ -300,7 +300,7 @@ def launch(page: gr.Blocks, options: argparse.Namespace) -> None:
             share=options.share,
             inbrowser=not (options.no_browser or gr.utils.get_space()),
             theme=theme,
-            css="#picture img { width: 100%; height: 100%; object-fit: contain }",  # also if it has 32 pixels
+            css="#picture img { width: 100%; height: 100%; object-fit: contain }",  # even a picture of 32 pixels
             js=PASTE,
             max_file_size="64mb",
             footer_links=["api"],
@@ -311,15 +311,15 @@ def launch(page: gr.Blocks, options: argparse.Namespace) -> None:
             prevent_thread_lock=True,
         )
     except OSError as error:
-        raise UserError(f"--port {options.port}: another program has it. Name another one, or none.") from error
+        raise UserError(f"--port {options.port}: the port is in use. Choose another one, or leave it out.") from error
     print(f"The page is at {address} until you press Ctrl-C.", flush=True)
     page.block_thread()
 
 
 def run(options: argparse.Namespace) -> None:
-    """Raises a `UserError` if there is nothing to show."""
+    """Serves the page, or makes a Space of it. Raises a `UserError`."""
     if options.model and options.compare:
-        raise UserError("MODEL and --compare exclude each other: name two models after --compare.")
+        raise UserError("MODEL and --compare cannot be combined: name two models after --compare.")
     if not 0 <= options.min_probability <= 1:
         raise UserError(f"--min_probability {options.min_probability:g}: must be between 0 and 1.")
     if (options.dry_run or options.static) and not options.to_space:
@@ -340,27 +340,27 @@ def run(options: argparse.Namespace) -> None:
         return
     models = Models(names, options.trust_remote_code)
     if len(names) == 1:
-        models.load(chosen[0])  # of several, a broken one says so on the page
+        models.load(chosen[0])  # with several, the page reports a broken one
     launch(make_page(models, chosen, options.min_probability), options)
 
 
 def make_space(names: dict[str, str], options: argparse.Namespace) -> None:
     """Writes a Space with the models, and pushes it unless it is a dry run. Raises a `UserError`."""
     if options.dry_run and options.dry_run.exists():
-        raise UserError(f"--dry_run {options.dry_run} exists already: move it away, or name another folder.")
+        raise UserError(f"--dry_run {options.dry_run} already exists: move it, or choose another folder.")
     title = options.to_space.rpartition("/")[2]
     with tempfile.TemporaryDirectory() as temporary:
         folder = options.dry_run or Path(temporary, "space")
         if options.static:
             if len(names) > 1:
-                raise UserError("--static shows one model: name its folder.")
+                raise UserError("--static supports a single model: name its folder.")
             write_static_space(Path(*names.values()), folder, title, options.node_modules)
         else:
             write_space(names, folder, Path(__file__), title)
         if options.dry_run:
             how = f": python -m http.server --directory {folder}"
             if not options.static:
-                how = " there: pip install -r requirements.txt && python app.py"
+                how = ", run there: pip install -r requirements.txt && python app.py"
             print(f"Written to {folder}. To try it{how}")
         else:
             print(f"Pushed to {push_space(folder, options.to_space)}")

@@ -1,11 +1,11 @@
-"""Reports how good a finished image classifier is on a dataset, or whether another one is better.
+"""Reports how good an image classifier is on a dataset, or whether another one is better.
 
     python evaluate_hf.py MODEL --dataset_name DATA
     python evaluate_hf.py MODEL OTHER_MODEL --dataset_name DATA
 
-A MODEL is the folder of a run, another folder or Hub id that transformers loads, or a timm architecture, whose
-pretrained weights then come from the Hub. The report is the one that train_hf.py leaves at the end of a run.
-Exit code 0: all is well; 1: the disk is full; 2: nothing was done, and why.
+A MODEL is the folder of a run, another folder or Hub id that transformers can load, or a timm architecture, whose
+pretrained weights then come from the Hub. The report is the one that train_hf.py writes at the end of a run.
+Exit code 0: success; 1: the disk is full; 2: nothing was done, and stderr says why.
 """
 
 import argparse
@@ -56,25 +56,25 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument(
         "other", metavar="OTHER_MODEL", nargs="?", help="a second model, to compare on the same images"
     )
-    images = parser.add_argument_group("images", "as for train_hf.py; by default those that a run evaluates on")
+    images = parser.add_argument_group("images", "as in train_hf.py; by default those that a run evaluates on")
     images.add_argument("--dataset_name", required=True, help="a Hub id, a local folder, or `digits`")
     images.add_argument("--dataset_config_name", help="the dataset's configuration")
     images.add_argument("--split", help="another split of the dataset, such as train")
-    images.add_argument("--image_column_name", help="column of images (default: the first that holds any)")
+    images.add_argument("--image_column_name", help="image column (default: the first that holds images)")
     images.add_argument(
-        "--label_column_name", help="column of labels (default: the first of class labels, or `label`)"
+        "--label_column_name", help="label column (default: the first that holds class labels, or `label`)"
     )
     images.add_argument("--train_val_split", type=float, default=0.1, help="share held out if there is no other split")
-    images.add_argument("--validation_from_train", action="store_true", help="hold it out even if there is")
-    images.add_argument("--max_eval_samples", type=int, help="a random subset of this size")
+    images.add_argument("--validation_from_train", action="store_true", help="hold it out even if there is one")
+    images.add_argument("--max_eval_samples", type=int, help="evaluate on a random subset of this size")
     parser.add_argument("--output_dir", type=Path, help="default: outputs/reports/<models>-<dataset>")
     parser.add_argument(
         "--temperature_scaling",
         action="store_true",
-        help="fit a temperature to half of the images, and measure the calibration with it on the other half",
+        help="fit a temperature on half of the images, and measure the calibration with it on the other half",
     )
     parser.add_argument(
-        "--thumbnails", action="store_true", help="show mistakes on images of a local folder too, which may be private"
+        "--thumbnails", action="store_true", help="also show mistakes from a local folder, whose images may be private"
     )
     parser.add_argument("--num_workers", type=int, default=0, help="processes that prepare images (default: none)")
     add_prediction_flags(parser)
@@ -89,11 +89,11 @@ def prepare_batch(rows: list[dict], image_processor: BaseImageProcessor) -> torc
 @torch.no_grad()
 def predict(name: str, flag: str, data: EvaluationData, options: argparse.Namespace) -> tuple[Predictions, list[str]]:
     """
-    What the model called `name`, which the user gave as `flag`, says of the images; and the names of the label ids in
-    it: those of the dataset, and then any that the model alone knows. An answer with one of these is wrong.
+    The predictions of the model `name`, which the user gave as `flag`, for the images; and the names of their label
+    ids: the dataset's, followed by any that only the model knows. Predicting one of the latter is always wrong.
 
     Raises:
-        UserError: if the model cannot be loaded, lacks a label, or does not take the images.
+        UserError: if the model cannot be loaded, lacks a label, or does not accept the images.
     """
     model, image_processor = load_for_prediction(name, flag, options.trust_remote_code, options.device)
     known = label_names(model.config)
@@ -130,7 +130,7 @@ def predict(name: str, flag: str, data: EvaluationData, options: argparse.Namesp
 
 
 def write_report(report: Report, data: EvaluationData, folder: Path, thumbnails: bool) -> None:
-    """The files of one model's report, with its mistakes in pictures only if they may be shown."""
+    """Writes one model's report, with pictures of its mistakes only if they may be shown."""
     folder.mkdir(parents=True, exist_ok=True)
     report.save(folder)
     may_show = thumbnails or data.source != "local"
@@ -139,14 +139,14 @@ def write_report(report: Report, data: EvaluationData, folder: Path, thumbnails:
     accuracy = f"Accuracy: **{percent(report.accuracy)}** (95 % interval {percent(low)} to {percent(high)})."
     unasked = len(report.classes) - len(data.label_names)
     if unasked:
-        accuracy += f" The model knows {unasked:,} labels that the dataset lacks; an answer with one of them is wrong."
+        accuracy += f" The model knows {unasked:,} labels that the dataset lacks; predicting one counts as wrong."
     heading = f"# {text(report.model)} on {text(report.dataset)}, split {text(report.split)}"
     content = "\n\n".join([heading, accuracy, report_section(folder)])
     (folder / REPORT_TEXT_FILE).write_text(content + "\n", encoding="utf-8")
 
 
 def print_reports(reports: list[Report]) -> None:
-    """A heading, and a row for each model."""
+    """Prints a table with one row per model."""
     rows = [["", "accuracy", "95 % interval", "mean recall", "mean F1", "calibration error"]]
     for report in reports:
         low, high = confidence_interval(report.accuracy, report.num_images)
@@ -178,7 +178,7 @@ def print_comparison(comparison: dict) -> None:
 
 
 def run(options: argparse.Namespace) -> None:
-    """Evaluates as asked. Raises a `UserError`, or a `StorageError` if the disk is full."""
+    """Evaluates and writes the reports. Raises a `UserError`, or a `StorageError` if the disk is full."""
     check_at_least(options, batch_size=1, num_workers=0)
     names = {"MODEL": options.model} | ({"OTHER_MODEL": options.other} if options.other else {})
     called, (dataset,) = shown_names(list(names.values())), shown_names([options.dataset_name])
@@ -186,7 +186,7 @@ def run(options: argparse.Namespace) -> None:
     for file in (REPORT_FILE, COMPARISON_FILE):
         if (folder / file).exists():
             raise UserError(
-                f"--output_dir {folder}: it holds a report already; name another folder, or delete this one."
+                f"--output_dir {folder}: it already holds a report; choose another folder, or delete this one."
             )
     check_writable("--output_dir", folder)
 
@@ -206,7 +206,7 @@ def run(options: argparse.Namespace) -> None:
             write_report(report, data, its_folder, options.thumbnails)
         print_reports(reports)
         if len(reports) == 2:
-            # By name: each model may have labels of its own.
+            # By name: each model may have its own extra labels.
             labels = np.array(data.label_names, dtype=object)[answers[0][0].labels]
             said = [np.array(names, dtype=object)[predictions.predicted] for predictions, names in answers]
             comparison = {
@@ -221,7 +221,7 @@ def run(options: argparse.Namespace) -> None:
             content = json.dumps(comparison, indent=2, ensure_ascii=False)
             (folder / COMPARISON_FILE).write_text(content + "\n", encoding="utf-8")
             print_comparison(comparison)
-    print(f"\nThe report is in {folder}" + (", of each model in first/ and second/" if len(reports) == 2 else ""))
+    print(f"\nThe report is in {folder}" + (", each model's in first/ and second/" if len(reports) == 2 else ""))
 
 
 def main(arguments: list[str] | None = None) -> int:

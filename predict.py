@@ -1,8 +1,8 @@
-"""Says what is on images: `python predict.py MODEL IMAGES_OR_FOLDERS...`
+"""Labels images: `python predict.py MODEL IMAGES_OR_FOLDERS...`
 
-MODEL is any image classifier: the folder of a run, another folder or Hub id that transformers loads, or a timm
+MODEL is any image classifier: the folder of a run, another folder or Hub id that transformers can load, or a timm
 architecture, whose pretrained weights then come from the Hub.
-Exit code 0: all is well; 1: some images could not be read and were skipped; 2: nothing was done, and why.
+Exit code 0: success; 1: some images could not be read and were skipped; 2: nothing was done, and stderr says why.
 """
 
 import argparse
@@ -14,7 +14,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 
-gc.disable()  # imports leave nothing to collect, and looking for it takes a fifth of their seconds
+gc.disable()  # imports create no garbage, and looking for it takes a fifth of their time
 
 import torch
 from PIL import Image
@@ -38,17 +38,19 @@ gc.enable()
 
 
 def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(prog="predict.py", description="Says what is on images.")
+    parser = argparse.ArgumentParser(prog="predict.py", description="Labels images.")
     parser.add_argument("model", metavar="MODEL", help="folder of a run, Hub id, or timm architecture")
-    parser.add_argument("images", metavar="IMAGE_OR_FOLDER", nargs="+", type=Path, help="folders are searched through")
-    parser.add_argument("--top_k", type=int, default=3, help="labels to name for each head (default: 3)")
+    parser.add_argument(
+        "images", metavar="IMAGE_OR_FOLDER", nargs="+", type=Path, help="folders are searched recursively"
+    )
+    parser.add_argument("--top_k", type=int, default=3, help="labels to list for each head (default: 3)")
     parser.add_argument("--output", type=Path, metavar="FILE", help="a new .csv or .json file instead of a table")
     add_prediction_flags(parser)
     return parser.parse_args(arguments)
 
 
 def find_images(paths: list[Path]) -> list[Path]:
-    """The files that are named, and the image files in the folders that are, in alphabetical order."""
+    """The files among the paths, and the image files in the folders among them, in alphabetical order."""
     suffixes = {suffix for suffix, name in Image.registered_extensions().items() if name in Image.OPEN}
     files = []
     for path in paths:
@@ -65,11 +67,11 @@ def find_images(paths: list[Path]) -> list[Path]:
 
 
 def read_images(files: list[Path]) -> Iterator[tuple[Path, Image.Image]]:
-    """The images that can be read, upright and in RGB; the others are named on stderr."""
+    """The images that can be read, upright and in RGB; the others are reported on stderr."""
     for file in files:
         try:
             yield file, decode_image({"bytes": None, "path": file})
-        except Exception as error:  # a broken file makes PIL's decoders raise anything
+        except Exception as error:  # PIL's decoders may raise anything on a broken file
             tqdm.write(f"skipped {file}: {' '.join(str(error).split()) or type(error).__name__}", file=sys.stderr)
 
 
@@ -78,7 +80,7 @@ def predict_batch(
     model: PreTrainedModel, image_processor: BaseImageProcessor, images: list[Image.Image], top_k: int, precision: str
 ) -> list[dict]:
     """
-    For each image the model's `prediction` with its `score`, and `heads`: for each head a list of the `top_k` labels
+    For each image, the model's `prediction` with its `score`, and `heads`: for each head, a list of the `top_k` labels
     with their softmax scores, best first.
     """
     pixel_values = image_processor(images=images, return_tensors="pt")["pixel_values"]
@@ -88,7 +90,7 @@ def predict_batch(
     stacked = torch.stack(list(logits.values()), dim=1).float()  # (B, heads, K)
     scores, labels = stacked.softmax(dim=-1).topk(min(top_k, stacked.shape[-1]))
     id2label, predictions = model.config.id2label, []
-    # To the host once per batch, not for each image and head: a transfer waits for the device.
+    # Moved to the host once per batch, not per image and head: each transfer waits for the device.
     for image_labels, image_scores in zip(labels.tolist(), scores.tolist(), strict=True):
         heads = {
             head: [{"label": id2label[label], "score": round(score, 6)} for label, score in zip(*best, strict=True)]
@@ -107,7 +109,7 @@ def predict(
     batch_size: int,
     precision: str,
 ) -> list[dict]:
-    """The `file` of each image and what [`predict_batch`] says of it. Files that cannot be read are left out."""
+    """For each image, its `file` and the result of [`predict_batch`]. Files that cannot be read are left out."""
     predictions = []
     with tqdm(total=len(files), unit="image", desc="Predicting", disable=None) as progress:
         for start in range(0, len(files), batch_size):
@@ -122,7 +124,7 @@ def predict(
 
 
 def print_table(predictions: list[dict]) -> None:
-    """A heading, and one row per image with the labels and scores of each head."""
+    """Prints one row per image, with the labels and scores of each head."""
     heads = list(predictions[0]["heads"])
     rows = [["file", "prediction", *heads]]
     for prediction in predictions:
@@ -150,14 +152,14 @@ def write_csv(predictions: list[dict], file: Path) -> None:
 
 
 def run(options: argparse.Namespace) -> int:
-    """Predicts as asked; returns the exit code. Raises a `UserError`."""
+    """Predicts, prints or writes the result, and returns the exit code. Raises a `UserError`."""
     output = options.output
     check_at_least(options, top_k=1, batch_size=1)
     if output is not None:
         if output.suffix.lower() not in (".csv", ".json"):
-            raise UserError(f"--output {output}: the file's name has to end in .csv or .json.")
+            raise UserError(f"--output {output}: the file name must end in .csv or .json.")
         if output.exists():
-            raise UserError(f"--output {output} exists already: move it away, or name another file.")
+            raise UserError(f"--output {output} already exists: move it, or choose another file.")
         if not output.parent.is_dir():
             raise UserError(f"--output {output}: there is no folder {output.parent}.")
     files = find_images(options.images)

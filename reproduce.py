@@ -1,9 +1,9 @@
-"""Trains every row of the results table, resumes what was interrupted, and writes table, curves and cards.
+"""Trains every row of the results table, resumes what was interrupted, and writes the table, curves and cards.
 
     python reproduce.py --budget small --minutes 90
     python reproduce.py --budget native --accelerate_config accelerate_configs/one_gpu_fp16.yaml --seeds 0 1 2
 
-Each run is train_hf.py with the budget's recipe, recipes/cifar10_<budget>.yaml, in a process of its own: train_hf.py
+Each run is train_hf.py with the budget's recipe, recipes/cifar10_<budget>.yaml, in its own process: train_hf.py
 decides what is finished, what can be resumed and what is never overwritten.
 """
 
@@ -61,7 +61,7 @@ RESERVED = {
 
 
 class RunFailed(RuntimeError):
-    """train_hf.py failed for another reason than a user's mistake."""
+    """train_hf.py failed for a reason other than a user's mistake."""
 
 
 @dataclass
@@ -74,18 +74,18 @@ class ReproduceArguments:
     )
     rows: list[str] = HfArg(
         default_factory=lambda: list(RUNS),
-        help="The runs to train, each with one or more rows of the table.",
+        help="The runs to train; each fills one or more rows of the table.",
         metadata={"choices": list(RUNS)},
     )
     seeds: list[int] = HfArg(default_factory=lambda: [0], help="Train each run once per seed.")
-    minutes: float = HfArg(default=math.inf, help="Stop in this time; the same command continues later.")
+    minutes: float = HfArg(default=math.inf, help="Stop within this time; the same command resumes later.")
     dataset_name: str | None = HfArg(default=None, help="See train_hf.py. Default: the recipe's, or CIFAR-10.")
     cnn_model_name_or_path: str = HfArg(default="resnet18", help="The CNN baseline.")
     accelerate_config: str | None = HfArg(default=None, help="For `accelerate launch --config_file`.")
     output_dir: str = HfArg(default="outputs/reproduce", help="Where the runs go.")
     list: bool = HfArg(default=False, help="Only show what is finished, interrupted and not yet run.")
     extra_flags = ()  # for train_hf.py, after `--`
-    teacher_config = None  # as the recipe or the extra flags have it
+    teacher_config = None  # from the recipe or the extra flags
 
     def __post_init__(self):
         if 60 * self.minutes < START_SECONDS + STOP_SECONDS:
@@ -101,7 +101,7 @@ class ReproduceArguments:
 
     @property
     def name(self) -> str:
-        """Of the results: <dataset>-<budget>."""
+        """The name of the results: <dataset>-<budget>."""
         return re.sub(r"[^\w.-]+", "-", f"{folder_name(self.dataset_name)}-{Path(self.budget).stem}")
 
     @property
@@ -122,7 +122,7 @@ class ReproduceArguments:
 
 
 def main() -> None:
-    sys.stdout.reconfigure(line_buffering=True)  # messages appear in time in a log file as well
+    sys.stdout.reconfigure(line_buffering=True)  # so that messages reach a log file at once
     args = parse_command(sys.argv[1:])
     runs = make_runs(args, args.seeds)
     taught = {run.seed for run in runs if run.name in args.rows and run.args.training.mode.has_teacher}
@@ -173,8 +173,8 @@ def parse_command(argv: list[str]) -> ReproduceArguments:
     parser = _Parser(
         ReproduceArguments,
         description=__doc__.splitlines()[0],
-        epilog="Flags after `--` are for train_hf.py, in every run, and the table shows them: reproduce.py -- --bf16. "
-        "The teacher's recipe follows from them as in train_hf.py: --teacher_config and the like.",
+        epilog="Flags after `--` go to train_hf.py in every run and are shown in the table: reproduce.py -- --bf16. "
+        "They also set the teacher's recipe, as in train_hf.py: --teacher_config and the like.",
         allow_abbrev=False,
     )
     split = argv.index("--") if "--" in argv else len(argv)
@@ -185,7 +185,7 @@ def parse_command(argv: list[str]) -> ReproduceArguments:
             raise UserError(f"{flag.partition('=')[0]} after `--`: each run sets its own.")
     recipe = parse_arguments([f"--config={args.recipe}", *args.extra_flags])
     if recipe.training.hub_token:
-        raise UserError("--hub_token would stand in the results: set HF_TOKEN instead, or log in by `hf auth login`.")
+        raise UserError("--hub_token would appear in the results: set HF_TOKEN instead, or use `hf auth login`.")
     args.dataset_name = args.dataset_name or recipe.images.dataset_name
     args.teacher_config = recipe.teacher.teacher_config
     return args
@@ -196,19 +196,19 @@ def make_runs(args: ReproduceArguments, seeds: list[int]) -> list[Run]:
     Every run with each seed.
 
     Raises:
-        UserError: if train_hf.py would not take the flags of one of them, or the teacher is not trained.
+        UserError: if train_hf.py would reject the flags of one of them, or the teacher is not trained.
     """
     shared = [f"--config={args.recipe}", f"--dataset_name={args.dataset_name}", *args.extra_flags]
     student = parse_arguments([*shared, "--distill_mode=hard"])
     teacher, is_pretrained = student.teacher.teacher_model_name_or_path, student.teacher.teacher_pretrained
     if student.teacher.teacher_num_train_epochs == 0:
-        raise UserError(f"{args.recipe}: the teacher is a row of the table, so it must have epochs to train.")
+        raise UserError(f"{args.recipe}: the teacher is a row of the table, so its number of epochs must be above 0.")
     start = teacher
-    if is_timm_architecture(teacher):  # as fitting.py has it: a tag alone does not ask for weights
+    if is_timm_architecture(teacher):  # as in fitting.py: a tag alone does not ask for weights
         start = timm_hub_id(teacher) if is_pretrained else teacher.partition(".")[0]
     runs = []
     for seed, (name, own) in itertools.product(seeds, RUNS.items()):
-        # Cards of students name their teacher by its folder, so the folder names the architecture.
+        # A student's card names its teacher by its folder, so the folder names the architecture.
         teacher_folder = args.folder / f"teacher-{folder_name(teacher)}-seed{seed}"
         flags, folder = [*shared, *own], args.folder / f"{name}-seed{seed}"
         if name == "teacher":
@@ -225,7 +225,7 @@ def make_runs(args: ReproduceArguments, seeds: list[int]) -> list[Run]:
 
 
 def check_settings(args: ReproduceArguments) -> None:
-    """Raises a `UserError` if the runs in the output folder have other settings: one table would compare them."""
+    """Raises a `UserError` if the runs in the output folder have other settings, since one table compares them."""
     file = args.folder / "settings.json"
     settings = json.loads(json.dumps(args.settings()))
     before = json.loads(file.read_text()) if file.is_file() else settings
@@ -240,7 +240,7 @@ def check_settings(args: ReproduceArguments) -> None:
 
 
 def update_results(args: ReproduceArguments, runs: list[Run]) -> None:
-    """Writes the results of these runs, and of finished ones with other seeds: they belong to the same table."""
+    """Writes the results of these runs, and of finished ones with other seeds, which belong to the same table."""
     found = {int(path.name.rpartition("seed")[2]) for path in args.folder.glob("*-seed*") if path.is_dir()}
     others = make_runs(args, sorted(found - set(args.seeds)))
     write_results(args.name, args.settings(), runs + [run for run in others if run.is_finished])
@@ -258,7 +258,7 @@ def progress_bar(runs: list[Run]) -> tqdm:
         bar_format="{desc}{bar} {n:.4g} of {total:g} epochs [{elapsed}<{remaining}]",
         mininterval=1 if sys.stderr.isatty() else 60,
         miniters=0,
-        smoothing=0,  # the time left follows from all epochs so far: those of one run are alike, and there are few
+        smoothing=0,  # estimate from all epochs so far: there are few, and those of one run are alike
         dynamic_ncols=True,
     )
 
@@ -268,7 +268,7 @@ def train(run: Run, args: ReproduceArguments, bar: tqdm, stop: threading.Event, 
     Runs train_hf.py until it has finished, `stop` is set, or the time is nearly up.
 
     Raises a `UserError` if another process is training this run, or train_hf.py reports a user's mistake, and
-    `RunFailed` if it fails in another way.
+    `RunFailed` if it fails in any other way.
     """
     launcher = [sys.executable]
     if args.accelerate_config:
@@ -277,7 +277,7 @@ def train(run: Run, args: ReproduceArguments, bar: tqdm, stop: threading.Event, 
     log_file = Path(f"{run.folder}.log")
     with open(log_file, "a") as log, open(log_file, errors="replace") as reader:
         try:
-            fcntl.flock(log, fcntl.LOCK_EX | fcntl.LOCK_NB)  # inherited by the run, and held until it has ended
+            fcntl.flock(log, fcntl.LOCK_EX | fcntl.LOCK_NB)  # inherited by the run, and held until it ends
         except OSError as error:
             raise UserError(f"{run.title}: another process is training it; its log is {log_file}.") from error
         reader.seek(0, os.SEEK_END)
@@ -316,7 +316,7 @@ def end(process: subprocess.Popen) -> None:
         os.killpg(process.pid, signal.SIGTERM)
         while time.monotonic() < patience:
             time.sleep(0.2)
-            process.poll()  # removes it from its group; a launcher may end before the processes that it launched
+            process.poll()  # reaps it, so that its group can empty; a launcher may end before the processes it started
             os.killpg(process.pid, 0)
         os.killpg(process.pid, signal.SIGKILL)
     except ProcessLookupError:
@@ -326,7 +326,7 @@ def end(process: subprocess.Popen) -> None:
 
 def current_commit() -> str:
     """The commit of this code, and whether it has been changed since."""
-    # What this script writes is not a change of the code.
+    # What this script writes does not count as a change.
     status = ["status", "--porcelain", "--untracked-files=no", "--", ".", f":!{RESULTS}", f":!{CARDS}"]
     try:
         commit = subprocess.check_output(["git", "rev-parse", "--short=12", "HEAD"], text=True, cwd=REPOSITORY).strip()

@@ -3,8 +3,8 @@
     accelerate launch train_hf.py --distill_mode hard
     accelerate launch train_hf.py --config recipes/digits.yaml --learning_rate 1e-3
 
-A run from top to bottom: load and check the images, prepare the teacher (fit it if its labels are not
-the dataset's, measure it, refuse it if it knows nothing), train the student, evaluate it, and leave a folder that
+A run, from top to bottom: load and check the images; prepare the teacher (fit it if its labels differ from the
+dataset's, evaluate it, refuse it if it is no better than chance); train and evaluate the student; save a folder that
 `from_pretrained` loads.
 """
 
@@ -16,7 +16,7 @@ import sys
 import time
 
 
-gc.disable()  # imports leave nothing to collect, and looking for it takes a fifth of their seven seconds
+gc.disable()  # imports create no garbage, and looking for it takes a fifth of their seven seconds
 
 import datasets
 from accelerate import PartialState
@@ -63,20 +63,20 @@ def main() -> None:
     *earlier, last = stages = parse_stages(sys.argv[1:], description=__doc__.splitlines()[0])
     quiet_libraries(all_bars=last.training.disable_tqdm or last.training.process_index > 0)
     if last.training.process_index == 0 and any(flag.startswith("--hub_token") for flag in last.flags):
-        print("--hub_token: all users of this machine can read it in its list of processes; HF_TOKEN is safer.")
+        print("--hub_token: every user of this machine can see it in the process list; HF_TOKEN is safer.")
     if earlier and not preflight.is_finished(last.training, is_last=True):
-        preflight.checkpoint_to_resume(last.training)  # refused now, rather than after hours of the earlier stages
+        preflight.checkpoint_to_resume(last.training)  # fail now, not after hours of earlier stages
     for number, args in enumerate(stages, start=1):
         if earlier and args.training.process_index == 0:
             print(f"Stage {number} of {len(stages)}: {args.training.output_dir}", flush=True)
         with own_accelerator_state():
             train(args, is_last=args is last)
-    PartialState().destroy_process_group()  # otherwise torch may abort a process of several at its exit
+    PartialState().destroy_process_group()  # otherwise torch may abort distributed processes at exit
 
 
 def train(args: Arguments, is_last: bool = True) -> None:
-    """One run; of one that is finished, only what is left: to push it, or nothing, if it is an earlier stage."""
-    # 1. What must hold before anything else
+    """One run. If it has finished before, it is only pushed; a finished earlier stage is skipped."""
+    # 1. Checks before anything else
     training, mode = args.training, args.training.mode
     is_finished = preflight.is_finished(training, is_last)
     checkpoint = training.output_dir if is_finished else preflight.checkpoint_to_resume(training)
@@ -88,13 +88,13 @@ def train(args: Arguments, is_last: bool = True) -> None:
     # 2. Images
     data = load_data(args)
     if data.unseen_labels and is_main:
-        print(f"Images: no training image has a label of {list_some(data.unseen_labels)}")
+        print(f"Images: no training image is labelled {list_some(data.unseen_labels)}")
     if checkpoint is None and args.earlier_stages:
         go_on_with_steps(args, args.earlier_stages[-1])
     elif checkpoint is None and training.resume_from_checkpoint == "auto":
         note = begin_with_steps(args, data)
         if note and is_main:
-            print(f"Student: beginning again; {note}", flush=True)
+            print(f"Student: starting over; {note}", flush=True)
     if checkpoint is not None:
         resume_precision(training, checkpoint)
         note = resume_steps(args, settings_of(checkpoint))
@@ -120,18 +120,18 @@ def train(args: Arguments, is_last: bool = True) -> None:
             teacher, teacher_record, teacher_path = prepare_teacher(args, data, image_processor)
         teacher_cache = make_teacher_cache(args, teacher, data, image_processor)
 
-    # 5. Trainer, and whether the teacher knows anything
+    # 5. Trainer, and a teacher that is better than chance
     trainer = build_trainer(args, data, student, image_processor, teacher, teacher_cache)
     if teacher is not None:
         teacher_record.accuracy = trainer.measure_teacher(evaluation_images(trainer, data))
         if is_main:
             name, accuracy = teacher_record.name, teacher_record.accuracy
-            print(f"Teacher: {name} is right on {accuracy:.2%} of the split {data.eval_split}")
+            print(f"Teacher: {name} classifies {accuracy:.2%} of the {data.eval_split} split correctly")
         if not args.teacher.allow_untrained_teacher:
             check_better_than_chance(teacher_record.accuracy, data.evaluation["label"][:], teacher_record.name)
 
-    # 6. Training, evaluation, and what is left in the output folder
-    advice = "What was written before is intact: make room, then run the same command again."
+    # 6. Training, evaluation, and the files in the output folder
+    advice = "Files written earlier are intact: make room, then run the same command again."
     with storing(training.output_dir, advice):
         metrics = train_and_save(trainer, args, data, checkpoint, teacher_record, teacher_path)
 
@@ -145,7 +145,7 @@ def train(args: Arguments, is_last: bool = True) -> None:
 
 
 def load_data(args: Arguments) -> ImageData:
-    """The images, checked by one process for the others of its machine."""
+    """The images, checked by the first process of each machine while the others wait."""
     cache = datasets.config.HF_DATASETS_CACHE
     with (
         storing(cache, "Make room, or set HF_DATASETS_CACHE to a folder on another disk.", UserError),
@@ -155,8 +155,8 @@ def load_data(args: Arguments) -> ImageData:
 
 
 def run() -> int:
-    """`main`, with whatever ends it reported in one message; returns the exit code."""
-    gc.freeze()  # what has been imported stays: each collection in training would go through all of it
+    """Runs `main`, reports whatever ends it in one message, and returns the exit code."""
+    gc.freeze()  # imports are never freed; without this, each collection during training would scan all of them
     interrupt_on_signals()
     library = logging.getLogger("modeling_deit_ti")
     library.addHandler(logging.StreamHandler(sys.stdout))
@@ -166,22 +166,22 @@ def run() -> int:
     except UserError as error:
         return _end(f"error: {error}", EXIT_USER_ERROR)
     except pickle.UnpicklingError:
-        # Of torch.load, which transformers asks for weights alone; its advice is to load it all the same.
+        # From torch.load, which transformers calls with weights_only=True; its own advice is to load the file anyway.
         return _end(
-            "error: the checkpoint holds more than data, and is not unpickled: it could run code.", EXIT_USER_ERROR
+            "error: the checkpoint holds more than data and was not unpickled: it could run code.", EXIT_USER_ERROR
         )
     except (FloatingPointError, StorageError) as error:
         return _end(f"error: {error}", 1)
     except Interrupted as interruption:
-        return _end(f"{interruption} Run the same command again to go on.", EXIT_INTERRUPTED)
+        return _end(f"{interruption} Run the same command again to resume.", EXIT_INTERRUPTED)
     except Exception as error:
         if is_out_of_memory(error):
             advice = (
-                "Lower --per_device_train_batch_size (and --per_device_eval_batch_size), with as many more "
-                "--gradient_accumulation_steps; fewer --dataloader_num_workers save memory, too."
+                "Lower --per_device_train_batch_size (and --per_device_eval_batch_size) and raise "
+                "--gradient_accumulation_steps to match; fewer --dataloader_num_workers also save memory."
             )
             return _end(f"error: out of memory ({first_line(error)}). {advice}", 1)
-        # A fault, ours or the machine's: the reason first, then where it happened.
+        # A bug of ours or a fault of the machine: the reason first, then the traceback.
         _end(f"process {os.environ.get('RANK', 0)} failed: {first_line(error)}", 1)
         raise
     return 0
@@ -189,8 +189,8 @@ def run() -> int:
 
 def _end(message: str, exit_code: int) -> int:
     if int(os.environ.get("LOCAL_RANK", 0)) > 0:
-        # All processes find the same mistake, and the launcher ends them once the first has reported it. What only
-        # this one has found is still reported.
+        # A user's mistake is found by all processes, and the launcher ends them once the first has reported it. An
+        # error found only by this one is still reported.
         time.sleep(3)
     print(f"train_hf.py: {message}", file=sys.stderr, flush=True)
     return exit_code

@@ -1,7 +1,7 @@
-"""Accuracy of finished runs: its table, curves and cards, in results/ and model_cards/.
+"""Accuracy of finished runs: the table, curves and cards in results/ and model_cards/.
 
-A `Run` is one training by train_hf.py, with one seed. A `Row` is a line of the published table: one read-out of a run,
-averaged over its seeds. A `both` run has three read-outs, and so three rows.
+A `Run` is one training run of train_hf.py with one seed. A `Row` is a row of the published table: one read-out of a
+run, averaged over its seeds. A `both` run has three read-outs, and so three rows.
 """
 
 import json
@@ -25,7 +25,7 @@ from modeling_deit_ti.checkpoints import last_complete
 
 
 RESULTS, CARDS = Path("results"), Path("model_cards")
-REPRODUCE_FILE = "reproduce.json"  # in a run's folder: what reproduce.py knows of the run and train_hf.py does not
+REPRODUCE_FILE = "reproduce.json"  # in a run's folder: what only reproduce.py knows about the run
 CNNS = ("teacher", "cnn")  # the runs that train no student
 
 
@@ -65,7 +65,7 @@ ROWS = (
 
 @dataclass
 class Run:
-    """One training: its flags for train_hf.py, what they mean for each of its stages, and what its folder holds."""
+    """One training run: its flags for train_hf.py, the arguments of each of its stages, and what its folder holds."""
 
     name: str
     seed: int
@@ -78,7 +78,7 @@ class Run:
 
     @property
     def args(self) -> Arguments:
-        """Of the last stage, whose folder is the run's."""
+        """The arguments of the last stage, whose folder is the run's."""
         return self.stages[-1]
 
     @property
@@ -106,14 +106,14 @@ class Run:
         return f"interrupted after {done:.3g} of {self.epochs:g} epochs" if done else "not yet run"
 
     def epochs_reported(self, output: str) -> float:
-        """Epochs of all stages, up to the last that train_hf.py has printed."""
+        """Epochs over all stages, up to the last one in train_hf.py's output."""
         _, stage, text = ["", "1", *re.split(r"^Stage (\d+) of .*", output, flags=re.MULTILINE)][-3:]
         of_stage = re.findall(r"^Student: epoch ([\d.]+)/", text, re.MULTILINE)
         earlier = sum(done.training.num_train_epochs for done in self.stages[: int(stage) - 1])
         return earlier + (float(of_stage[-1]) if of_stage else 0.0)
 
     def load_record(self) -> dict:
-        """`seconds`, over all its processes, and `commits`, of the code that they ran."""
+        """`seconds`, summed over its processes, and the `commits` of the code that they ran."""
         file = self.folder / REPRODUCE_FILE
         return json.loads(file.read_text()) if file.is_file() else {"seconds": 0.0, "commits": []}
 
@@ -122,7 +122,7 @@ class Run:
         (self.folder / REPRODUCE_FILE).write_text(json.dumps(record, indent=2) + "\n")
 
     def curve(self, metric: str) -> tuple[list[float], list[float]]:
-        """Epochs, counted from the first stage on, and the accuracy after them."""
+        """Epochs, counted from the start of the first stage, and the accuracy after each."""
         epochs, accuracies, offset = [], [], 0.0
         for stage in self.stages:
             log = json.loads(Path(stage.training.output_dir, "trainer_state.json").read_text())["log_history"]
@@ -133,7 +133,7 @@ class Run:
         return epochs, accuracies
 
     def accuracies(self) -> str:
-        """Top-1 of each of its rows, in words."""
+        """Top-1 of each of its rows, as text."""
         results = json.loads((self.folder / "all_results.json").read_text())
         return "; ".join(f"{row.name} {results[row.metric]:.2%}" for row in ROWS if row.run == self.name)
 
@@ -149,8 +149,8 @@ def stage_epochs_done(stage: Arguments) -> float:
 def write_results(budget: str, settings: dict, runs: list[Run]) -> None:
     """
     Writes `results/<budget>/` and the cards of the finished runs. `settings` is what all runs share, and `runs` has
-    every run at least once, finished or not. A run that is in the table already stays there, with its curve, until it
-    has finished again: a table takes hours, and may be made on several machines. A table of another recipe is replaced
+    every run at least once, finished or not. A run that is already in the table stays there, with its curve, until it
+    has finished again: a table takes hours, and may come from several machines. A table of another recipe is replaced
     once a run of this one has finished.
     """
     folder = RESULTS / budget
@@ -161,7 +161,7 @@ def write_results(budget: str, settings: dict, runs: list[Run]) -> None:
     )
     if any(before.get(name) != value for name, value in shareable(settings).items()):
         if before and not any(run.is_finished for run in runs):
-            return  # the table of another recipe stays until there is a figure to put in its place
+            return  # the table of another recipe stays until there is a figure to replace it
         before = curves_before = {}
     facts_before = {row["row"]: row["runs"] for row in before.get("rows", [])}
     table = make_table(budget, settings, runs, facts_before)
@@ -183,7 +183,7 @@ def write_results(budget: str, settings: dict, runs: list[Run]) -> None:
 def make_table(budget: str, settings: dict, runs: list[Run], facts_before: dict[str, list[dict]]) -> dict:
     """
     `table.json`: what all rows share, and for each row its mean accuracies, their spread and every run. `facts_before`
-    has the runs of each row that finished earlier; those that `runs` has finished count instead.
+    has each row's runs that finished earlier; a finished run in `runs` replaces the earlier one.
     """
     is_cifar10 = settings["dataset"].lower() == "cifar10"
     rows = []
@@ -241,7 +241,7 @@ def run_facts(run: Run, row: Row) -> dict:
 def render_table(table: dict) -> str:
     """`table.md`."""
     facts = [fact for row in table["rows"] for fact in row["runs"]]
-    devices = defaultdict(dict)  # the names of the runs on each, as the keys of a dict: in order, each once
+    devices = defaultdict(dict)  # the names of the runs on each, as dict keys: in order, each once
     for row in table["rows"]:
         for fact in row["runs"]:
             devices[fact["device"]][row["run"]] = None
@@ -266,13 +266,13 @@ def make_curves(runs: list[Run]) -> dict:
 
 def plot_curves(curves: dict, table: dict, file: Path) -> Figure:
     """
-    Plots the accuracy of all rows over the epochs, 1500 x 900 pixels; of several seeds the mean and the range.
-    `curves` are those of [`make_curves`], `table` that of [`make_table`].
+    Plots the accuracy of all rows over the epochs, 1500 x 900 pixels; for several seeds, the mean and the range.
+    `curves` is from [`make_curves`], `table` from [`make_table`].
     """
     figure = Figure(figsize=(10, 6), dpi=150, layout="constrained")
     axes = figure.subplots()
     top1 = {row["row"]: row["top1"] for row in table["rows"]}
-    # Sorted as the curves end.
+    # Best final accuracy first.
     for row in sorted((row for row in ROWS if row.name in curves), key=lambda row: -top1[row.name]):
         label = f"{100 * top1[row.name]:.1f} %  {row.name}"
         if row.run == "teacher":
@@ -301,11 +301,11 @@ def plot_curves(curves: dict, table: dict, file: Path) -> Figure:
 
 
 def copy_card(budget: str, run: Run) -> None:
-    """Copies the run's card, adapted to a place without the model and its pictures."""
+    """Copies the run's card, adapted to a folder without the model and its pictures."""
     card = RepoCard.load(run.folder / "README.md", ignore_metadata_errors=True)
     picture = f"![Accuracy of all rows over the epochs](../{RESULTS}/{budget}/curves.png)"
     text = re.sub(rf"^!\[[^\]]*\]\({re.escape(CURVES_FILE)}\)$", picture, card.content, flags=re.MULTILINE)
-    text = re.sub(r"^!\[[^\]]*\]\([^/)]*\)\n\n", "", text, flags=re.MULTILINE)  # the report's, beside the run
+    text = re.sub(r"^!\[[^\]]*\]\([^/)]*\)\n\n", "", text, flags=re.MULTILINE)  # the report's, left behind
     note = (
         f"> Only the card of run `{run.name}` of [{budget}](../{RESULTS}/{budget}/table.md), seed {run.seed}: "
         "`reproduce.py` makes the model and the files that the card mentions.\n\n"
@@ -317,7 +317,7 @@ def copy_card(budget: str, run: Run) -> None:
 
 
 def write_state(budgets: list[str]) -> None:
-    """Writes into `results/README.md`, between its two marks, what has been run of these budgets and of any others."""
+    """Writes what has been run of these and any other budgets into `results/README.md`, between its two markers."""
     readme = RESULTS / "README.md"
     if not readme.is_file():
         return

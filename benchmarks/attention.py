@@ -1,9 +1,9 @@
-"""Whether the attention of models of the digits lies on the strokes: docs/attention.md and docs/attention.png.
+"""Measures whether models of the digits attend to the strokes: docs/attention.md and docs/attention.png.
 
     OMP_NUM_THREADS=1 python benchmarks/attention.py RUN...
 
-Each RUN is the folder of a model of the digits, whose 8x8 pixels its grid of patches divides. The
-picture shows most of the last one.
+Each RUN is the folder of a model of the digits, with a grid of patches that divides their 8x8 pixels evenly. The
+picture shows all maps of the last one, and one of each other.
 """
 
 import argparse
@@ -34,7 +34,7 @@ BLOCKS = {"all blocks": slice(None), "last block": slice(-1, None)}
 
 
 def places(pictures: list[Image.Image]) -> dict[str, np.ndarray]:
-    """Which pixels, (B, 8, 8), are strokes (brighter than half), border (the outermost, but strokes) or neither."""
+    """Masks, (B, 8, 8), of the strokes (brighter than half), the border (outermost, without strokes) and the rest."""
     strokes = np.stack([np.asarray(picture.convert("L")) for picture in pictures]) > 127
     ring = np.ones(strokes.shape[1:], dtype=bool)
     ring[1:-1, 1:-1] = False
@@ -43,7 +43,7 @@ def places(pictures: list[Image.Image]) -> dict[str, np.ndarray]:
 
 @torch.no_grad()
 def look(model: torch.nn.Module, pixel_values: torch.Tensor) -> dict[tuple[str, str], np.ndarray]:
-    """Attention in even shares, (B, rows, columns), by the blocks and the token that it comes from."""
+    """Attention as a multiple of an even share, (B, rows, columns), by blocks and token."""
     model.set_attn_implementation("eager")
     attentions = model.eval()(pixel_values=pixel_values, output_attentions=True).attentions
     maps = {}
@@ -54,7 +54,7 @@ def look(model: torch.nn.Module, pixel_values: torch.Tensor) -> dict[tuple[str, 
 
 
 def measure(maps: np.ndarray, where: dict[str, np.ndarray]) -> dict[str, float]:
-    """Mean attention of the pixels in each place, and in how many pictures the strokes get more than the border."""
+    """Mean attention to the pixels in each place, and the share of pictures whose strokes get more than the border."""
     scale = next(iter(where.values())).shape[-1] // maps.shape[-1]
     pixels = maps.repeat(scale, axis=1).repeat(scale, axis=2)
     means = {place: float(pixels[inside].mean()) for place, inside in where.items()}
@@ -67,7 +67,7 @@ def measure(maps: np.ndarray, where: dict[str, np.ndarray]) -> dict[str, float]:
 
 
 def draw(pictures: list[Image.Image], rows: list[tuple[str, np.ndarray]], file: Path) -> None:
-    """The pictures, and below them a row for each title with its maps."""
+    """Draws the pictures, and below them one row of maps per title."""
     figure, axes = plt.subplots(len(rows) + 1, SHOWN, figsize=(SHOWN + 1.5, len(rows) + 1))
     for axis in axes.flat:
         axis.set_xticks([])

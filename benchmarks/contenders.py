@@ -1,6 +1,6 @@
-"""How each contender trains: ours, timm's, transformers', the published baseline's, and a bare step.
+"""How each contender trains: ours, timm, transformers, the published baseline and a bare step.
 
-Each takes its arguments as train_hf.py does. In time_to_accuracy.py, timm and transformers have their own defaults.
+Each takes train_hf.py's arguments. In time_to_accuracy.py, timm and transformers use their own defaults.
 """
 
 import itertools
@@ -52,7 +52,7 @@ Train = Callable[[Arguments, ImageData, Clock], None]
 
 
 def make_arguments(setting: Setting, work_dir: str, precision: Precision | None = None, **flags) -> Arguments:
-    """A contender's, from flags as train_hf.py takes them; those given here come before those that all share."""
+    """A contender's arguments, from train_hf.py's flags; `flags` override those that all contenders share."""
     shared = {name: getattr(setting, name) for name in ("dataset_name", "image_size", "patch_size")}
     shared |= {"output_dir": f"{work_dir}/run", "teacher_output_dir": f"{work_dir}/teachers"}
     shared |= {"use_cpu": setting.device == "cpu", "disable_tqdm": True}
@@ -63,17 +63,17 @@ def make_arguments(setting: Setting, work_dir: str, precision: Precision | None 
 
 
 def eval_batches(images: EvalImages, batch_size: int) -> DataLoader:
-    """With a generator of its own: looking at images does not change how a training goes on."""
+    """Batches with their own random generator, so that evaluation does not affect the training."""
     return DataLoader(images, batch_size, collate_fn=dict, generator=torch.Generator())
 
 
 def load_teacher(args: Arguments) -> TimmWrapperForImageClassification:
-    """As it is."""
+    """The teacher as it was saved."""
     return AutoModelForImageClassification.from_pretrained(args.teacher.teacher_model_name_or_path).eval()
 
 
 class ResizedImages(nn.Module):
-    """A classifier for images of another size than its own, as a user of timm or transformers has to write it."""
+    """A classifier that resizes images to its own size, as a user of timm or transformers has to write it."""
 
     def __init__(self, classifier: nn.Module, image_size: int):
         super().__init__()
@@ -85,7 +85,7 @@ class ResizedImages(nn.Module):
 
 
 def load_peers_teacher(args: Arguments, of_timm: bool = False) -> nn.Module:
-    """The teacher as transformers or timm has it, with the student's images in its own size."""
+    """The teacher as a transformers or timm model, with the student's images resized to its own size."""
     teacher = load_teacher(args)
     name = args.teacher.teacher_model_name_or_path
     image_size, *_ = input_format(teacher.config, name, "--teacher_model_name_or_path")
@@ -97,7 +97,7 @@ def load_peers_teacher(args: Arguments, of_timm: bool = False) -> nn.Module:
 
 
 def trainer_of_ours(args: Arguments, data: ImageData, with_cache: bool = True) -> DistillationTrainer:
-    """As train_hf.py builds it."""
+    """Our trainer, as train_hf.py builds it."""
     student, image_processor, _ = build_network(args, data)
     teacher, _, _ = prepare_teacher(args, data, image_processor)
     cache = make_teacher_cache(args, teacher, data, image_processor) if with_cache else None
@@ -117,8 +117,8 @@ def train_ours(args: Arguments, data: ImageData, clock: Clock) -> None:
 
 def train_bare(args: Arguments, data: ImageData, clock: Clock) -> None:
     """
-    The networks and the optimizer of our trainer, as it has prepared them (precision, attention, memory layout,
-    compilation), on one synthetic batch: no data, no logging, nothing else.
+    Our trainer's networks and optimizer, as it has prepared them (precision, attention, memory layout, compilation),
+    on one synthetic batch: no data loading, no logging, nothing else.
     """
     training, device, size = args.training, args.training.device, args.model.image_size
     trainer = trainer_of_ours(args, data, with_cache=False)
@@ -148,7 +148,7 @@ def train_bare(args: Arguments, data: ImageData, clock: Clock) -> None:
 
 
 class PilImages(torch.utils.data.Dataset):
-    """Rows of `datasets` in the form of timm's and torchvision's: (image, label), with the attribute `transform`."""
+    """Rows of `datasets` in the form that timm and torchvision use: (image, label), with an attribute `transform`."""
 
     def __init__(self, dataset: Dataset, transform: Callable | None = None):
         self.dataset, self.transform = dataset, transform
@@ -162,7 +162,7 @@ class PilImages(torch.utils.data.Dataset):
 
 
 def timm_loader(images: PilImages, args: Arguments, num_labels: int, **options) -> Iterable:
-    """timm's, with the augmentation of the arguments; `options` are those of its factory that they do not have."""
+    """timm's loader, with the augmentation in `args`; `options` are arguments of its factory that `args` lacks."""
     training, augmentation, size = args.training, args.augmentation, args.model.image_size
     alphas, smoothing = (augmentation.mixup, augmentation.cutmix), training.label_smoothing_factor
     collate = FastCollateMixup(*alphas, label_smoothing=smoothing, num_classes=num_labels) if any(alphas) else None
@@ -181,7 +181,7 @@ def timm_loader(images: PilImages, args: Arguments, num_labels: int, **options) 
         device=training.device,
         **options,
     )
-    if augmentation.crop_at(size) == "padded":  # as DeiT's code does, to what timm's factory has made
+    if augmentation.crop_at(size) == "padded":  # as DeiT's code does, in the transform from timm's factory
         resize = transforms.Resize((size, size), transforms.InterpolationMode.BICUBIC)
         images.transform.transforms[0] = transforms.Compose([resize, transforms.RandomCrop(size, padding=size // 8)])
     return loader
@@ -189,8 +189,8 @@ def timm_loader(images: PilImages, args: Arguments, num_labels: int, **options) 
 
 def train_timm(args: Arguments, data: ImageData, clock: Clock, own_defaults: bool = False) -> None:
     """
-    timm's loader, model, task, optimizer and loss scaler, in the loop of its train.py. With `own_defaults`, that
-    script's defaults decide whatever it has no flag for here: the learning rate's schedule and the losses' weights.
+    timm's loader, model, task, optimizer and loss scaler, in the loop of its train.py. With `own_defaults`, whatever
+    has no flag here follows that script's defaults: the optimizer, its schedule, the losses and some augmentation.
     """
     training, num_labels, smoothing = args.training, len(data.label_names), args.training.label_smoothing_factor
     if own_defaults:
@@ -253,7 +253,7 @@ def train_timm(args: Arguments, data: ImageData, clock: Clock, own_defaults: boo
 
 
 class GuideTrainer(Trainer):
-    """The trainer of transformers' guide "Knowledge Distillation for Computer Vision"."""
+    """The trainer from transformers' guide "Knowledge Distillation for Computer Vision"."""
 
     temperature, lambda_param = 5, 0.5
 
@@ -276,7 +276,7 @@ class GuideTrainer(Trainer):
 
 
 class TwoHeadedGuideTrainer(GuideTrainer):
-    """The same with the paper's loss for a class and a distillation token."""
+    """The same trainer, with the paper's loss for a class and a distillation token."""
 
     def distillation_loss(self, outputs, labels: torch.Tensor, teacher_logits: torch.Tensor) -> torch.Tensor:
         smoothing, alpha = self.args.label_smoothing_factor, MODES["both"].alpha
@@ -292,14 +292,14 @@ def deit_ti_of_transformers(args: Arguments, data: ImageData) -> DeiTConfig:
 
 
 def arguments_of_any_trainer(args: Arguments, *names: str, **options) -> TrainingArguments:
-    """What a plain Trainer takes over from our arguments: these, the device, the precision, and what it writes."""
+    """What a plain Trainer takes from our arguments: `names`, the device, the precision and the output settings."""
     names += ("use_cpu", "fp16", "bf16", "disable_tqdm")
     names += ("output_dir", "save_strategy", "report_to", "logging_strategy")
     return TrainingArguments(**{name: getattr(args.training, name) for name in names}, **options)
 
 
 def train_transformers(args: Arguments, data: ImageData, clock: Clock) -> None:
-    """transformers' DeiT in a plain Trainer, `datasets.with_transform` image by image, torchvision's mixing."""
+    """transformers' DeiT in a plain Trainer, with `Dataset.with_transform` image by image and torchvision's mixing."""
     augmentation, num_labels = args.augmentation, len(data.label_names)
     transform = make_train_transform(augmentation, make_image_processor(args.model, augmentation))
     alphas = ((v2.MixUp, augmentation.mixup), (v2.CutMix, augmentation.cutmix))

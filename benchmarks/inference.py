@@ -1,10 +1,10 @@
-"""Inference side by side, with the same weights: this model, compiled, as transformers' and timm's, in ONNX Runtime.
+"""Inference side by side, with the same weights: this model, compiled, in transformers, in timm and in ONNX Runtime.
 
     python benchmarks/inference.py
     python benchmarks/inference.py --model FOLDER --dataset_name uoft-cs/cifar10
 
 A model is timed only if it agrees with this one: in its logits, or, if its precision is lower and there are labelled
-images, in its accuracy. The models take turns, so that a machine whose speed drifts affects them all. The results go
+images, in its accuracy. The models take turns, so that drifts in the machine's speed affect them all. The results go
 to `--output_dir`; see report.py. Run nothing else on the machine meanwhile.
 """
 
@@ -40,7 +40,7 @@ from modeling_deit_ti.interop import export_onnx, quantize_onnx, to_timm, to_tra
 
 
 Predict = Callable[[torch.Tensor], torch.Tensor]  # images to logits
-# How far logits may differ, as a share of the largest: rounding, and nothing but rounding.
+# How far logits may differ, as a share of the largest: by rounding only.
 TOLERANCE = 1e-3
 LOW_PRECISION_TOLERANCES = {"bfloat16": 0.1, "int8": 0.5}  # by a word in the name; only without labelled images
 LARGEST_LOSS = 0.01  # of accuracy, at lower precision
@@ -54,7 +54,7 @@ def logits_of(model: nn.Module) -> Predict:
 
 
 def with_autocast(model: nn.Module) -> Predict:
-    """In bfloat16, as predict.py has it."""
+    """In bfloat16, as in predict.py."""
 
     def predict(images: torch.Tensor) -> torch.Tensor:
         with autocast(images.device, "bf16"):
@@ -64,7 +64,7 @@ def with_autocast(model: nn.Module) -> Predict:
 
 
 def onnx_session(model: DeiTTiForImageClassification, setting: SpeedSetting, int8: bool = False) -> Predict:
-    """In ONNX Runtime; with `int8`, weights and what they are multiplied with, by scales of each batch."""
+    """In ONNX Runtime; with `int8`, weights and activations are quantized, the latter by scales per batch."""
     provider = "CUDAExecutionProvider" if setting.device == "cuda" else "CPUExecutionProvider"
     if provider not in onnxruntime.get_available_providers():
         raise UserError(f"this onnxruntime has no {provider}")
@@ -101,21 +101,21 @@ MAKERS: dict[str, Callable[[DeiTTiForImageClassification, SpeedSetting], Predict
 @dataclass
 class InferenceSetting(SpeedSetting):
     model: str | None = HfArg(default=None, help="The folder of a trained DeiT-Ti. Default: random weights.")
-    dataset_name: str | None = HfArg(default=None, help="The trained model's images, as train_hf.py takes them.")
-    max_eval_samples: int = HfArg(default=2000, help="Labelled images for the accuracy.")
+    dataset_name: str | None = HfArg(default=None, help="The trained model's dataset, as in train_hf.py.")
+    max_eval_samples: int = HfArg(default=2000, help="Number of labelled images for the accuracy.")
     batch_sizes: list[int] = HfArg(default_factory=lambda: [1, 256], help="Images per call.")
     models: list[str] = HfArg(
         default_factory=lambda: list(MAKERS),
-        help="Which to run; `native` always runs.",
+        help="The models to run; `native` always runs.",
         metadata={"choices": list(MAKERS)},
     )
-    seconds: float = HfArg(default=3.0, help="Shortest duration of a turn; it has at least two calls.")
+    seconds: float = HfArg(default=3.0, help="Minimum duration of a turn; each has at least two calls.")
 
     def __post_init__(self):
         super().__post_init__()
         check_at_least(self, max_eval_samples=1)
         if (self.model is None) != (self.dataset_name is None):
-            raise UserError("--model and --dataset_name go together: accuracy takes a trained model and its images.")
+            raise UserError("--model and --dataset_name go together: accuracy needs a trained model and its images.")
         self.models = [name for name in MAKERS if name == "native" or name in self.models]
 
 
@@ -140,7 +140,7 @@ def load(setting: InferenceSetting) -> tuple[DeiTTiForImageClassification, torch
     trained model.
 
     Raises:
-        UserError: if the model cannot be loaded, or has other labels than the images.
+        UserError: if the model cannot be loaded, or its labels are not those of the images.
     """
     if setting.model is None:
         sizes = {"image_size": setting.image_size, "patch_size": setting.patch_size}
@@ -166,7 +166,7 @@ def load(setting: InferenceSetting) -> tuple[DeiTTiForImageClassification, torch
 def measure(
     setting: InferenceSetting, native: DeiTTiForImageClassification, images: torch.Tensor, labels: torch.Tensor | None
 ) -> list[dict]:
-    """A row per batch size and model: images/s, latency, accuracy, and how far its logits are from the native ones."""
+    """One row per batch size and model: images/s, latency, accuracy and its logits' distance from the native ones."""
     rows, models, accuracies, failures = [], {}, dict.fromkeys(setting.models), dict.fromkeys(setting.models)
     for name in setting.models:
         try:
@@ -200,7 +200,7 @@ def logits(model: Predict, images: torch.Tensor) -> torch.Tensor:
 
 
 def accuracy(model: Predict, images: torch.Tensor, labels: torch.Tensor, batch_size: int, device: str) -> float:
-    """Top-1, in batches of one size, since a model may be compiled for each."""
+    """Top-1, in batches of equal size, since a model may be compiled for each size."""
     padded = torch.arange(-(-len(labels) // batch_size) * batch_size) % len(labels)
     predicted = torch.cat([logits(model, images[rows].to(device)).argmax(dim=-1) for rows in padded.split(batch_size)])
     return (predicted[: len(labels)] == labels).float().mean().item()
@@ -220,13 +220,13 @@ def compare(
         if row["accuracy"] < native_accuracy - LARGEST_LOSS:
             failed = f"its top-1 is {row['accuracy']:.2%}, the native model's {native_accuracy:.2%}"
     elif difference > (low[0] if low else TOLERANCE) * row["largest_logit"]:
-        failed = f"its logits are {difference:.1e} from the native model's"
+        failed = f"its logits differ by {difference:.1e} from the native model's"
     return {"failed": failed, "max_abs_difference": difference}
 
 
 @torch.inference_mode()
 def time_calls(model: Predict, images: torch.Tensor, setting: InferenceSetting) -> list[float]:
-    """Seconds of each call of a turn."""
+    """Seconds of each call in a turn."""
     seconds: list[float] = []
     while len(seconds) < 2 or sum(seconds) < setting.seconds:
         began = time.perf_counter()

@@ -1,4 +1,4 @@
-"""What the results of the speed benchmarks become: tables, files, and the verdict on each target.
+"""Turns the results of the speed benchmarks into tables, files and a verdict on each target.
 
 Each result is a JSON file in the output folder, with a Markdown table next to it. The folder's `README.md` is
 rewritten from all JSON files after every run; it also lists the settings that have not been measured yet.
@@ -35,7 +35,7 @@ def spread(runs: list[float]) -> dict:
 
 
 class Case(NamedTuple):
-    """A setting that has targets: its name, and what a result's setting must say to belong to it."""
+    """A setting with targets: its name, and the values that a result's setting must have to belong to it."""
 
     name: str
     where: dict
@@ -52,7 +52,7 @@ class Case(NamedTuple):
         return result["benchmark"] == self.benchmark and self.where.items() <= result["setting"].items()
 
 
-# `automatic_precision`: what train_hf.py takes by itself on such a machine.
+# `automatic_precision`: what train_hf.py chooses by itself on such a machine.
 CPU = {"device": "cpu", "image_size": 32, "batch_size": 128, "teacher": "regnetx_004", "recipe": "paper"}
 BF16, FP32 = ({"precision": None, "automatic_precision": precision} for precision in ("bf16", "fp32"))
 GPU = {"device": "cuda", "batch_size": 1024, "teacher": "regnetx_004"}
@@ -68,7 +68,7 @@ CPU_INFERENCE = Case("inference on a CPU", {"device": "cpu"}, "inference")
 CPU_TIME = Case(
     "time to accuracy on a CPU, CIFAR-10", {"device": "cpu", "recipe": "cifar10_quick.yaml"}, "time_to_accuracy"
 )
-# Of a case, or of any: the target in words, its figure (see `figures`), the figure's limit and format.
+# The case (`None`: any), the target in words, its figure (see `figures`), the relation, the limit and the format.
 TARGETS = (
     *(
         (case, *target)
@@ -102,15 +102,15 @@ TARGETS = (
 
 def figures(result: dict) -> dict[str, float]:
     """
-    What the targets are about, as far as it was measured: our trainer's `images/s`, with augmentation wherever it is
-    faster, and under each contender's name how many times its speed that is; the peak of `device GB`; the bare step's
-    share of the matrix `product`'s rate; and `growth`, the highest host memory after an epoch of the second half,
-    relative to that of the first. For inference, `exported`: the fastest form but this model's own, relative to it.
-    For the time to an accuracy, by accuracy and contender, our share of its minutes, [`time_shares`].
+    The figures that the targets are about, as far as they were measured: our trainer's `images/s`, with augmentation
+    wherever it is faster, and under each contender's name that speed as a multiple of the contender's; the peak
+    `device GB`; `product`, the bare step's share of the matrix product's rate; and `growth`, the highest host memory
+    after an epoch in the second half, relative to the first half. For inference, `exported`: the fastest exported
+    form, relative to the native model. For time to accuracy, [`time_shares`].
     """
     if result["benchmark"] == "time_to_accuracy":
         return time_shares(result)
-    # Of inference, one image a call.
+    # For inference, one image per call.
     rows = {row["name"]: row for row in result["rows"] if not row["failed"] and row.get("batch_size", 1) == 1}
     speeds = {name: row["images_per_second"]["median"] for name, row in rows.items()}
     if result["benchmark"] == "inference":
@@ -126,15 +126,15 @@ def figures(result: dict) -> dict[str, float]:
         found["product"] = share_of_product(rows[BARE])
     epochs = result["host_bytes_by_epoch"] or []
     if half := len(epochs) // 2:
-        # Allocators go up and down; only memory that keeps going up is growth.
+        # Allocated memory goes up and down; only memory that keeps going up is growth.
         found["growth"] = max(epochs[half:]) / max(epochs[:half]) - 1
     return found
 
 
 def time_shares(result: dict) -> dict[str, float]:
     """
-    Our minutes to each target, divided by those of a contender, whichever of its rows was faster. One that did not
-    reach the target counts with all the minutes that it had, which favours it.
+    Our minutes to each target divided by a contender's, in the faster of its rows. A contender that did not reach the
+    target counts with all the minutes that it had, which favours it.
     """
     shares, (ours, *others) = {}, result["rows"]
     if ours["failed"]:
@@ -150,13 +150,13 @@ def time_shares(result: dict) -> dict[str, float]:
 
 
 def share_of_product(bare: dict) -> float:
-    """Of the rate of the student's largest product alone: what the bare step reaches in all of its operations."""
+    """The rate of all the bare step's operations, as a share of that of the student's largest matrix product alone."""
     flops = bare["student_flops"] + bare["teacher_flops"]
     return bare["images_per_second"]["median"] * flops / bare["product_flops_per_second"]["median"]
 
 
 def target_rows(results: dict[str, dict]) -> list[list[str]]:
-    """Each target on each result that it applies to; results by file name."""
+    """Each target on each result that it applies to; `results` are by file name."""
     rows = []
     for case, target, figure, relation, limit, form in TARGETS:
         text = f"{case.name}: {target}" if case else target
@@ -188,7 +188,7 @@ def describe_versions(versions: dict[str, str]) -> str:
 def describe_setting(result: dict) -> str:
     setting = result["setting"]
     parts = [result["hardware"]]
-    if setting["device"] == "cpu":  # machines of as many cores differ in their processors
+    if setting["device"] == "cpu":  # machines with the same number of cores may differ in processor
         parts += [result["processor"].partition(",")[0]] if result["processor"] else []
         parts += [f"threads {setting['threads']}"]
     parts += [f"{setting['image_size']}/{setting['patch_size']}"]
@@ -206,7 +206,7 @@ def describe_setting(result: dict) -> str:
 
 
 def style_axes(axes: Axes, title: str, xlabel: str) -> None:
-    """Accuracies, from 0 to 1, over time or epochs; the legend is beside the axes, where it covers no curve."""
+    """Styles axes of accuracy (0 to 1) over time or epochs; the legend is beside them, where it covers no curve."""
     axes.set_title(title, loc="left")
     axes.set(xlabel=xlabel, xlim=(0, None))
     axes.yaxis.set_major_formatter(PercentFormatter(xmax=1, decimals=0, symbol=" %"))
@@ -217,7 +217,7 @@ def style_axes(axes: Axes, title: str, xlabel: str) -> None:
 
 
 def render(template: str, **values) -> str:
-    """A Markdown file, by its template in templates/."""
+    """A Markdown file, rendered from its template in templates/."""
     options = {"trim_blocks": True, "lstrip_blocks": True, "keep_trailing_newline": True}
     environment = jinja2.Environment(loader=jinja2.FileSystemLoader(TEMPLATES), **options)
     environment.filters |= {"number": number, "shown": format}
@@ -232,9 +232,9 @@ def make_result(setting: Setting, began: float, rows: list[dict], benchmark: str
 
 
 def finish(result: dict, folder: str) -> int:
-    """Writes and prints the result; the exit code: 1 if a row has failed."""
+    """Writes and prints the result; returns the exit code, 1 if a row has failed."""
     file = write_result(result, Path(folder))
-    print(f"\n{file.read_text()}\nWritten to {file}, and the index beside it.")
+    print(f"\n{file.read_text()}\nWritten to {file}; the index is beside it.")
     return int(any(row["failed"] for row in result["rows"]))
 
 
@@ -253,13 +253,13 @@ def write_result(result: dict, folder: Path) -> Path:
 
 
 def file_name(result: dict) -> str:
-    """Of a result's files, without their endings."""
+    """The name of a result's files, without their extensions."""
     title = "" if result["benchmark"] == "throughput" else f"{result['benchmark'].replace('_', ' ')}, "
     return re.sub(r"[^a-z0-9_]+", "-", (title + describe_setting(result)).lower()).strip("-")
 
 
 def write_index(folder: Path) -> None:
-    """`README.md`: all results in the folder, and what they say about the targets."""
+    """Writes `README.md`: all results in the folder, and what they say about the targets."""
     results = {path.stem: json.loads(path.read_text()) for path in sorted(folder.glob("*.json"))}
     training = {file: result for file, result in results.items() if result["benchmark"] == "throughput"}
     contenders = dict.fromkeys([*ROWS, *(row["name"] for result in training.values() for row in result["rows"])])

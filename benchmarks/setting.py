@@ -1,4 +1,4 @@
-"""What the benchmarks share: flags, names, the description of the machine, and how each measures and ends."""
+"""What the benchmarks share: flags, names, the description of the machine, and how each measures and exits."""
 
 import datetime
 import multiprocessing
@@ -24,7 +24,7 @@ from modeling_deit_ti.errors import UserError, first_line
 
 
 Precision = Literal["fp32", "fp16", "bf16"]
-# Of a table, by name: each row's contender and precision; `None`: what train_hf.py takes by itself.
+# The rows of a table by name: each one's contender and precision (`None`: what train_hf.py chooses by itself).
 Rows = dict[str, tuple[str, Precision | None]]
 BARE, PUBLISHED_BASELINE = "bare step", "published baseline's loop"
 OURS = ("ours, augment on loader", "ours, augment on device")
@@ -37,7 +37,7 @@ MEMORY_FLAGS |= {"num_train_epochs": 8, "max_train_samples": 256, "max_eval_samp
 
 @dataclass
 class Setting:
-    """Where it is measured. Whatever is left out is filled in to suit the machine, and recorded."""
+    """Where to measure. Whatever is left out is filled in to suit the machine, and recorded."""
 
     device: Literal["auto", "cpu", "cuda"] = HfArg(default="auto", help="Where to run.")
     threads: int | None = HfArg(default=None, help="Number of CPU threads. Default: one per core.")
@@ -54,7 +54,7 @@ class Setting:
         check_at_least(self, threads=1)
 
     def rows_of(self, contenders: list[str], only: Precision | None = None) -> Rows:
-        """Their rows. A peer has one in float32, and one in the half precision that its user would switch on."""
+        """The contenders' rows. A peer has one in float32, one in the half precision that users would switch on."""
         half = "bf16" if self.device == "cpu" or torch.cuda.is_bf16_supported(including_emulation=False) else "fp16"
         rows: Rows = {}
         for name in contenders:
@@ -68,7 +68,7 @@ class Setting:
 
 @dataclass
 class SpeedSetting(Setting):
-    """What is measured, at which sizes, and how often."""
+    """Which sizes to measure, and how often."""
 
     image_size: int = HfArg(default=32, help="Height and width of the model's input, in pixels.")
     patch_size: int = HfArg(default=4, help="Height and width of a patch, in pixels.")
@@ -90,8 +90,8 @@ def parse_setting(kind: type[Setting], argv: list[str], description: str) -> Set
 
 def in_own_process(function: Callable[..., Any], *args, environment: dict[str, str]) -> Any:
     """
-    What the function returns in a fresh process, started with these variables in its environment, so that start-up
-    and peak memory are its own. Raises what the function raises, or `BrokenProcessPool` if the process was killed.
+    Calls the function in a fresh process with these environment variables, so that start-up and peak memory are its
+    own, and returns its result. Raises what the function raises, or `BrokenProcessPool` if the process was killed.
     """
     spawn = multiprocessing.get_context("spawn")
     with patch.dict(os.environ, environment, TQDM_DISABLE="1"), ProcessPoolExecutor(1, spawn) as process:
@@ -113,7 +113,7 @@ def precision_of(args: Arguments) -> Precision:
 
 
 def describe_machine(device: str, *more_libraries: str) -> dict:
-    """Device, instruction set and versions, as every result records them."""
+    """Device, processor, versions and date, as every result records them."""
     on_gpu = device == "cuda"
     return {
         "device": device,

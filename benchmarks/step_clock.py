@@ -1,4 +1,4 @@
-"""How long the steps of a training loop take, and how much memory."""
+"""Measures how long the steps of a training loop take, and how much memory they use."""
 
 import time
 from collections.abc import Iterable, Iterator
@@ -26,7 +26,7 @@ def host_bytes(field: str) -> int | None:
 
 class Clock(TrainerCallback):
     """
-    Watches any training loop, and says when it has seen enough. A Trainer takes it as a callback; any other loop takes
+    Watches any training loop, and says when it has seen enough. A Trainer uses it as a callback; any other loop gets
     each epoch's batches from `batches`, until `is_done`.
     """
 
@@ -34,17 +34,17 @@ class Clock(TrainerCallback):
     is_done = False
 
     def watch(self, student: torch.nn.Module, teacher: torch.nn.Module) -> None:
-        """To be called first."""
+        """Must be called first."""
         self.networks = {"student": student, "teacher": teacher}
 
     def now(self) -> float:
-        """Seconds, after all that the device still has to do."""
+        """Seconds, once the device has finished its pending work."""
         if self.device == "cuda":
             torch.cuda.synchronize()
         return time.perf_counter()
 
     def batches(self, loader: Iterable) -> Iterator:
-        """An epoch, or as much of it as is watched."""
+        """The batches of an epoch, or of as much of it as is watched."""
         arguments = (None, None, TrainerControl())  # as a Trainer calls its callbacks
         self.on_epoch_begin(*arguments)
         for batch in loader:
@@ -60,12 +60,12 @@ class Clock(TrainerCallback):
 class StepClock(Clock):
     """
     Times the steps: first whole steps, undisturbed; then the parts of a few more, through hooks on the networks, on
-    `backward` and on the optimizer. What lies between two epochs counts as part of the step after it.
+    `backward` and on the optimizer. The time between two epochs counts towards the step after it.
     """
 
     device: str
     batch_size: int
-    started: float  # time.time() when the process was started
+    started: float  # time.time() at the start of the process
     warmup_steps: int = 0
     measured_steps: int = 0
     split_steps: int = 0  # whose parts are timed
@@ -105,7 +105,7 @@ class StepClock(Clock):
         self.host_bytes_by_epoch.append(host_bytes("VmRSS"))
 
     def add(self, part: str) -> None:
-        """Counts the time since the last mark towards that part of the step."""
+        """Counts the time since the last mark towards this part of the step."""
         now = self.now()
         self.split[part] += now - self.mark
         self.mark = now
@@ -114,7 +114,7 @@ class StepClock(Clock):
         self.split = dict.fromkeys(PARTS, 0.0)
         handles = [register_optimizer_step_post_hook(lambda *_: self.add("optimizer"))]
         for part, network in self.networks.items():
-            # Data is what comes before the first network: nothing lies between the two.
+            # Everything before the first network counts as data; nothing happens between the two networks.
             handles.append(network.register_forward_pre_hook(lambda *_: self.add("data")))
             handles.append(network.register_forward_hook(lambda *_, part=part: self.add(part)))
         for handle in handles:

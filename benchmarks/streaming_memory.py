@@ -1,4 +1,4 @@
-"""Peak memory and disk space of one training epoch on datasets of three sizes, streamed and not.
+"""Peak memory and disk space of one training epoch on datasets of three sizes, with and without streaming.
 
     OMP_NUM_THREADS=1 python benchmarks/streaming_memory.py
 
@@ -70,7 +70,7 @@ def size_of(folder: str | Path, pattern: str = "*") -> int:
 
 
 def train(folder: str, streaming: bool) -> dict:
-    """What one epoch took in this process."""
+    """What one epoch used in this process."""
     imported = host_bytes("VmRSS")
     memory = PeakAnonymousMemory()
     memory.start()

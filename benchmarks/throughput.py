@@ -1,15 +1,15 @@
-"""Training throughput side by side: this trainer, timm, transformers, the published baseline's loop, a bare step.
+"""Training throughput side by side: this trainer, timm, transformers, the published baseline's loop and a bare step.
 
     python benchmarks/throughput.py --image_size 32 --patch_size 8 --batch_size 128
     python benchmarks/throughput.py --image_size 224 --patch_size 16 --batch_size 1024        # on a GPU
 
 Each measurement runs in its own process, so that start-up and peak memory are its own. The contenders take turns
-(A B C A B C), so that a machine whose speed drifts affects them all. All see the same images, decoded in memory, in
-batches of one size, with the same augmentation and teacher; only the published baseline's loop has its own
-augmentation. Ours and the bare step run in the precision that train_hf.py takes by itself, timm and transformers in
-float32, their default, and in a second row with the machine's half precision switched on. Ours has an empty cache for
-its teacher's logits, which it computes and stores. The results go to `--output_dir`; see report.py. Run nothing else
-on the machine meanwhile.
+(A B C A B C), so that drifts in the machine's speed affect them all. All see the same images, decoded in memory, in
+batches of the same size, with the same augmentation and teacher; only the published baseline's loop has its own
+augmentation. Ours and the bare step run in the precision that train_hf.py chooses by itself, timm and transformers in
+float32, their default, and in a second row with the machine's half precision switched on. Ours starts with an empty
+cache of teacher logits, which it computes and stores. The results go to `--output_dir`; see report.py. Run nothing
+else on the machine meanwhile.
 """
 
 import copy
@@ -56,7 +56,7 @@ from modeling_deit_ti.errors import UserError
 from modeling_deit_ti.parsing import parse_arguments
 
 
-# How each trains, and what its flags add to those of all.
+# How each trains, and the flags it adds to those that all share.
 CONTENDERS: dict[str, tuple[contenders.Train, dict]] = {
     BARE: (contenders.train_bare, {}),
     OURS[0]: (contenders.train_ours, {"augment_on": "loader"}),
@@ -65,9 +65,9 @@ CONTENDERS: dict[str, tuple[contenders.Train, dict]] = {
     "transformers": (contenders.train_transformers, {}),
     PUBLISHED_BASELINE: (contenders.train_as_the_published_baseline, BASELINE_SIZES),
 }
-BASELINE_SHARE_OF_STEPS = 3  # its steps take several times as long, so it makes a third as many
+BASELINE_SHARE_OF_STEPS = 3  # its steps take several times as long, so it runs a third as many
 RECIPE = {
-    "distill_mode": "both",  # the one mode that timm's task and transformers' two-headed DeiT have, too
+    "distill_mode": "both",  # the one mode that timm's task and transformers' two-headed DeiT also have
     "learning_rate": 5e-4,
     "weight_decay": 0.05,
     "max_grad_norm": 1.0,
@@ -91,26 +91,26 @@ class ThroughputSetting(SpeedSetting):
     teacher: str = HfArg(default="regnetx_004", help="A timm architecture; its weights are random.")
     precision: Precision | None = HfArg(
         default=None,
-        help="Of every row. Default: ours in what train_hf.py takes by itself, timm and transformers in fp32 and in "
-        "the machine's half precision.",
+        help="Precision of every row. Default: for ours, what train_hf.py chooses by itself; for timm and "
+        "transformers, fp32 and the machine's half precision.",
     )
-    automatic_precision: Precision = field(init=False)  # what train_hf.py takes by itself
+    automatic_precision: Precision = field(init=False)  # what train_hf.py chooses by itself
     recipe: Literal["paper", "light"] = HfArg(default="paper", help="The paper's augmentation, or crops and flips.")
     steps: int | None = HfArg(default=None, help="Measured steps. Default: 3 on the CPU, 50 on a GPU.")
-    warmup_steps: int | None = HfArg(default=None, help="Steps before those. Default: 1 on the CPU, 10 on a GPU.")
+    warmup_steps: int | None = HfArg(default=None, help="Warm-up steps. Default: 1 on the CPU, 10 on a GPU.")
     split_steps: int | None = HfArg(
         default=None,
         help="Steps after those, in the first repeat only, in which each part of a step is timed; 0 turns it off. "
         "Default: 1 on the CPU, 10 on a GPU, 0 with --torch_compile.",
     )
     contenders: list[str] = HfArg(
-        default_factory=lambda: list(CONTENDERS), help="Which to run.", metadata={"choices": list(CONTENDERS)}
+        default_factory=lambda: list(CONTENDERS), help="The contenders to run.", metadata={"choices": list(CONTENDERS)}
     )
     dataloader_num_workers: int | None = HfArg(
-        default=None, help="Except in the published baseline's loop. Default: 0 on the CPU; at most 16 on a GPU."
+        default=None, help="Loader workers; the baseline's loop has none. Default: 0 on the CPU, at most 16 on a GPU."
     )
-    torch_compile: bool = HfArg(default=False, help="Except in the published baseline's loop.")
-    measure_memory: bool = HfArg(default=True, help="Also watch the host's memory over epochs of our trainer.")
+    torch_compile: bool = HfArg(default=False, help="Compile, except in the published baseline's loop.")
+    measure_memory: bool = HfArg(default=True, help="Also measure host memory over several epochs of our trainer.")
 
     def __post_init__(self):
         super().__post_init__()
@@ -136,7 +136,7 @@ class ThroughputSetting(SpeedSetting):
 def make_arguments(
     setting: ThroughputSetting, work_dir: str, precision: Precision | None = None, **flags
 ) -> Arguments:
-    """[`contenders.make_arguments`] with the recipe and the teacher of all."""
+    """[`contenders.make_arguments`] with the recipe and teacher that all share."""
     recipe = RECIPE | AUGMENTATIONS[setting.recipe] | {"per_device_train_batch_size": setting.batch_size}
     recipe |= {name: getattr(setting, name) for name in ("dataloader_num_workers", "torch_compile")}
     recipe["teacher_model_name_or_path"] = f"{work_dir}/teacher"
@@ -144,7 +144,7 @@ def make_arguments(
     return contenders.make_arguments(setting, work_dir, precision, **(recipe | flags))
 
 
-# ---- Turns, each a process ----
+# ---- Turns, each in its own process ----
 
 
 def main(argv: list[str]) -> int:
@@ -162,7 +162,7 @@ def main(argv: list[str]) -> int:
                 if not any("failed" in report for report in earlier):
                     earlier.append(attempt(measure, of_turn, work_dir, row, time.time()))
         memory = attempt(measure_memory, setting, work_dir) if setting.measure_memory else {}
-    # Of a local folder, its own name alone.
+    # Of a local folder, only the name.
     setting = replace(setting, dataset_name=Path(data.name).name if data.source == "local" else data.name)
     rows = [summary(row, found) for row, found in reports.items()]
     epochs = memory.get("host_bytes_by_epoch")
@@ -171,7 +171,7 @@ def main(argv: list[str]) -> int:
 
 
 def save_teacher(architecture: str, args: Arguments, data: ImageData) -> None:
-    """The teacher that all load. Its weights are random: a fitted one is just as fast."""
+    """Saves the teacher that all load. Its weights are random: a fitted one is just as fast."""
     set_seed(0)
     image_processor = make_image_processor(args.model, args.augmentation)
     teacher = new_timm_classifier(architecture, data.label_names, args.model.image_size, image_processor)
@@ -179,7 +179,7 @@ def save_teacher(architecture: str, args: Arguments, data: ImageData) -> None:
 
 
 def measure(setting: ThroughputSetting, work_dir: str, row: str, started: float) -> dict:
-    """[`StepClock.report`] of a row's contender, and its precision; of the bare step also what bounds it."""
+    """[`StepClock.report`] of a row's contender, and its precision; for the bare step, also what bounds it."""
     torch.set_num_threads(setting.threads)
     set_seed(0)
     contender, precision = setting.rows[row]
@@ -212,8 +212,8 @@ def step_flops(student: torch.nn.Module, teacher: torch.nn.Module, args: Argumen
 
 def product_rate(args: Arguments, clock: StepClock) -> float:
     """
-    Floating-point operations per second of the student's largest product alone: the tokens of a step, from 192 to 768
-    channels, in the step's precision. Median over at least a second.
+    Floating-point operations per second of the student's largest matrix product alone: a step's tokens, from 192 to
+    768 channels, in the step's precision. Median over at least a second.
     """
     num_tokens = (args.model.image_size // args.model.patch_size) ** 2 + len(args.training.mode.tokens)
     options = {"device": args.training.device, "dtype": HALF_DTYPES.get(args.training.mixed_precision, torch.float32)}
@@ -238,7 +238,7 @@ def measure_memory(setting: ThroughputSetting, work_dir: str) -> dict:
 
 
 def summary(name: str, reports: list[dict]) -> dict:
-    """A row of the table: of its processes, the spread of what each has measured, and what the first has counted."""
+    """A row of the table: the spread of what its processes have measured, and what the first has counted."""
     row = {"name": name, "failed": reports[-1].get("failed")}
     if row["failed"]:
         return row

@@ -4,10 +4,10 @@
 
 The teacher is one that train_hf.py has fitted with the recipe and `--validation_from_train true`.
 
-Ours has a recipe of its own; timm and transformers have the defaults of timm's train.py and of transformers' guide, in
+Ours has its own recipe; timm and transformers use the defaults of timm's train.py and of transformers' guide, in
 float32 and, in a second row, with the machine's half precision switched on. All learn from the same images and the
-same fitted teacher, and are judged on images held out from training. Each trains in its own process. The results are
-written after each; the same command goes on with those that are missing. Run nothing else on the machine meanwhile.
+same fitted teacher, and are evaluated on held-out images. Each trains in its own process. The results are written
+after each; the same command resumes with those that are missing. Run nothing else on the machine meanwhile.
 """
 
 import json
@@ -59,7 +59,7 @@ TIMM_DEFAULTS = {
     "mixup": 0,
     "cutmix": 0,
 }
-# How each trains, and what its flags add to those of all.
+# How each trains, and the flags it adds to those that all share.
 CONTENDERS: dict[str, tuple[contenders.Train, dict]] = {
     OURS: (contenders.train_ours, {}),
     "timm": (partial(contenders.train_timm, own_defaults=True), TIMM_DEFAULTS),
@@ -73,22 +73,22 @@ class TimeSetting(Setting):
         default=None,
         help="Required: the folder of a teacher that train_hf.py has fitted, with --validation_from_train true.",
     )
-    recipe: str = HfArg(default="recipes/cifar10_quick.yaml", help="Ours; its images and sizes are those of all.")
-    dataset_name: str | None = HfArg(default=None, help="As train_hf.py takes it. Default: the recipe's.")
+    recipe: str = HfArg(default="recipes/cifar10_quick.yaml", help="Our recipe; its images and sizes apply to all.")
+    dataset_name: str | None = HfArg(default=None, help="As in train_hf.py. Default: the recipe's.")
     targets: list[float] = HfArg(default_factory=lambda: [0.6, 0.7], help="Accuracies to reach, from 0 to 1.")
     peers_patch_size: int | None = HfArg(
         default=None,
-        help="Of the others, in pixels. Default: the recipe's. Their defaults drop no patches, so larger ones may be "
-        "the faster way for them.",
+        help="Patch size of the others, in pixels. Default: the recipe's. Their defaults drop no patches, so larger "
+        "ones may be faster for them.",
     )
-    limit: float = HfArg(default=3.0, help="The others stop after so many times our own time to the highest target.")
-    every_minutes: float = HfArg(default=2.0, help="Evaluate after each epoch, and so often within it.")
+    limit: float = HfArg(default=3.0, help="The others stop after this many times our time to the highest target.")
+    every_minutes: float = HfArg(default=2.0, help="Evaluate after each epoch, and this often within it.")
     contenders: list[str] = HfArg(
         default_factory=lambda: list(CONTENDERS),
-        help="Which to run; ours always runs.",
+        help="The contenders to run; ours always runs.",
         metadata={"choices": list(CONTENDERS)},
     )
-    image_size: int = field(init=False)  # as the recipe has it
+    image_size: int = field(init=False)  # from the recipe
     patch_size: int = field(init=False)
 
     def __post_init__(self):
@@ -111,7 +111,7 @@ class TimeSetting(Setting):
         return self.rows_of(self.contenders)
 
     def shown(self) -> dict:
-        """What decides the rows, for the results; of folders the last part alone."""
+        """What decides the rows, for the results; paths are cut to their last part."""
         values = {name: value for name, value in asdict(self).items() if name not in ("contenders", "output_dir")}
         paths = [name for name in ("teacher", "recipe", "dataset_name") if Path(values[name]).exists()]
         return values | {name: folder_name(values[name]) for name in paths}
@@ -120,11 +120,11 @@ class TimeSetting(Setting):
 def make_arguments(
     setting: TimeSetting, work_dir: str, contender: str, precision: Precision | None = None
 ) -> Arguments:
-    """[`contenders.make_arguments`] with the images of our recipe, for all, and the fitted teacher."""
+    """[`contenders.make_arguments`] with the images of our recipe and the fitted teacher, which all share."""
     images = vars(parse_arguments([f"--config={setting.recipe}", f"--use_cpu={setting.device == 'cpu'}"]).images)
     flags = {name: value for name, value in images.items() if value is not None}
     flags |= {"dataset_name": setting.dataset_name, "validation_from_train": True}
-    flags |= {"teacher_model_name_or_path": setting.teacher, "teacher_num_train_epochs": 0}  # it is fitted
+    flags |= {"teacher_model_name_or_path": setting.teacher, "teacher_num_train_epochs": 0}  # it is already fitted
     if contender == OURS:
         flags["config"] = setting.recipe
     else:
@@ -137,7 +137,7 @@ def make_arguments(
 
 class AccuracyClock(Clock):
     """
-    The accuracy of the watched student over the minutes of its training, in `curve`. The clock stands while it
+    Records the watched student's accuracy over the minutes of its training, in `curve`. The clock stops while it
     evaluates: after each epoch, and every `every_minutes` within one. It is done at the accuracy `target` or after
     `limit_minutes`.
     """
@@ -148,7 +148,7 @@ class AccuracyClock(Clock):
         self.images = EvalImages(data.evaluation, make_image_processor(args.model, args.augmentation))
         self.images_per_epoch = len(data.train)
         self.images_seen = 0
-        self.began: float | None = None  # later by the seconds of all evaluations
+        self.began: float | None = None  # moved forward by the time of all evaluations
         self.curve: list[dict] = []
 
     @property
@@ -171,7 +171,7 @@ class AccuracyClock(Clock):
         control.should_training_stop |= self.is_done
 
     def on_epoch_end(self, args, state, control, **_):
-        if not self.curve or self.curve[-1]["images"] < self.images_seen:  # not after the last step already
+        if not self.curve or self.curve[-1]["images"] < self.images_seen:  # unless the last step already did
             self.evaluate()
         control.should_training_stop |= self.is_done
 
@@ -212,7 +212,7 @@ def measure(setting: TimeSetting, row: str, limit_minutes: float) -> dict:
 
 
 def plot(rows: list[dict], targets: list[float], file: Path) -> Figure:
-    """Accuracy over minutes, 1500 x 900 pixels, a line per contender."""
+    """Accuracy over minutes, 1500 x 900 pixels, one line per row."""
     figure = Figure(figsize=(10, 6), dpi=150, layout="constrained")
     axes = figure.subplots()
     # Okabe and Ito's colours can be told apart with any type of colour vision.
@@ -271,13 +271,13 @@ def check_teacher(args: Arguments, data: ImageData) -> None:
     is_timm = isinstance(teacher.model, TimmWrapperForImageClassification)
     if not (is_timm and teacher.same_normalisation and teacher.label_order is None):
         raise UserError(
-            f"--teacher {name}: must be a timm architecture, fitted with train_hf.py to these labels, in their order, "
-            "and to images normalised as the student's: timm and transformers match neither."
+            f"--teacher {name}: must be a timm architecture, fitted by train_hf.py to these labels, in this order, "
+            "on images normalised like the student's: timm and transformers convert neither."
         )
 
 
 def finished_rows(file: Path, result: dict) -> list[dict]:
-    """The rows that an earlier run of the same settings on the same machine has left; ours must be among them."""
+    """The finished rows of an earlier run with the same settings on the same machine; ours must be among them."""
     if not file.is_file():
         return []
     earlier = json.loads(file.read_text())

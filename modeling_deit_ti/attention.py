@@ -14,12 +14,12 @@ from .modeling_deit_ti import DeiTTiForImageClassification
 
 
 def learned_tokens(model: PreTrainedModel) -> list[str]:
-    """The tokens before the patches, in order; none if the network is not a DeiT-Ti, nor transformers' ViT or DeiT."""
+    """The tokens before the patches, in order; empty unless it is a DeiT-Ti, or transformers' ViT or DeiT."""
     if isinstance(model, DeiTTiForImageClassification):
         return list(model.config.tokens)
     if type(model) not in TOKENS_AND_READOUT:
         return []
-    # An export of this project has the token that is read out first; its config says which that is.
+    # This project's exports put the token that is read out first; their config says which one that is.
     exported = hasattr(model.config, "tokens")
     return token_order(model.config) if exported else list(TOKENS_AND_READOUT[type(model)][0])
 
@@ -27,13 +27,13 @@ def learned_tokens(model: PreTrainedModel) -> list[str]:
 def attention_rollout(attentions: tuple[torch.Tensor, ...]) -> torch.Tensor:
     """
     How much of each token at the input reaches each token at the output: "Quantifying attention flow in transformers"
-    (Abnar & Zuidema, 2020), section 3. The residual connection counts for half, and the heads for their mean.
+    (Abnar & Zuidema, 2020), section 3. The residual connection counts for half; heads are averaged.
 
     Args:
-        attentions (`tuple` of `torch.Tensor` of shape `(B, H, N, N)`): attention probabilities, from the first block.
+        attentions (`tuple` of `torch.Tensor` of shape `(B, H, N, N)`): attention probabilities, first block first.
 
     Returns:
-        `torch.Tensor` of shape `(B, N, N)`: row i is what token i consists of. Rows sum to 1.
+        `torch.Tensor` of shape `(B, N, N)`: row i is the share of each input token in output token i. Rows sum to 1.
     """
     identity = torch.eye(attentions[0].shape[-1], device=attentions[0].device)
     rollout = identity
@@ -44,7 +44,7 @@ def attention_rollout(attentions: tuple[torch.Tensor, ...]) -> torch.Tensor:
 
 def attention_maps(attentions: tuple[torch.Tensor, ...], tokens: list[str]) -> dict[str, torch.Tensor]:
     """
-    The rollout of each learned token to the patches of a square image, as shares of what it takes from all patches.
+    The rollout from each learned token to the patches of a square image, as shares of its total over all patches.
 
     Args:
         attentions: see [`attention_rollout`].
@@ -63,7 +63,7 @@ def attention_maps(attentions: tuple[torch.Tensor, ...], tokens: list[str]) -> d
 
 
 def seen_picture(image: PILImage.Image, image_processor: BaseImageProcessor, pixels: int = 384) -> PILImage.Image:
-    """The part of an image that the processor hands to the network, at least `pixels` wide rather than at its size."""
+    """The part of an image that the network sees, at least `pixels` wide rather than at the network's input size."""
     crop = image_processor.crop_size if getattr(image_processor, "do_center_crop", False) else image_processor.size
     factor = math.ceil(pixels / min(dict(crop).values()))
     larger = {
@@ -78,11 +78,11 @@ def seen_picture(image: PILImage.Image, image_processor: BaseImageProcessor, pix
 
 def overlay(picture: PILImage.Image, values: torch.Tensor, colours: str) -> PILImage.Image:
     """
-    Values from 0 to 1 of each patch, `(rows, columns)`, as colours over a grey picture. A patch stays one block, as
-    the network knows nothing finer.
+    One value from 0 to 1 per patch, `(rows, columns)`, as colours over a greyscale picture. Each patch stays one
+    block, since attention is no finer.
 
     Args:
-        colours (`str`): one of matplotlib's colour maps.
+        colours (`str`): a colour map of matplotlib.
     """
     blocks = PILImage.fromarray(np.uint8(255 * matplotlib.colormaps[colours](values.cpu().numpy())[..., :3]))
     blocks = blocks.resize(picture.size, PILImage.Resampling.NEAREST)
@@ -92,7 +92,7 @@ def overlay(picture: PILImage.Image, values: torch.Tensor, colours: str) -> PILI
 def draw_attention(picture: PILImage.Image, maps: dict[str, torch.Tensor]) -> tuple[dict[str, PILImage.Image], str]:
     """
     Each token's map, `(rows, columns)`, over the picture, on one scale from the least attention (violet) to the most
-    (yellow); with two tokens also their difference. And in words how uneven they are.
+    (yellow); with two tokens, also their difference. Also says in words how uneven they are.
     """
     uneven = {token: shares * shares.numel() for token, shares in maps.items()}  # 1: an even share
     low, high = min(map(torch.min, uneven.values())), max(map(torch.max, uneven.values()))
@@ -105,7 +105,7 @@ def draw_attention(picture: PILImage.Image, maps: dict[str, torch.Tensor]) -> tu
         first, second = uneven
         difference = uneven[first] - uneven[second]
         most = difference.abs().max().item()
-        # In full colour from a tenth of an even share: less is next to nothing, and must look like it.
+        # Full colour means at least a tenth of an even share: less is next to nothing, and must look like it.
         pictures["difference"] = overlay(picture, difference / max(most, 0.1) / 2 + 0.5, "coolwarm")
         words += (
             f" The tokens are at most {max(most, 1e-4):.4f} even shares apart: red is where the {first} token looks "

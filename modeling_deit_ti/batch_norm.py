@@ -1,4 +1,4 @@
-"""Batch norms of several processes that take their statistics from the images of all, as one process would."""
+"""Batch norms that share their statistics across processes, as if one process had all the images."""
 
 import torch
 from timm.layers import BatchNormAct2d, convert_sync_batchnorm
@@ -12,13 +12,13 @@ def has_batch_norms(network: nn.Module) -> bool:
 
 def synchronise_batch_norms(network: nn.Module, device: torch.device) -> None:
     """
-    Has the network's batch norms share their statistics in training. Names and values of its weights stay as they are.
-    All processes must have batches of the same size.
+    Makes the network's batch norms share their statistics across processes in training. The names and values of its
+    weights stay the same. All processes must have batches of the same size.
     """
     if device.type != "cpu":
         convert_sync_batchnorm(network)
         return
-    # Neither torch's SyncBatchNorm nor its DDP takes one on the CPU.
+    # On the CPU, SyncBatchNorm works neither by itself nor in torch's DDP.
     for module in network.modules():
         if isinstance(module, BatchNormAct2d):
             module.__class__ = _CpuSyncBatchNormAct
@@ -28,8 +28,8 @@ def synchronise_batch_norms(network: nn.Module, device: torch.device) -> None:
 
 class _MeanOfProcesses(torch.autograd.Function):
     """
-    The mean of a tensor over all processes. So is its gradient: that of the sum of their losses, since what averages
-    the gradients of the weights (DDP, FSDP, DeepSpeed) divides by the number of processes later.
+    The mean of a tensor over all processes. Its gradient is averaged, too, to be that of the sum of all losses, since
+    whatever averages the gradients of the weights (DDP, FSDP, DeepSpeed) divides by the number of processes later.
     """
 
     @staticmethod
@@ -44,10 +44,10 @@ class _MeanOfProcesses(torch.autograd.Function):
 
 
 class _CpuSyncBatchNorm(_BatchNorm):
-    """Any of torch's batch norms. In half precision it computes in float32, as they do."""
+    """Replaces any of torch's batch norms. Like them, it computes in float32 if the input is in half precision."""
 
     def _check_input_dim(self, input: torch.Tensor) -> None:
-        """Takes whatever the batch norm that it was has taken."""
+        """Accepts any number of dimensions, since it may replace a 1D, 2D or 3D batch norm."""
 
     def forward(self, input: torch.Tensor) -> torch.Tensor:
         if not self.training:
@@ -71,7 +71,7 @@ class _CpuSyncBatchNorm(_BatchNorm):
 
 
 class _CpuSyncBatchNormAct(_CpuSyncBatchNorm):
-    """timm's, with an activation."""
+    """Replaces timm's `BatchNormAct2d`, which includes an activation."""
 
     def forward(self, input: torch.Tensor) -> torch.Tensor:
         return self.act(self.drop(super().forward(input)))

@@ -8,8 +8,8 @@ from pathlib import Path
 
 
 CHECKSUMS_FILE = "checksums.json"
-SETTINGS_FILE = "_run_settings.json"  # it names folders of this machine; Trainer pushes no file with an underscore
-# The settings of `arguments.Division`. A run that goes on takes them over.
+SETTINGS_FILE = "_run_settings.json"  # it names local folders; thanks to the underscore, Trainer does not push it
+# The settings of `arguments.Division`. A resumed run keeps them.
 DIVISION = ("processes", "together", "lanes", "lane_buffer_size")
 
 
@@ -50,7 +50,7 @@ def flaw_of(checkpoint: str | Path) -> str | None:
 
 
 def save_settings(folder: str | Path, settings: dict) -> None:
-    """Records in a run's folder, or in a checkpoint, the settings that decide the run (`runs.run_settings`)."""
+    """Records in a run's folder, or in a checkpoint, the settings that determine the run (`runs.run_settings`)."""
     file = Path(folder, SETTINGS_FILE)
     file.parent.mkdir(parents=True, exist_ok=True)
     unfinished = file.with_suffix(".unfinished")
@@ -59,15 +59,15 @@ def save_settings(folder: str | Path, settings: dict) -> None:
 
 
 def settings_of(folder: str | Path) -> dict:
-    """The settings of the run that a folder or checkpoint belongs to; empty if it has none, or an older version's."""
+    """The settings of the run that a folder or checkpoint belongs to; empty if there are none of this version."""
     file = Path(folder, SETTINGS_FILE)
     return json.loads(file.read_text()) if file.is_file() else {}
 
 
 def changed_settings(before: dict, settings: dict) -> dict[str, tuple]:
     """
-    What has changed from the settings of a run to these: both values, by name. How processes share a step is no
-    change.
+    What differs between the settings of a run and these: both values, by name. How processes share a step does not
+    count.
     """
     now = json.loads(json.dumps(settings))
     names = [name for name in before | now if before and before.get(name) != now.get(name)]
@@ -86,9 +86,9 @@ def _step_of(checkpoint: Path) -> int:
 
 def delete_older(latest: str | Path, limit: int, best: str | None) -> None:
     """
-    Leaves `limit` checkpoints of a run: the latest, the best if there is one, and of the others those of the last
-    steps before it. By their steps, as a run resumes: a clock may jump back. What an earlier course of the run has
-    left of later steps, maybe damaged, goes first.
+    Keeps `limit` checkpoints of a run: the latest, the best if there is one, and then those closest before the latest.
+    They are ordered by step, as when resuming, since a clock may jump back. Checkpoints of later steps, left by an
+    earlier attempt and maybe damaged, are deleted first.
     """
     latest = Path(latest)
     checkpoints = checkpoints_of(latest.parent)

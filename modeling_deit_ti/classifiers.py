@@ -1,4 +1,4 @@
-"""Any image classifier by its name: a timm architecture, a folder, or a Hub id."""
+"""Any image classifier by name: a timm architecture, a folder, or a Hub id."""
 
 import contextlib
 import copy
@@ -25,7 +25,7 @@ from .errors import UserError, first_line
 from .hub import retrying
 
 
-# The largest numbers that a config may name, by the key. More would take all memory, or forever, to build.
+# The largest numbers allowed in a config, by key. Anything larger would take all memory, or forever, to build.
 MAX_NUMBER = 1_000_000
 MAX_NUMBERS = {
     re.compile(r"layers$|^depths?$|blocks$"): 10_000,
@@ -52,7 +52,8 @@ def is_timm_architecture(name: str) -> bool:
 
 def timm_hub_id(name: str) -> str:
     """
-    The Hub id of an architecture's pretrained weights, with or without a tag. timm would fall back to pickled ones.
+    The Hub id of the pretrained weights of an architecture, given with or without a tag. timm itself would fall back
+    to pickled ones.
 
     Raises:
         UserError: if timm has no such weights.
@@ -60,9 +61,9 @@ def timm_hub_id(name: str) -> str:
     try:
         pretrained_cfg = timm.get_pretrained_cfg(name)
     except RuntimeError as error:
-        raise UserError(f"timm has no pretrained weights of {name}: {error}") from error
+        raise UserError(f"timm has no pretrained weights for {name}: {error}") from error
     if pretrained_cfg is None or not pretrained_cfg.hf_hub_id:
-        raise UserError(f"timm has no pretrained weights of {name}.")
+        raise UserError(f"timm has no pretrained weights for {name}.")
     hub_id = pretrained_cfg.hf_hub_id
     return f"{hub_id}{pretrained_cfg.architecture}.{pretrained_cfg.tag}" if hub_id.endswith("/") else hub_id
 
@@ -75,16 +76,16 @@ def load_classifier(
 
     Args:
         name (`str`): a folder, a Hub id, or a timm architecture with or without a tag.
-        flag (`str`): where the user gave the name, for the error message.
-        kwargs: passed on to `AutoModelForImageClassification.from_pretrained`, as `num_labels` or `dtype`.
+        flag (`str`): where the user gave the name, for error messages.
+        kwargs: passed on to `AutoModelForImageClassification.from_pretrained`, like `num_labels` or `dtype`.
 
     Returns:
-        The model in `eval()`, and the sorted names of the weights that are random since the checkpoint lacks them.
+        The model in `eval()`, and the sorted names of the weights that are random because the checkpoint lacks them.
 
     Raises:
         UserError: if it cannot be loaded.
     """
-    with _explain(name, flag, "image classifier that AutoModelForImageClassification loads from safetensors"):
+    with _explain(name, flag, "image classifier that AutoModelForImageClassification can load from safetensors"):
         source = _source(name)
         config = _load_config(source, trust_remote_code)
         if isinstance(config, TimmWrapperConfig) and config.model_args:
@@ -98,25 +99,25 @@ def load_classifier(
 
 def load_config(name: str, flag: str, trust_remote_code: bool = False) -> PreTrainedConfig:
     """The config of a classifier; arguments and errors as in [`load_classifier`]."""
-    with _explain(name, flag, "config that AutoConfig loads"):
+    with _explain(name, flag, "config that AutoConfig can load"):
         return _load_config(_source(name), trust_remote_code)
 
 
 def load_image_processor(name: str, flag: str, trust_remote_code: bool = False) -> BaseImageProcessor:
     """The image processor of a classifier, tried on a picture; arguments and errors as in [`load_classifier`]."""
-    with _explain(name, flag, "image processor that AutoImageProcessor loads"):
+    with _explain(name, flag, "image processor that AutoImageProcessor can load"):
         processor = _load(AutoImageProcessor, _source(name), trust_remote_code=trust_remote_code)
         _check_numbers(processor.to_dict())
         pixel_values = processor(PILImage.new("RGB", (32, 32)), return_tensors="pt")["pixel_values"]
         if not torch.as_tensor(pixel_values).isfinite().all():
-            raise UserError("its image processor makes values that are not finite.")
+            raise UserError("its image processor returns values that are not finite.")
     return processor
 
 
 def check_complete(missing: list[str], name: str, flag: str) -> None:
     """Raises a `UserError` if a checkpoint lacks weights; the arguments are as in [`load_classifier`]."""
     if missing:
-        raise UserError(f"{flag} {name}: it is incomplete, without {', '.join(missing[:3])}.")
+        raise UserError(f"{flag} {name}: it is incomplete and lacks {', '.join(missing[:3])}.")
 
 
 def _load(kind: type, source: str, **kwargs):
@@ -125,7 +126,7 @@ def _load(kind: type, source: str, **kwargs):
 
 def _load_config(source: str, trust_remote_code: bool) -> PreTrainedConfig:
     raw, _ = retrying(lambda: PreTrainedConfig.get_config_dict(source))
-    _check_numbers(raw)  # before anything is made of them: a name for each label, for one
+    _check_numbers(raw)  # before anything is built from them, such as a name for each label
     config = _load(AutoConfig, source, trust_remote_code=trust_remote_code)
     if isinstance(config, TimmWrapperConfig):
         if not timm.is_model(config.architecture):
@@ -155,15 +156,15 @@ def _source(name: str) -> str:
 
 @contextlib.contextmanager
 def _explain(name: str, flag: str, what: str) -> Iterator[None]:
-    """Turns any error inside into a `UserError` that says what was looked for where, and what to do."""
+    """Turns any error inside into a `UserError` that says what was looked for, where, and what to do instead."""
     try:
         yield
-    except Exception as error:  # transformers, timm and a model's own code raise anything
+    except Exception as error:  # transformers, timm and a model's own code can raise anything
         reason = first_line(error)
         if isinstance(error, UserError):
             message = str(error)
         elif "trust_remote_code" in str(error):
-            message = "it runs code of its own. If you trust its author, add --trust_remote_code (not for students)."
+            message = "it has custom code. If you trust its author, add --trust_remote_code (not for students)."
         elif os.path.isdir(name):
             message = f"the folder holds no {what} ({reason}). Name one that save_pretrained wrote."
         else:
@@ -179,8 +180,8 @@ def input_format(
     config: PreTrainedConfig, path: str, flag: str, trust_remote_code: bool = False
 ) -> tuple[int, list[float], list[float]]:
     """
-    What a classifier takes, by its timm config or the image processor at `path`: height and width in pixels, mean and
-    standard deviation of each channel for values from 0 to 1.
+    A classifier's input format, from its timm config or the image processor at `path`: height and width in pixels (one
+    number), and mean and standard deviation of each channel for values from 0 to 1.
 
     Raises:
         UserError: if there is no image processor, or it swaps or mixes the channels.
@@ -198,16 +199,13 @@ def input_format(
     own_size = pixel_values.shape[-1]
     black, white, red = pixel_values[:, :, own_size // 2, own_size // 2]
     if not torch.allclose(red, torch.stack((white[0], black[1], black[2])), atol=1e-3):
-        raise UserError(
-            f"{flag} {path}: its image processor swaps or mixes the colours, which cannot be done with the images of "
-            "a run."
-        )
+        raise UserError(f"{flag} {path}: its image processor swaps or mixes the colours, which is not supported.")
     std = 1 / (white - black)
     return own_size, (-black * std).tolist(), std.tolist()
 
 
 def timm_input_format(image_processor: DeiTImageProcessor) -> dict:
-    """The part of a timm config that says what its network takes, for images as the processor makes them."""
+    """The part of a timm config that describes the network's input, for images from this processor."""
     image_size = image_processor.crop_size["height"]
     return {
         "input_size": [3, image_size, image_size],
@@ -234,7 +232,7 @@ def new_timm_classifier(
         pretrained_cfg=timm_input_format(image_processor),
     )
     model = TimmWrapperForImageClassification(config)
-    # The wrapper draws all convolutions from a normal distribution of deviation 0.02, which does not suit CNNs.
+    # The wrapper draws all convolutions from a normal distribution with standard deviation 0.02, unsuitable for CNNs.
     initialised = timm.create_model(architecture, num_classes=len(label_names), **(model_args or {}))
     model.timm_model.load_state_dict(initialised.state_dict())
     return model
@@ -251,12 +249,12 @@ def fine_tunable_classifier(
     model, _ = load_classifier(name, flag, trust_remote_code, **options)
     if isinstance(model.config, TimmWrapperConfig):
         model.config.pretrained_cfg |= timm_input_format(image_processor)
-        model.config.label_names = list(label_names)  # a saved config has those of the source, which would win
+        model.config.label_names = list(label_names)  # a saved config has the source's, which would win
     return model
 
 
 def freeze_backbone(model: PreTrainedModel) -> None:
-    """Leaves nothing to train but the heads."""
+    """Freezes everything but the heads."""
     model.requires_grad_(False)
     if isinstance(model.config, TimmWrapperConfig):
         heads = model.timm_model.get_classifier()
@@ -270,11 +268,11 @@ def freeze_backbone(model: PreTrainedModel) -> None:
 
 def check_takes_images(model: PreTrainedModel, name: str, image_size: int, batch_size: int) -> None:
     """
-    Tries a copy, in training mode, on zeros: timm does not say which sizes a network takes, and batch norm may refuse
-    a batch of one.
+    Tries a copy, in training mode, on zeros: timm does not say which sizes a network accepts, and batch norm may
+    reject a batch of one.
 
     Raises:
-        UserError: if the classifier, called `name` by the user, cannot be trained on such batches.
+        UserError: if the classifier, which the user calls `name`, cannot be trained on such batches.
     """
     trial = copy.deepcopy(model).train()
     try:
@@ -283,6 +281,6 @@ def check_takes_images(model: PreTrainedModel, name: str, image_size: int, batch
     except (ValueError, RuntimeError, AssertionError) as error:
         raise UserError(
             f"{name} cannot be trained on batches of {batch_size} images of {image_size}x{image_size} pixels "
-            f"({first_line(error)}). Take larger images (--image_size, --teacher_image_size) or larger batches "
+            f"({first_line(error)}). Use larger images (--image_size, --teacher_image_size) or larger batches "
             "(--per_device_train_batch_size)."
         ) from error

@@ -41,7 +41,7 @@ class DeiTTiConfig(PretrainedConfig):
         tokens (`list[str]`, *optional*, defaults to `["class"]`):
             The learned tokens, each with its own head: `"class"`, `"distillation"` or both, in this order.
         readout (`str`, *optional*, defaults to `"class"`):
-            What `logits` returns: those of the `"class"` or the `"distillation"` head, or the mean of `"both"`.
+            What `logits` contains: those of the `"class"` or the `"distillation"` head, or the mean of `"both"`.
         distill_mode (`str`, *optional*, defaults to `"none"`):
             The mode that the model was trained in. Only a record: `tokens` and `readout` define the network.
 

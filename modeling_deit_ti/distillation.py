@@ -1,7 +1,7 @@
-"""What each distillation mode is, and its losses as pure functions of logits.
+"""The distillation modes, and their losses as pure functions of logits.
 
-B images, K labels. Equations and sections are those of "Training data-efficient image transformers & distillation
-through attention" (Touvron et al., 2021).
+B images, K labels. Equations and sections refer to "Training data-efficient image transformers & distillation through
+attention" (Touvron et al., 2021).
 """
 
 from dataclasses import dataclass, replace
@@ -14,16 +14,16 @@ from torch.nn import functional as F
 @dataclass(frozen=True)
 class DistillMode:
     """
-    One way of distilling.
+    One distillation mode.
 
     Args:
-        name (`str`): what `--distill_mode` calls it.
+        name (`str`): its name in `--distill_mode`.
         tokens (`tuple[str, ...]`): the student's learned tokens, each with a head.
-        readout (`str`): the head the student predicts with, or `"both"` for the mean of their logits.
-        teacher_targets (`str`, *optional*): `"hard"` for its argmax (equation 3), `"soft"` for its distribution
-            (equation 2), `"standardized"` for the distribution of its standardised logits, `None` if the mode has no
-            teacher.
-        alpha (`float`): weight of the teacher's term; the labels' has `1 - alpha`.
+        readout (`str`): the head the student predicts with, or `"both"` for the mean of both heads' logits.
+        teacher_targets (`str`, *optional*): `"hard"` for the teacher's argmax (equation 3), `"soft"` for its
+            distribution (equation 2), `"standardized"` for the distribution of its standardised logits, `None` if the
+            mode has no teacher.
+        alpha (`float`): weight of the teacher term; the label term has `1 - alpha`.
         temperature (`float`): temperature T of the soft or standardized term.
     """
 
@@ -46,11 +46,11 @@ class DistillMode:
 
     @property
     def network(self) -> dict:
-        """What the student's `DeiTTiConfig` says about the mode."""
+        """The mode's entries in the student's `DeiTTiConfig`."""
         return {"distill_mode": self.name, "tokens": list(self.tokens), "readout": self.readout}
 
 
-# The default temperature of each kind of targets; of standardized ones as in their paper (section 5).
+# The default temperature for each kind of target; for standardized ones, as in their paper (section 5).
 TEMPERATURES = {"hard": 1.0, "soft": 3.0, "standardized": 2.0}
 # Table 3 of the paper: `class`, `distill` and `both` are one trained network, read out in three ways.
 MODES = {
@@ -75,18 +75,18 @@ def resolve_mode(
     temperature: float | None = None,
 ) -> DistillMode:
     """
-    The mode of that name, a key of `MODES`, with the caller's options applied.
+    The mode of that name, a key of `MODES`, with the given options applied.
 
     Args:
-        single_token (`bool`, *optional*, defaults to `False`): for `class` and `distill`: a network with that token
-            alone. `class` then learns from the labels only, `distill` from the teacher only.
+        single_token (`bool`, *optional*, defaults to `False`): for `class` and `distill`, a network with that token
+            only. `class` then learns from the labels only, `distill` from the teacher only.
         teacher_targets (`str`, *optional*): `"hard"`, `"soft"` or `"standardized"` for the token modes; for mode
-            `soft` one of the last two.
-        alpha (`float`, *optional*): weight of the teacher's term, 0 to 1.
+            `soft`, one of the last two.
+        alpha (`float`, *optional*): weight of the teacher term, 0 to 1.
         temperature (`float`, *optional*): temperature of the soft or standardized term, above 0.
 
     Raises:
-        ValueError: if the mode is unknown, or an option is out of range or has no meaning in that mode.
+        ValueError: if the mode is unknown, or an option is out of range or does not apply to that mode.
     """
     if name not in MODES:
         raise ValueError(f"distill_mode must be one of {', '.join(MODES)}, not {name!r}.")
@@ -94,15 +94,15 @@ def resolve_mode(
     given = {"teacher_targets": teacher_targets, "distillation_alpha": alpha, "distillation_temperature": temperature}
     if single_token:
         if name not in ("class", "distill"):
-            raise ValueError(f"single_token is for the modes class and distill, not for {name}.")
+            raise ValueError(f"single_token is only for the modes class and distill, not for {name}.")
         if alpha is not None:
-            raise ValueError(f"distillation_alpha has no meaning in {setting}: its loss has a single term.")
+            raise ValueError(f"distillation_alpha does not apply to {setting}: its loss has a single term.")
         targets, alpha_alone = (None, 0.0) if name == "class" else (mode.teacher_targets, 1.0)
         mode = replace(mode, tokens=(mode.readout,), teacher_targets=targets, alpha=alpha_alone)
     if mode.teacher_targets is None:
         for option, value in given.items():
             if value is not None:
-                raise ValueError(f"{option} has no meaning in {setting}: it has no teacher.")
+                raise ValueError(f"{option} does not apply to {setting}: it has no teacher.")
     if teacher_targets not in (None, *TEMPERATURES):
         raise ValueError(f"teacher_targets must be one of {', '.join(TEMPERATURES)}, not {teacher_targets!r}.")
     if teacher_targets not in (None, mode.teacher_targets):
@@ -116,7 +116,7 @@ def resolve_mode(
         mode = replace(mode, alpha=alpha)
     if temperature is not None:
         if mode.teacher_targets == "hard":
-            raise ValueError("distillation_temperature only has a meaning with soft or standardized teacher targets.")
+            raise ValueError("distillation_temperature only applies with soft or standardized teacher targets.")
         if temperature <= 0:
             raise ValueError(f"distillation_temperature must be above 0, not {temperature}.")
         mode = replace(mode, temperature=temperature)
@@ -124,7 +124,7 @@ def resolve_mode(
 
 
 class LossParts(NamedTuple):
-    """The loss of a batch and its two terms before weighting, each a scalar; `None` if the mode lacks it."""
+    """The loss of a batch and its two unweighted terms, each a scalar, or `None` for a term that the mode lacks."""
 
     loss: torch.Tensor
     label_loss: torch.Tensor | None
@@ -138,16 +138,16 @@ def label_loss(
     class_weights: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """
-    Cross-entropy of `(B, K)` logits with the true labels, averaged over the batch. The labels are ids `(B,)` or, as
-    mixup makes them, distributions `(B, K)`; smoothing spreads a share of their probability evenly over all K.
+    Cross-entropy between `(B, K)` logits and the true labels, averaged over the batch. The labels are ids `(B,)` or,
+    after mixup, distributions `(B, K)`; smoothing spreads a share of their probability evenly over all K.
 
-    With class weights w `(K,)`, an image with label k counts w_k times, and a mixed one, whose labels are the
-    distribution t, the sum of t_k w_k times what it costs to miss k: the loss is the mean over the images of
+    With class weights w `(K,)`, an image with label k is weighted by w_k. For a mixed image, with a distribution t
+    over the labels, each label's term is weighted by t_k w_k: the loss is the mean over the images of
 
-        sum over k of t_k w_k CE(logits, s_k),  where s_k is the label k, smoothed.
+        sum over k of t_k w_k CE(logits, s_k),  where s_k is label k, smoothed.
 
-    Smoothing comes after the weights: a rare class's large weight must not make it the likely one for all images. The
-    sum is divided by B, not by the weights in the batch, so that each image counts the same in every batch.
+    Smoothing comes after the weights: a rare class's large weight must not make it likely for every image. The sum is
+    divided by B, not by the total weight of the batch, so that an image counts the same in every batch.
     """
     if class_weights is None:
         return F.cross_entropy(logits.float(), labels, label_smoothing=label_smoothing)
@@ -159,14 +159,14 @@ def label_loss(
 
 
 def hard_distillation_loss(logits: torch.Tensor, teacher_logits: torch.Tensor) -> torch.Tensor:
-    """Cross-entropy of `(B, K)` logits with the teacher's decisions, averaged over the batch (equation 3)."""
+    """Cross-entropy between `(B, K)` logits and the teacher's decisions, averaged over the batch (equation 3)."""
     return F.cross_entropy(logits.float(), teacher_logits.argmax(dim=-1))
 
 
 def soft_distillation_loss(logits: torch.Tensor, teacher_logits: torch.Tensor, temperature: float) -> torch.Tensor:
     """
-    T^2 KL(teacher || student) of `(B, K)` logits, both softened by the temperature T; summed over the labels, averaged
-    over the batch (equation 2; the authors' code divides by the number of labels as well).
+    T^2 KL(teacher || student) of `(B, K)` logits, both softened by temperature T; summed over the labels, averaged
+    over the batch (equation 2; the authors' code also divides by the number of labels).
     """
     return temperature**2 * F.kl_div(
         F.log_softmax(logits.float() / temperature, dim=-1),
@@ -180,12 +180,12 @@ def standardized_distillation_loss(
     logits: torch.Tensor, teacher_logits: torch.Tensor, temperature: float
 ) -> torch.Tensor:
     """
-    The soft loss of `(B, K)` logits that are first standardised, z = (logits - mean) / deviation, over the K labels of
-    each image: the student need not match the size of the teacher's logits. "Logit standardization in knowledge
-    distillation" (Sun et al., 2024, algorithm 1), whose loss has the factor T^2, too. The deviation divides by K, as
-    the paper's; the authors' code divides by K - 1.
+    The soft loss of `(B, K)` logits that are first standardised over each image's K labels, z = (logits - mean) /
+    standard deviation: the student need not match the scale of the teacher's logits. "Logit standardization in
+    knowledge distillation" (Sun et al., 2024, algorithm 1), whose loss also has the factor T^2. The standard deviation
+    divides by K, as in the paper; the authors' code divides by K - 1.
     """
-    # A layer norm without weights; the epsilon only matters where all logits are the same.
+    # A layer norm without weights; the epsilon only matters if all logits are the same.
     standardized = (F.layer_norm(x.float(), x.shape[-1:], eps=1e-10) for x in (logits, teacher_logits))
     return soft_distillation_loss(*standardized, temperature)
 
@@ -206,10 +206,10 @@ def distillation_loss(
     Args:
         class_logits (`torch.Tensor` of shape `(B, K)`, *optional*): if the student has a class head.
         distillation_logits (`torch.Tensor` of shape `(B, K)`, *optional*): if it has a distillation head.
-        labels (`torch.Tensor` of shape `(B,)` or `(B, K)`, *optional*): needed unless the teacher is alone.
-        teacher_logits (`torch.Tensor` of shape `(B, K)`, *optional*): needed if the mode has a teacher.
+        labels (`torch.Tensor` of shape `(B,)` or `(B, K)`, *optional*): needed if `mode.needs_labels`.
+        teacher_logits (`torch.Tensor` of shape `(B, K)`, *optional*): needed if `mode.has_teacher`.
         label_smoothing (`float`): smoothing of the true labels.
-        class_weights (`torch.Tensor` of shape `(K,)`, *optional*): how much the labels count in their term.
+        class_weights (`torch.Tensor` of shape `(K,)`, *optional*): weight of each label in the label term.
     """
     on_labels = label_loss(class_logits, labels, label_smoothing, class_weights) if mode.needs_labels else None
     if not mode.has_teacher:

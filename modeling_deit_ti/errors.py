@@ -1,4 +1,4 @@
-"""How a user's mistake, or a disk that cannot be written to, is reported: in one line, without a traceback."""
+"""Reports a user's mistake, or a disk that cannot be written to, in one line and without a traceback."""
 
 import contextlib
 import errno
@@ -14,26 +14,26 @@ from safetensors import SafetensorError
 from transformers.utils import logging as transformers_logging
 
 
-# How a run ends, for the scheduler: a user's mistake, or worth starting again (EX_TEMPFAIL of sysexits.h).
+# How a run ended, for the scheduler: with a user's mistake, or worth starting again (EX_TEMPFAIL in sysexits.h).
 EXIT_USER_ERROR = 2
 EXIT_INTERRUPTED = 75
 
 
 class UserError(ValueError):
-    """A mistake in what the user gave. The message, on one line, names it, what was found and what to do about it."""
+    """A mistake in the user's input. The message, on one line, names it, what was found and what to do about it."""
 
     def __init__(self, message: str):
         super().__init__(" ".join(line.strip() for line in message.splitlines()))
 
 
 class StorageError(OSError):
-    """Something a run had to write could not be written. Not the user's mistake, so the exit code is 1."""
+    """Something that a run had to write could not be written. Not the user's mistake, so the exit code is 1."""
 
 
 def exit_code(command: str, run: Callable[[], int | None]) -> int:
     """
-    Runs a command, without what transformers says meanwhile, and returns its exit code: that of `run`, or of the
-    mistake or the disk that ended it, which is reported.
+    Runs a command with transformers' messages silenced, and returns its exit code: that of `run`, or of the user's
+    mistake or `OSError` that ended it, which is reported.
     """
     transformers_logging.set_verbosity_error()
     transformers_logging.disable_progress_bar()
@@ -44,13 +44,13 @@ def exit_code(command: str, run: Callable[[], int | None]) -> int:
         return EXIT_USER_ERROR if isinstance(error, UserError) else 1
 
 
-# A token of the Hub, alone or in a header that was refused, and the signature of an address that needs no token.
+# A Hub token, bare or in a header that was refused, and the signature of a URL that needs no token.
 SECRET = re.compile(r"(?<=Bearer )[^'\"]+|hf_[A-Za-z0-9]{16,}|(?<=\?)X-Amz-[^\s'\"]+")
 
 
 def first_line(error: Exception) -> str:
     """
-    The error's type and first line, without secrets: libraries explain themselves over many lines, our messages have
+    The error's type and first line, without secrets: libraries explain themselves in many lines, our messages have
     one.
     """
     reason = SECRET.sub("***", str(error).strip().partition("\n")[0].rstrip("."))
@@ -68,12 +68,12 @@ def storing(
     folder: str | os.PathLike, advice: str, kind: type[StorageError] | type[UserError] = StorageError
 ) -> Iterator[None]:
     """
-    Reports a full or read-only disk, an exceeded quota or file-size limit as one message.
+    Reports a full or read-only disk, or an exceeded quota or file-size limit, in one message.
 
     Args:
         folder (`str` or `os.PathLike`): where the code inside writes.
-        advice (`str`): what is left, and what to do.
-        kind (`type`, *optional*, defaults to `StorageError`): what is raised instead of the library's own error;
+        advice (`str`): what is intact, and what to do.
+        kind (`type`, *optional*, defaults to `StorageError`): what to raise instead of the library's own error;
             `UserError` before training.
     """
     try:
@@ -82,7 +82,7 @@ def storing(
         reason = _why_not_stored(error)
         if reason is None:
             raise
-        raise kind(f"{folder} cannot be written ({reason}). {advice}") from error
+        raise kind(f"{folder} cannot be written to ({reason}). {advice}") from error
 
 
 def _why_not_stored(error: BaseException | None) -> str | None:
@@ -104,7 +104,7 @@ def is_out_of_memory(error: BaseException | None) -> bool:
     while error is not None:
         if isinstance(error, (MemoryError, torch.OutOfMemoryError)) or getattr(error, "errno", None) == errno.ENOMEM:
             return True
-        # torch's allocator on a CPU; its loader, of a worker whom the kernel has killed for the memory of others.
+        # From torch's CPU allocator; from its data loader, about a worker that the kernel has killed to free memory.
         if "can't allocate memory" in str(error) or "killed by signal: Killed" in str(error):
             return True
         error = error.__cause__ or error.__context__
@@ -117,7 +117,7 @@ def check_writable(setting: str, folder: str | os.PathLike) -> None:
     full or read-only disk, and do not stop root.
 
     Raises:
-        UserError: naming the setting.
+        UserError: if that fails; the message names the setting.
     """
     existing = Path(folder).absolute()
     while not existing.exists() and existing != existing.parent:

@@ -1,6 +1,6 @@
-"""The teacher of a run: loaded by its name, and fitted first if its labels are not the dataset's.
+"""A run's teacher: loaded by name, and fitted first if its labels are not the dataset's.
 
-It is fitted by a run of its own, in a folder named after its recipe, where later runs find it.
+Fitting is a run of its own, in a folder named after its recipe, where later runs find it.
 """
 
 import contextlib
@@ -48,7 +48,7 @@ from .teacher import Teacher, match_labels, teacher_folder_name
 
 logger = logging.getLogger(__name__)
 
-# Bump when the way of fitting changes in code: teachers that were fitted the old way are then not reused.
+# Bump when the code fits teachers in a different way: those fitted the old way are then not reused.
 FITTING_VERSION = 4
 RECIPE_FILE = "teacher_recipe.json"
 FLAG = "--teacher_model_name_or_path"
@@ -66,15 +66,15 @@ SHOWN_OF_RECIPE = (
 
 def prepare_teacher(args: Arguments, data: ImageData, image_processor) -> tuple[Teacher, TeacherRecord, str]:
     """
-    Loads the teacher. If its labels are not the dataset's, fits it first, or takes the one that an earlier run fitted.
-    `args` and `image_processor` are the student's.
+    Loads the teacher. If its labels are not the dataset's, fits it first, or reuses the one that an earlier run
+    fitted. `args` and `image_processor` are the student's.
 
     Returns:
-        The teacher; what the card says of it, with its accuracy still to be measured; and where its model is.
+        The teacher; its record for the card, with its accuracy still to be measured; and its model's folder or Hub id.
 
     Raises:
         UserError: if there is no such model, its labels cannot be matched, it has to be fitted and cannot be, or it
-            does not take images of `--teacher_image_size`.
+            does not accept images of `--teacher_image_size`.
     """
     options, name = args.teacher, args.teacher.teacher_model_name_or_path
     is_timm = is_timm_architecture(name)
@@ -99,11 +99,11 @@ def prepare_teacher(args: Arguments, data: ImageData, image_processor) -> tuple[
     try:
         teacher = Teacher(model, image_size, mean, std, student_mean, student_std, label_order)
         teacher(torch.zeros(1, 3, image_size, image_size))
-    except Exception as error:  # any architecture, and whatever its config says about size, mean and deviation
+    except Exception as error:  # any architecture, with whatever size, mean and standard deviation its config has
         raise UserError(
-            f"The teacher {name} cannot take images of {image_size}x{image_size} pixels ({first_line(error)})."
+            f"The teacher {name} does not accept images of {image_size}x{image_size} pixels ({first_line(error)})."
         ) from error
-    # The results after the recipe: they know the precision that was taken.
+    # The results come after the recipe: they have the precision that was actually used.
     files = (RECIPE_FILE, "all_results.json") if fitted in ("scratch", "pretrained") else ()
     facts = {name: value for file in files for name, value in json.loads(Path(path, file).read_text()).items()}
     record = TeacherRecord(
@@ -118,7 +118,7 @@ def prepare_teacher(args: Arguments, data: ImageData, image_processor) -> tuple[
 
 
 def _fit(args: Arguments, pretrained: PreTrainedModel | None, source: str, data: ImageData, student_processor) -> Path:
-    """The folder of the teacher that this recipe makes; fits it if no earlier run has."""
+    """The folder of the teacher fitted with this recipe; fits it if no earlier run has."""
     name = args.teacher.teacher_model_name_or_path
     if args.teacher.teacher_num_train_epochs == 0:
         raise UserError(
@@ -126,29 +126,29 @@ def _fit(args: Arguments, pretrained: PreTrainedModel | None, source: str, data:
         )
     if not data.has_train_labels:
         raise UserError(
-            f"The teacher {name} has to be fitted, but the training images have no labels: name one that is fitted."
+            f"The teacher {name} has to be fitted, but the training images have no labels. Name one that is fitted."
         )
     run, mean, std = args.fitting, student_processor.image_mean, student_processor.image_std
     is_main = run.training.process_index == 0
     if pretrained is None:
-        model = replace(run.model, model_name_or_path=name.partition(".")[0])  # a tag stands for weights
+        model = replace(run.model, model_name_or_path=name.partition(".")[0])  # a tag names pretrained weights
     else:
         image_size, mean, std = input_format(pretrained.config, source, FLAG, args.teacher.trust_remote_code)
         image_size = args.teacher.teacher_image_size or image_size
         model = replace(run.model, model_name_or_path=source, image_size=image_size)
     run = run._replace(model=model)
     image_processor = make_image_processor(run.model, run.augmentation, mean, std)
-    # All that decides what a fitted teacher is.
+    # Everything that determines a fitted teacher.
     recipe = run_settings(run, data) | {"teacher": name, "pretrained": pretrained is not None}
     recipe = {key: value for key, value in recipe.items() if key not in ("processes", "sharded_by")}
     recipe["version"] = FITTING_VERSION
     if run.training.has_automatic_precision:
-        recipe["precision"] = "automatic"  # it serves other machines, too
+        recipe["precision"] = "automatic"  # so that other machines can reuse it
     folder = Path(args.teacher.teacher_output_dir) / teacher_folder_name(name, data.name, recipe)
     run.training.output_dir = str(folder)
     folder.mkdir(parents=True, exist_ok=True)
     with _alone(folder) if is_main else contextlib.nullcontext():
-        # One process decides for all: another machine may see another folder.
+        # One process decides for all: another machine may see a different folder.
         (is_fitted,) = broadcast_object_list([_is_fitted(folder, recipe)])
         if is_fitted:
             logger.info(f"Teacher: {name}, fitted by an earlier run, from {folder}")
@@ -162,7 +162,7 @@ def _fit(args: Arguments, pretrained: PreTrainedModel | None, source: str, data:
                 settle_classifier(run, data, network, name)
             if is_main:
                 save_settings(args.training.output_dir, run_settings(args, data))  # see `runs.begin_with_steps`
-                (folder / "all_results.json").unlink(missing_ok=True)  # of another recipe, or of none
+                (folder / "all_results.json").unlink(missing_ok=True)  # from another recipe, or none
             (checkpoint,) = broadcast_object_list([last_complete(folder)])
             if checkpoint is not None:
                 logger.info(f"Teacher: an earlier run was interrupted while fitting it; resuming from {checkpoint}")
@@ -175,8 +175,8 @@ def _fit(args: Arguments, pretrained: PreTrainedModel | None, source: str, data:
                 trainer.accelerator.wait_for_everyone()
         if not _is_fitted(folder, recipe):
             raise UserError(
-                f"--teacher_output_dir {args.teacher.teacher_output_dir}: it has the fitted teacher on the first "
-                "machine, but not on this one; choose a folder on storage that all machines share."
+                f"--teacher_output_dir {args.teacher.teacher_output_dir}: the fitted teacher is there on the first "
+                "machine, but not on this one. Choose a folder on storage that all machines share."
             )
         if is_main:
             for checkpoint in checkpoints_of(folder):
@@ -189,11 +189,11 @@ def _alone(folder: Path) -> Iterator[None]:
     """One process at a time, until it ends or is killed."""
     with FileLock(f"{folder}.lock"):
         yield
-    Path(f"{folder}.lock").unlink(missing_ok=True)  # those who waited find the teacher fitted
+    Path(f"{folder}.lock").unlink(missing_ok=True)  # processes that waited find the teacher fitted
 
 
 def _is_fitted(folder: Path, recipe: dict) -> bool:
-    """Whether a finished run with this recipe is there."""
+    """Whether the folder holds a finished run with this recipe."""
     try:
         fitted = json.loads((folder / RECIPE_FILE).read_text())
     except (OSError, ValueError):
@@ -206,7 +206,7 @@ def _with_labels(
 ) -> PreTrainedModel:
     """The classifier with a new head for these labels."""
     if isinstance(pretrained.config, DeiTTiConfig):
-        # With a class token alone, whatever it had: it is fitted without a teacher, and no other head would learn.
+        # With only a class token, whatever it had: it is fitted without a teacher, so no other head would learn.
         size = {name: getattr(pretrained.config, name) for name in ("image_size", "patch_size")}
         return load_student(source, DeiTTiConfig(**size, **label_maps(label_names)))[0]
     return fine_tunable_classifier(source, FLAG, label_names, image_processor, options.trust_remote_code)

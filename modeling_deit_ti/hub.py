@@ -1,4 +1,4 @@
-"""Calls to the Hub that are repeated when it fails for a moment."""
+"""Calls to the Hub that are retried when it fails temporarily."""
 
 import logging
 import time
@@ -14,19 +14,19 @@ logger = logging.getLogger(__name__)
 
 Answer = TypeVar("Answer")
 WAITS = (1, 4, 16)  # seconds
-MAX_WAIT = 300  # seconds that the Hub may ask for: the window of its rate limits
-# Too many requests, or trouble of the Hub's own. A full quota, an expired token or a missing repository will not pass.
+MAX_WAIT = 300  # seconds that the Hub may ask us to wait: the window of its rate limits
+# Too many requests, or the Hub's own trouble. A full quota, an expired token or a missing repository will not pass.
 PASSING_STATUS = (408, 429, 500, 502, 503, 504)
-# By name: huggingface_hub's client is httpx, or httpx2 from 2.0 on. Not a connection that cannot be made: offline, it
-# helps nobody to wait.
+# By name: huggingface_hub's client is httpx, or httpx2 from 2.0 on. Failures to connect are not retried: offline,
+# waiting does not help.
 CUT_CONNECTION = ("ReadError", "WriteError", "ReadTimeout", "WriteTimeout", "RemoteProtocolError")
 
 
 def retrying(call: Callable[[], Answer]) -> Answer:
     """
-    The answer of a call to the Hub, which is made up to four times while it fails for a passing reason: 429, 5xx, a
-    cut connection. huggingface_hub repeats most requests itself, but not commits without Xet, `whoami` and the like,
-    or downloads that begin with a 5xx.
+    The result of a call to the Hub, tried up to four times while it fails for a temporary reason: 429, 5xx, a dropped
+    connection. huggingface_hub retries most requests itself, but not commits without Xet, `whoami` and the like, or
+    downloads that begin with a 5xx.
 
     Args:
         call (`Callable`): pushes or downloads; files that have arrived are not sent again.
@@ -38,14 +38,14 @@ def retrying(call: Callable[[], Answer]) -> Answer:
             wait = _wait_after(error, wait)
             if wait is None:
                 raise
-            logger.warning(f"Hub: {first_line(error)}; trying again in {wait} s")
+            logger.warning(f"Hub: {first_line(error)}; retrying in {wait} s")
         time.sleep(wait)
     return call()
 
 
 def _wait_after(error: BaseException | None, wait: int) -> int | None:
-    """Seconds until the same call may succeed, `wait` or what the Hub asks for; `None` if it will not."""
-    while error is not None:  # libraries wrap what has happened in errors of their own
+    """Seconds until the same call may succeed: `wait`, or more if the Hub asks for it; `None` if it will not."""
+    while error is not None:  # libraries wrap what has happened in their own errors
         if isinstance(error, HfHubHTTPError):
             asked = error.response.headers.get("Retry-After", "")
             asked = min(int(asked), MAX_WAIT) if asked.isdecimal() else 0

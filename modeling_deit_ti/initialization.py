@@ -1,5 +1,5 @@
-"""Ways to start a DeiT-Ti from scratch other than with the authors' small normal values: choices of a training run, of
-which the saved model knows nothing."""
+"""Ways to initialise a DeiT-Ti other than with the authors' small normal values: choices of a training run, not part
+of the saved model's config."""
 
 import torch
 from torch import nn
@@ -8,14 +8,14 @@ from torch.nn import functional as F
 from .modeling_deit_ti import DeiTTiForImageClassification
 
 
-WHITENING_FLOOR = 0.01  # variance that is added to each component's, as a share of the pixels'
+WHITENING_FLOOR = 0.01  # added to each component's variance, as a share of the pixels' variance
 
 
 @torch.no_grad()
 def start_from_sincos_positions(network: DeiTTiForImageClassification) -> None:
     """
-    Position embeddings start as sines and cosines of a patch's row and column, and are learned from there. Those of
-    the tokens start at zero, as in MoCo v3 and MAE: a token's own values already tell it from the patches.
+    Initialises the position embeddings, which stay learnable, as sines and cosines of a patch's row and column. Those
+    of the tokens start at zero, as in MoCo v3 and MAE: a token's own values already set it apart from the patches.
     """
     config, positions = network.config, network.deit_ti.embeddings.position_embeddings
     patches = sincos_positions(config.image_size // config.patch_size, config.hidden_size)
@@ -30,11 +30,11 @@ def sincos_positions(side: int, width: int, temperature: float = 10_000.0) -> to
 
     Args:
         side (`int`): rows and columns of the grid.
-        width (`int`): a multiple of 4. Half of it tells the column and half the row, each by sines, then cosines, of
-            wavelengths from 2 pi to `temperature` times that.
+        width (`int`): a multiple of 4. Half of it encodes the column and half the row, each as sines, then cosines,
+            with wavelengths from 2 pi to `temperature` times that.
 
     Returns:
-        `torch.Tensor` of shape `(side * side, width)`, row by row, of root mean square 0.71.
+        `torch.Tensor` of shape `(side * side, width)`, row by row, with root mean square 0.71.
     """
     frequencies = temperature ** (-torch.arange(width // 4) / (width // 4))
     angles = torch.arange(side)[:, None] * frequencies  # (side, width / 4)
@@ -46,21 +46,21 @@ def sincos_positions(side: int, width: int, temperature: float = 10_000.0) -> to
 @torch.no_grad()
 def start_from_whitened_patches(network: DeiTTiForImageClassification, images: torch.Tensor) -> None:
     """
-    The patch projection starts by whitening: it takes the patches of `images` to their principal components, each
+    Initialises the patch projection to whiten: it maps the patches of `images` to their principal components, each
     divided by its standard deviation, so that edges weigh as much as the brightness that dominates the pixels. Like
-    the first layer of "94% on CIFAR-10 in 3.29 seconds on a single GPU" (Jordan, 2024, section 3.2), but learned from
-    there. Where a patch has fewer values than the network is wide, the components are turned into as many directions.
+    the first layer of "94% on CIFAR-10 in 3.29 seconds on a single GPU" (Jordan, 2024, section 3.2), but learnable.
+    If a patch has fewer values than the network's width, a random orthogonal map spreads the components over it.
 
     Args:
         network ([`DeiTTiForImageClassification`])
-        images (`torch.Tensor` of shape `(B, C, height, width)`): normalised, as the network takes them.
+        images (`torch.Tensor` of shape `(B, C, height, width)`): normalised, as the network expects them.
     """
     projection, width = network.deit_ti.embeddings.patch_projection, network.config.hidden_size
     patches = F.unfold(images, projection.kernel_size, stride=projection.stride).transpose(1, 2).flatten(0, 1)
     values, vectors = torch.linalg.eigh(patches.T.cov())  # in ascending order
     rank = min(width, len(values))
     values, components = values[-rank:], vectors[:, -rank:].T
-    # What hardly varies is mostly noise, and would be all that is seen.
+    # Components that hardly vary are mostly noise; without the floor, they would dominate.
     whitening = components / (values + WHITENING_FLOOR * patches.var()).sqrt()[:, None]
     if rank < width:
         whitening = (width / rank) ** 0.5 * nn.init.orthogonal_(torch.empty(width, rank)) @ whitening
@@ -71,9 +71,10 @@ def start_from_whitened_patches(network: DeiTTiForImageClassification, images: t
 @torch.no_grad()
 def start_from_mimetic_attention(network: DeiTTiForImageClassification) -> None:
     """
-    Attention starts as it looks in trained networks ("Mimetic initialization of self-attention layers", Trockman and
-    Kolter, 2023, section 4): in each head, W_query W_key^T is close to 0.7 Z + 0.7 I; over all heads, W_value
-    W_projection to 0.4 Z - 0.4 I. Each Z is a new square matrix of normal values with variance 1 / D, D the width.
+    Initialises attention as it looks in trained networks ("Mimetic initialization of self-attention layers", Trockman
+    and Kolter, 2023, section 4): in each head, W_query W_key^T is close to 0.7 Z + 0.7 I; over all heads, W_value
+    W_projection is close to 0.4 Z - 0.4 I. Each Z is a new square matrix of normal values with variance 1 / D, where D
+    is the width.
     """
     width = network.config.hidden_size
     for layer in network.deit_ti.layers:

@@ -7,7 +7,7 @@ import time
 
 
 SIGNALS = (signal.SIGTERM, signal.SIGINT)
-# How long the data loader's workers live on, to serve the step that is being finished.
+# How long the data loader's workers stay alive, to serve the step that is being finished.
 WORKER_GRACE_SECONDS = 60
 
 
@@ -36,8 +36,8 @@ def interrupt_on_signals() -> None:
 
 class StopRequest:
     """
-    A context that records the first SIGTERM or Ctrl-C in `signum`, so that the training loop can stop after its step.
-    A second Ctrl-C raises [`Interrupted`] at once.
+    A context manager that records the first SIGTERM or Ctrl-C in `signum`, so that the training loop can stop after
+    its step. A second Ctrl-C raises [`Interrupted`] at once.
 
     Does nothing outside the main thread, where Python does not allow signal handlers.
 
@@ -67,7 +67,7 @@ class StopRequest:
             signal.alarm(WORKER_GRACE_SECONDS)
             return
         if self.signum:
-            # Within a second it is the same one: launchers repeat what the terminal or scheduler sent to all.
+            # Within a second, it is the same signal: launchers repeat what the terminal or scheduler sent to all.
             if signum == signal.SIGINT and time.monotonic() - self._received_at > 1:
                 raise Interrupted("stopped at once by a second Ctrl-C.")
             return

@@ -58,7 +58,7 @@ def interpolate_position_embeddings(
 ) -> torch.Tensor:
     """
     Resizes position embeddings to another grid of patches by bicubic interpolation, as in transformers' ViT and DeiT.
-    Those of the learned tokens do not change.
+    Those of the learned tokens are left unchanged.
 
     Args:
         position_embeddings (`torch.Tensor` of shape `(1, num_tokens + rows * rows, D)`)
@@ -79,7 +79,7 @@ def interpolate_position_embeddings(
 
 def drop_path(hidden_states: torch.Tensor, noise: torch.Tensor | None, rate: float) -> torch.Tensor:
     """Stochastic depth (Huang et al., 2016): drops the branch (B, N, D) of each image whose uniform number in `noise`
-    (B,) is below `rate`, and scales up the others to keep the expected value. Drops none without noise."""
+    (B,) is below `rate`, and scales up the others to keep the expected value. Without noise, drops nothing."""
     if rate == 0.0 or noise is None:
         return hidden_states
     keep = (noise >= rate).to(hidden_states.dtype).div(1 - rate)
@@ -87,8 +87,8 @@ def drop_path(hidden_states: torch.Tensor, noise: torch.Tensor | None, rate: flo
 
 
 def keep_patches(patches: torch.Tensor, noise: torch.Tensor, rate: float) -> torch.Tensor:
-    """PatchDropout (Liu et al., 2023): of the patches `(B, N, D)` those that have the smallest uniform numbers in
-    `noise` `(B, N)`, the same number of each image, at least one. Which position each has is already part of it."""
+    """PatchDropout (Liu et al., 2023): keeps the `(B, N, D)` patches with the smallest uniform numbers in `noise`
+    `(B, N)`, the same number for each image, at least one. Their positions have already been added."""
     kept = max(1, int(patches.shape[1] * (1 - rate)))
     places = noise.argsort(dim=1)[:, :kept, None].expand(-1, -1, patches.shape[2])
     return patches.gather(1, places)
@@ -127,7 +127,7 @@ class DeiTTiEmbeddings(nn.Module):
         if (height, width) != (self.image_size, self.image_size):
             if not interpolate_pos_encoding:
                 raise ValueError(
-                    f"The images have {height}x{width} pixels, but the model takes {self.image_size}x"
+                    f"The images are {height}x{width} pixels, but the model expects {self.image_size}x"
                     f"{self.image_size}: resize them, or pass interpolate_pos_encoding=True."
                 )
             grid = (height // self.patch_size, width // self.patch_size)
@@ -144,7 +144,7 @@ class DeiTTiEmbeddings(nn.Module):
 
 
 def eager_attention_forward(module, query, key, value, attention_mask, scaling, dropout=0.0, **kwargs):
-    """Attention step by step. Unlike the fused kernels, it returns its probabilities."""
+    """Unfused attention. Unlike the fused kernels, it returns the attention probabilities."""
     attention = torch.matmul(query, key.transpose(2, 3)) * scaling  # (B, H, N, N)
     if attention_mask is not None:
         attention = attention + attention_mask
@@ -168,7 +168,7 @@ class DeiTTiAttention(nn.Module):
     def forward(
         self, hidden_states: torch.Tensor, num_queries: int | None = None
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """(B, N, D) to (B, N, D), or of the first tokens alone, which attend to all: (B, num_queries, D)."""
+        """(B, N, D) to (B, N, D), or (B, num_queries, D) for only the first tokens, which attend to all."""
         batch_size, length, width = hidden_states.shape
         qkv = self.qkv(hidden_states).view(batch_size, length, 3, self.num_heads, self.head_dim)
         query, key, value = qkv.permute(2, 0, 3, 1, 4).unbind(0)  # each (B, H, N, D / H)
@@ -205,7 +205,7 @@ class DeiTTiLayer(GradientCheckpointingLayer):
     def forward(
         self, hidden_states: torch.Tensor, drop_path_noise: torch.Tensor | None = None, num_outputs: int | None = None
     ) -> torch.Tensor:
-        """(B, N, D) to (B, N, D), or only the first tokens of it: (B, num_outputs, D)."""
+        """(B, N, D) to (B, N, D), or (B, num_outputs, D) for only the first tokens."""
         noise_of_attention, noise_of_mlp = (None, None) if drop_path_noise is None else drop_path_noise.unbind(dim=1)
         branch, _ = self.attention(self.attention_norm(hidden_states), num_outputs)
         hidden_states = hidden_states[:, :num_outputs]
@@ -274,23 +274,23 @@ class DeiTTiModel(DeiTTiPreTrainedModel):
             interpolate_pos_encoding (`bool`, *optional*, defaults to `False`):
                 Whether to accept images of other sizes, by interpolating the position embeddings.
             drop_path_noise (`torch.Tensor` of shape `(B, num_hidden_layers, 2)`, *optional*):
-                Uniform numbers in [0, 1), one for each branch of each image: in training, those below the layer's rate
-                are dropped. Drawn if missing.
+                Uniform numbers in [0, 1), one per image and branch: in training, branches whose number is below the
+                layer's rate are dropped. Drawn if not given.
             patch_drop_noise (`torch.Tensor` of shape `(B, patches)`, *optional*):
-                Uniform numbers in [0, 1), one for each patch: in training, if the model drops patches, those with the
-                smallest numbers are kept. Drawn if missing.
+                Uniform numbers in [0, 1), one per patch: in training, if the model drops patches, those with the
+                smallest numbers are kept. Drawn if not given.
             learned_tokens_only (`bool`, *optional*, defaults to `False`):
-                Whether the last layer leaves out the patches, which saves three quarters of its work.
+                Whether the last layer only computes the learned tokens, which saves three quarters of its work.
             output_hidden_states, output_attentions, return_dict (`bool`, *optional*):
                 As in every transformers model. Attention probabilities need `attn_implementation="eager"`.
 
         Returns:
             `BaseModelOutput` with `last_hidden_state` of shape `(B, N, D)`: class token and distillation token (if the
-            model has them), then the patches, unless `learned_tokens_only`; in training with `patch_drop_rate`, those
-            that were kept, in any order.
+            model has them), then the patches, unless `learned_tokens_only`; in training with `patch_drop_rate`, only
+            the patches that were kept, in arbitrary order.
 
         Raises:
-            ValueError: if the images have another size and `interpolate_pos_encoding` is not set.
+            ValueError: if the images have a different size and `interpolate_pos_encoding` is not set.
         """
         hidden_states = self.embeddings(pixel_values, interpolate_pos_encoding, patch_drop_noise)
         noises = [None] * len(self.layers)
@@ -336,14 +336,14 @@ class DeiTTiForImageClassification(DeiTTiPreTrainedModel):
             labels (`torch.Tensor` of shape `(B,)` or `(B, num_labels)`, *optional*):
                 If given, the output has the `loss` of `logits`, as in transformers' ViT and DeiT: cross-entropy for
                 label ids, binary cross-entropy for float labels, mean squared error for a single label, unless
-                `config.problem_type` says otherwise. The losses of distillation are in distillation.py.
+                `config.problem_type` says otherwise. The distillation losses are in distillation.py.
 
         Other arguments and exceptions: see [`DeiTTiModel`].
 
         Returns:
             [`DeiTTiImageClassifierOutput`]
         """
-        # The heads read the learned tokens alone, but who asks for every layer's output gets all of the last one's.
+        # The heads only read the learned tokens, but a caller who asks for all layers' outputs gets all tokens.
         captures = ("output_hidden_states", "output_attentions")
         is_captured = any(kwargs.get(name, getattr(self.config, name)) for name in captures)
         output = self.deit_ti(

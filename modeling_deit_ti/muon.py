@@ -27,10 +27,10 @@ COEFFICIENTS = (
 
 def muon_options(optim_args: str | None) -> dict[str, float]:
     """
-    `OPTIONS` with what `--optim_args` says, such as `momentum=0.9,adamw_lr_scale=2`.
+    `OPTIONS`, updated from `--optim_args` (such as `momentum=0.9,adamw_lr_scale=2`).
 
     Raises:
-        UserError: if it names another option, or a value is no number or out of range.
+        UserError: if an option is unknown, or a value is not a number or out of range.
     """
     options = dict(OPTIONS)
     for setting in (optim_args or "").replace(" ", "").split(","):
@@ -41,13 +41,13 @@ def muon_options(optim_args: str | None) -> dict[str, float]:
             options[name] = type(OPTIONS[name])(value)
         except (KeyError, ValueError) as error:
             raise UserError(
-                f"--optim_args {optim_args}: {setting!r} is not an option of muon; it takes "
-                f"{','.join(f'{name}={default}' for name, default in OPTIONS.items())}."
+                f"--optim_args {optim_args}: {setting!r} is not a valid muon option; the options and their defaults "
+                f"are {','.join(f'{name}={default}' for name, default in OPTIONS.items())}."
             ) from error
     for name, is_valid, requirement in (
         ("momentum", 0 <= options["momentum"] < 1, "at least 0 and below 1"),
         ("ns_steps", 1 <= options["ns_steps"] <= 100, "between 1 and 100"),
-        ("adamw_lr_scale", 0 <= options["adamw_lr_scale"] < float("inf"), "a finite number of at least 0"),
+        ("adamw_lr_scale", 0 <= options["adamw_lr_scale"] < float("inf"), "finite and at least 0"),
     ):
         if not is_valid:
             raise UserError(f"--optim_args {name}={options[name]}: must be {requirement}.")
@@ -56,13 +56,13 @@ def muon_options(optim_args: str | None) -> dict[str, float]:
 
 def make_muon(model: PreTrainedModel, decaying: Collection[str], args: TrainingArguments) -> "Muon":
     """
-    The optimizer of a model.
+    The optimizer for a model.
 
     Args:
         model (`PreTrainedModel`): an image classifier.
         decaying (`Collection[str]`): names of the parameters that weight decay applies to.
-        args ([`TrainingArguments`]): `learning_rate` is that of the matrices, times `adamw_lr_scale` that of the
-            others, which `adam_beta1`, `adam_beta2` and `adam_epsilon` are for.
+        args ([`TrainingArguments`]): `learning_rate` is for the matrices; the other parameters use it times
+            `adamw_lr_scale`, with `adam_beta1`, `adam_beta2` and `adam_epsilon`.
     """
     options, decaying = muon_options(args.optim_args), set(decaying)
     named = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
@@ -84,15 +84,15 @@ def make_muon(model: PreTrainedModel, decaying: Collection[str], args: TrainingA
             }
         )
     betas, eps = (args.adam_beta1, args.adam_beta2), args.adam_epsilon
-    # Fused, AdamW would leave it to the optimizer to skip the steps in which fp16 overflows.
+    # With a fused AdamW, the gradient scaler leaves it to the optimizer to skip steps in which fp16 overflows.
     return Muon(groups, lr=args.learning_rate, betas=betas, eps=eps, fused=not args.fp16)
 
 
 def hidden_matrices(model: PreTrainedModel, decaying: Collection[str]) -> list[str]:
     """
-    Names of the parameters that Muon is for: the linear layers and convolutions between the first one, which sees
-    pixels, and the classifier's heads, which see labels. Not depthwise convolutions: each of their filters stands
-    alone. Only parameters that decay, so no tokens, positions or biases.
+    Names of the parameters that Muon optimises: the linear layers and convolutions between the first one, which sees
+    pixels, and the classifier's heads, which see labels. Depthwise convolutions are left out, since each of their
+    filters is independent, and so are parameters without weight decay, such as tokens, positions and biases.
     """
     if isinstance(model, TimmWrapperForImageClassification):
         heads = model.timm_model.get_classifier()
@@ -111,10 +111,11 @@ def hidden_matrices(model: PreTrainedModel, decaying: Collection[str]) -> list[s
 class Muon(torch.optim.AdamW):
     """
     AdamW, except for parameter groups with `momentum`: their parameters, matrices `(out, in)` or convolutions
-    `(out, in, height, width)` seen as matrices `(out, in * height * width)`, take the step of "Muon: An optimizer for
-    hidden layers in neural networks" (Jordan et al., 2024), the orthogonalised mean of their gradients. It is scaled
-    to the size of AdamW's steps, 0.2 sqrt(max(out, in)), so that both share learning rate and weight decay ("Muon is
-    scalable for LLM training", Liu et al., 2025, section 2.2). As timm's `Muon`, for all matrices of a shape at once.
+    `(out, in, height, width)` viewed as matrices `(out, in * height * width)`, take the step of "Muon: An optimizer
+    for hidden layers in neural networks" (Jordan et al., 2024), the orthogonalised running mean of their gradients. It
+    is scaled to the size of AdamW's steps, by 0.2 sqrt(max(out, in)), so that both share learning rate and weight
+    decay ("Muon is scalable for LLM training", Liu et al., 2025, section 2.2). Like timm's `Muon`, for all matrices of
+    one shape at once.
     """
 
     @torch.no_grad()
@@ -138,7 +139,7 @@ class Muon(torch.optim.AdamW):
         for shape, parameters in by_shape.items():
             for parameter in parameters:
                 if not self.state[parameter]:
-                    # AdamW wants to find a count of steps when a state is loaded.
+                    # AdamW expects a step count when a state is loaded.
                     self.state[parameter] = {"step": torch.tensor(0.0), "momentum_buffer": torch.zeros_like(parameter)}
             means = [self.state[parameter]["momentum_buffer"] for parameter in parameters]
             torch._foreach_add_([self.state[parameter]["step"] for parameter in parameters], 1)
@@ -150,7 +151,7 @@ class Muon(torch.optim.AdamW):
 
 
 def _orthogonal_updates(means: list[torch.Tensor], steps: int) -> list[torch.Tensor]:
-    """The orthogonalised matrices or convolutions of one shape. FSDP2 spreads their rows: then they are gathered."""
+    """Orthogonalises matrices or convolutions of one shape. If FSDP2 has sharded their rows, gathers them first."""
     matrices = torch.stack([mean.flatten(1) for mean in means])
     is_spread = isinstance(matrices, DTensor)
     on_slow_cpu = matrices.device.type == "cpu" and not cpu_is_fast_in_bfloat16()
@@ -168,12 +169,12 @@ def _orthogonal_updates(means: list[torch.Tensor], steps: int) -> list[torch.Ten
 
 def orthogonalize(matrices: torch.Tensor, steps: int, dtype: torch.dtype) -> torch.Tensor:
     """
-    The nearest matrices with orthonormal rows or columns, roughly: a few Newton-Schulz steps in `dtype` bring all
+    Roughly the nearest matrices with orthonormal rows or columns: a few Newton-Schulz steps in `dtype` bring all
     singular values close to 1.
 
     Args:
         matrices (`torch.Tensor` of shape `(B, M, N)`)
-        steps (`int`): number of steps, 5 as a rule.
+        steps (`int`): number of steps, usually 5.
         dtype (`torch.dtype`): float32 or bfloat16.
 
     Returns:
@@ -184,13 +185,13 @@ def orthogonalize(matrices: torch.Tensor, steps: int, dtype: torch.dtype) -> tor
     x = x / x.norm(dim=(1, 2), keepdim=True).clamp(min=1e-7)
     coefficients = [*COEFFICIENTS, *[COEFFICIENTS[-1]] * (steps - len(COEFFICIENTS))][:steps]
     if x.shape[2] >= 2 * x.shape[1]:
-        # Several steps happen among the rows, on X X^T, before the product of their factors meets X: for a DeiT-Ti, a
-        # third fewer operations. The rounding grows from step to step, so they start anew from X after a few.
+        # Several steps are done on X X^T only, before the product of their factors is applied to X: for a DeiT-Ti, a
+        # third fewer operations. Rounding errors grow with each step, so X X^T is computed anew after a few.
         at_once = 5 if dtype == torch.float32 else 3
         for start in range(0, steps, at_once):
             gram, factor, product = x @ x.mT, None, None
             for a, b, c in coefficients[start : start + at_once]:
-                if factor is not None:  # that of the step before
+                if factor is not None:  # of the previous step
                     gram = factor @ gram @ factor
                 factor = torch.baddbmm(gram, gram, gram, beta=b, alpha=c)
                 factor.diagonal(dim1=1, dim2=2).add_(a)

@@ -1,4 +1,4 @@
-"""What a finished run leaves: exports, curves, report, card and results; what it says at the end; and the push."""
+"""What a finished run leaves: exports, curves, report, card and results; its closing summary; and the push."""
 
 import os
 import shlex
@@ -45,9 +45,9 @@ MAX_QUANTIZED_IMAGES = 1000  # one at a time takes 10 to 20 seconds at 224x224
 
 def calibrate(trainer: DistillationTrainer) -> TemperatureScaling | None:
     """
-    Fits a temperature to the predictions of the evaluation, if `--temperature_scaling` has kept their logits. If it
-    improves the calibration on other images, those of the saved DeiT-Ti are divided by it in the weights of its heads:
-    whatever loads the model needs to know nothing of it.
+    Fits a temperature to the evaluation's predictions, if `--temperature_scaling` has kept their logits. If it
+    improves the calibration on other images, it is folded into the weights of the saved DeiT-Ti's heads, so that
+    whatever loads the model need not know about it.
     """
     scaling = scale_temperature(trainer.predictions)
     if scaling is None or not trainer.is_deit_ti:
@@ -60,15 +60,15 @@ def calibrate(trainer: DistillationTrainer) -> TemperatureScaling | None:
         for name, weight in load_file(file).items()
     }
     save_file(weights, new := file.with_suffix(".new"), metadata={"format": "pt"})
-    os.replace(new, file)  # not written in place: the weights that were read are still parts of it
+    os.replace(new, file)  # not written in place: the weights that were read are still mapped from it
     trainer.predictions = trainer.predictions.divided_by(scaling.temperature)
     return replace(scaling, is_applied=True)
 
 
 def save_exports(trainer: DistillationTrainer, formats: list[str], images: EvalImages) -> dict[str, float]:
     """
-    The same model for those who do not run this project's code. `formats` are those of `--export`. Returns how
-    accurate the one is that is rounded, to int8.
+    Saves the model for those who do not run this project's code. `formats` are those of `--export`. Returns the
+    accuracy of the int8 model, if there is one.
     """
     if not trainer.is_deit_ti:
         return {}
@@ -86,8 +86,8 @@ def save_exports(trainer: DistillationTrainer, formats: list[str], images: EvalI
 
 def quantized_accuracy(file: Path, images: EvalImages, predictions: Predictions) -> dict[str, float]:
     """
-    Top-1 in ONNX Runtime on a CPU, on at most `MAX_QUANTIZED_IMAGES` of the images, and that of the float32 model's
-    predictions of the same. One image at a time, as in a browser: int8 rounds by what is in the batch.
+    Top-1 in ONNX Runtime on a CPU, on at most `MAX_QUANTIZED_IMAGES` of the images, and that of the unquantised
+    model's predictions for the same images. One image at a time, as in a browser: int8 rounding depends on the batch.
     """
     from onnxruntime import InferenceSession  # only --export onnx needs it
 
@@ -153,7 +153,7 @@ def save_examples(data: ImageData, folder: Path) -> str:
 def describe_run(
     trainer: DistillationTrainer, args: Arguments, data: ImageData, teacher: TeacherRecord | None, metrics: dict
 ) -> RunRecord:
-    """What the card says."""
+    """The record from which the card is written."""
     model, images, training = args.model, args.images, args.training
     is_new = model.is_timm_architecture or model.is_new_deit_ti
     started_from = None if is_new else model.model_name_or_path
@@ -166,7 +166,7 @@ def describe_run(
         "max_eval_samples": images.max_eval_samples,
         "max_validation_samples": images.max_validation_samples,
     }
-    if first:  # how the network started is part of the first stage's
+    if first:  # the network was initialised in the first stage
         hyperparameters |= {name: value for name, value in first.hyperparameters.items() if name in INITIALIZATION}
     if training.load_best_model_at_end:
         hyperparameters["metric_for_best_model"] = training.metric_for_best_model
@@ -205,7 +205,7 @@ def describe_run(
 
 
 def summary(trainer: DistillationTrainer, teacher: TeacherRecord | None, metrics: dict) -> str:
-    """What a person wants to know at the end. `metrics` are those of `all_results.json`."""
+    """The summary at the end of a run. `metrics` are those of `all_results.json`."""
     folder = trainer.args.output_dir
     record = RunRecord.load(folder)
     rows = [] if teacher is None else [(f"teacher, {teacher.name}", teacher.accuracy, None)]
@@ -225,7 +225,7 @@ def summary(trainer: DistillationTrainer, teacher: TeacherRecord | None, metrics
         lines += [
             "",
             f"Stopped early, after {metrics['epoch']:g} epochs: {args.metric_for_best_model} had not improved in "
-            f"{args.early_stopping_patience} evaluations. The model is that of epoch {metrics['best_epoch']:g}.",
+            f"{args.early_stopping_patience} evaluations. The model is from epoch {metrics['best_epoch']:g}.",
         ]
     lines += [
         "",
@@ -243,20 +243,20 @@ def summary(trainer: DistillationTrainer, teacher: TeacherRecord | None, metrics
 
 def push(args: DistillationTrainingArguments) -> None:
     """
-    Uploads the finished run in the output folder; checkpoints stay here, except those that --hub_strategy has pushed.
+    Uploads the finished run in the output folder. Checkpoints stay local, unless --hub_strategy has pushed them.
 
     Raises:
         StorageError: if the push fails; the run is complete on disk, and the message says how to push it.
     """
     repo, folder = args.hub_model_id, args.output_dir
-    unwanted = ["checkpoint-*", "last-checkpoint/*", "_*"]  # of a machine, as Trainer has it
+    unwanted = ["checkpoint-*", "last-checkpoint/*", "_*"]  # Trainer's, plus last-checkpoint
     try:
         retrying(
             lambda: HfApi(token=args.hub_token).upload_folder(
                 repo_id=repo,
                 folder_path=folder,
                 commit_message="End of training",
-                ignore_patterns=[*unwanted],  # it adds to the list
+                ignore_patterns=[*unwanted],  # a copy, since upload_folder adds to it
                 revision=args.hub_revision,
             )
         )
@@ -265,6 +265,6 @@ def push(args: DistillationTrainingArguments) -> None:
         excluded = " ".join(f'--exclude "{pattern}"' for pattern in unwanted)
         raise StorageError(
             f"the run is finished and saved in {folder}, but the push failed ({first_line(error)}). Run the same "
-            "command again to push it, or, logged in by `hf auth login` or HF_TOKEN: "
+            "command again to push it, or, logged in with `hf auth login` or HF_TOKEN: "
             f"hf upload {repo} {shlex.quote(folder)} .{revision} {excluded}"
         ) from error

@@ -1,4 +1,4 @@
-"""Flags and YAML recipes become [`Arguments`]: the student's run, and from it the run that fits its teacher."""
+"""Turns flags and YAML recipes into [`Arguments`]: the student's run and, from it, the run that fits its teacher."""
 
 import argparse
 import dataclasses
@@ -30,14 +30,14 @@ from .errors import UserError, first_line
 
 GROUPS = (ImageArguments, AugmentationArguments, ModelArguments, TeacherArguments, DistillationTrainingArguments)
 
-# What a teacher's run takes over from its student's: the machine, the size of its batches, and what is reported.
+# What a teacher's run inherits from its student's: the machine, the batch sizes and the reporting.
 INHERITED_BY_TEACHER = (
     *("per_device_train_batch_size", "per_device_eval_batch_size", "gradient_accumulation_steps"),
     *("fp16", "bf16", "tf32", "use_cpu", "torch_compile", "torch_compile_backend", "torch_compile_mode"),
     *("dataloader_num_workers", "disable_tqdm", "log_level", "project", "trackio_space_id", "trackio_bucket_id"),
 )
-MAX_YAML_NODES = 10_000  # of a recipe
-# What --report_to calls like the package that it needs.
+MAX_YAML_NODES = 10_000  # in a recipe
+# The tools that --report_to calls by the name of the package that they need.
 TRACKERS = ("tensorboard", "trackio", "wandb", "mlflow")
 # What --teacher_config may not set.
 NOT_THE_TEACHERS = {
@@ -45,7 +45,7 @@ NOT_THE_TEACHERS = {
     *("output_dir", "resume_from_checkpoint", "push_to_hub", "export"),
     *(entry.name for group in (ImageArguments, TeacherArguments) for entry in dataclasses.fields(group)),
 }
-# What the stages of a recipe have in common.
+# What the stages of a recipe may not set, since it is the same for all.
 NOT_A_STAGES = {
     *("output_dir", "resume_from_checkpoint", "model_name_or_path", "single_token", "push_to_hub", "export"),
     *(entry.name for entry in dataclasses.fields(ImageArguments)),
@@ -58,7 +58,7 @@ class _Parser(HfArgumentParser):
         for action in self._actions:
             if action.type is float:
                 action.type = number
-            elif action.type is string_to_bool and action.nargs is None:  # a flag that is true, false or undecided
+            elif action.type is string_to_bool and action.nargs is None:  # a flag that is true, false or unset
                 action.nargs, action.const = "?", True
         self.add_argument("--config", help="A YAML file that sets any of the flags; the command line wins.")
 
@@ -89,7 +89,7 @@ class _Parser(HfArgumentParser):
         try:
             text = Path(file).read_text(encoding="utf-8")
             if any(True for _ in itertools.islice(_nodes(yaml.compose(text, yaml.SafeLoader)), MAX_YAML_NODES, None)):
-                raise ValueError(f"it stands for more than {MAX_YAML_NODES:,} values")
+                raise ValueError(f"it expands to more than {MAX_YAML_NODES:,} values")
             recipe = yaml.safe_load(text)
         except (OSError, ValueError, RecursionError, yaml.YAMLError) as error:
             raise UserError(f"{option} {file}: it cannot be read as YAML ({error}).") from error
@@ -117,7 +117,7 @@ class _Parser(HfArgumentParser):
 
 
 def _nodes(node: yaml.Node | None) -> Iterator[yaml.Node | None]:
-    """A document's parts, each as often as aliases repeat it: a few lines of them can stand for billions."""
+    """A document's nodes, each as often as aliases repeat it: a few lines of aliases can expand to billions."""
     yield node
     if isinstance(node, yaml.CollectionNode):
         for part in node.value:
@@ -126,8 +126,8 @@ def _nodes(node: yaml.Node | None) -> Iterator[yaml.Node | None]:
 
 
 def number(text: str) -> float:
-    """A flag's value. Most code takes nan and inf without a word, and the trained model is worthless."""
-    value = float(text)  # argparse says "invalid number value" if it is none
+    """A flag's value. Most code accepts nan and inf without a word, and the trained model is worthless."""
+    value = float(text)  # if it is not a number, argparse says "invalid number value"
     if not math.isfinite(value):
         raise argparse.ArgumentTypeError(f"{text} is not a finite number")
     return value
@@ -135,7 +135,7 @@ def number(text: str) -> float:
 
 def parse_arguments(argv: list[str], description: str | None = None) -> Arguments:
     """
-    The groups of arguments, from `--config FILE.yaml` and the flags on top of it; `description` is for `--help`.
+    The groups of arguments, from `--config FILE.yaml` and the flags that override it; `description` is for `--help`.
 
     Raises:
         UserError: if a flag is unknown, has a value out of range, or contradicts another.
@@ -146,21 +146,21 @@ def parse_arguments(argv: list[str], description: str | None = None) -> Argument
 
 def parse_stages(argv: list[str], description: str | None = None) -> list[Arguments]:
     """
-    As [`parse_arguments`], for each of the recipe's `stages`; one if it has none.
+    Like [`parse_arguments`], for each of the recipe's `stages`; a single run if it has none.
 
-    `stages` is a list of what sets its runs apart. Each run starts from the model of the one before it. The last goes
-    into --output_dir, those before it into its folders stage-1, stage-2, ...
+    `stages` lists what differs between the runs. Each run starts from the model of the previous one. The last is saved
+    in --output_dir, the others in its subfolders stage-1, stage-2, ...
     """
     parser = _Parser(description)
     config = parser.parse_known_args(argv)[0].config
     recipe = {} if config is None else parser.read_recipe("--config", config)
     stages = recipe.pop("stages", [{}])
     if not (isinstance(stages, list) and stages and all(isinstance(stage, dict) for stage in stages)):
-        raise UserError(f"--config {config}: stages must be a list, each of its entries with `flag: value` lines.")
+        raise UserError(f"--config {config}: stages must be a list of entries with `flag: value` lines.")
     for stage in stages:
         parser.check_keys("--config", f"{config}, stages", stage)
         for key in stage.keys() & NOT_A_STAGES:
-            raise UserError(f"--config {config}: {key} is the same for all stages.")
+            raise UserError(f"--config {config}: {key} must be the same for all stages: set it outside them.")
     shared = parser.flags(recipe)
     final = _parse_run(parser, [*shared, *parser.flags(stages[-1]), *argv], argv)
     if len(stages) == 1:
@@ -168,7 +168,7 @@ def parse_stages(argv: list[str], description: str | None = None) -> list[Argume
     if final.training.resume_from_checkpoint not in ("auto", "false"):
         raise UserError(
             f"--resume_from_checkpoint {final.training.resume_from_checkpoint}: a recipe with stages finds its own "
-            "checkpoint; leave this out."
+            "checkpoint; leave this flag out."
         )
     runs, folders = [], [os.path.join(final.training.output_dir, f"stage-{i}") for i in range(1, len(stages))]
     for position, (stage, folder) in enumerate(zip(stages, [*folders, final.training.output_dir], strict=True)):
@@ -205,7 +205,7 @@ def _check_combinations(args: Arguments) -> None:
             f"{training.distill_mode} needs a class and a distillation token: use deit_ti, or mode none, soft or hard."
         )
     if model.attention_init != "normal" and not model.is_new_deit_ti:
-        raise UserError("--attention_init is for a deit_ti from scratch; any other model comes with its own start.")
+        raise UserError("--attention_init is for a deit_ti from scratch; any other model has its own initialisation.")
     if model.image_size % model.patch_size and not model.is_timm_architecture:
         raise UserError(
             f"--patch_size {model.patch_size} does not divide --image_size {model.image_size}: use a multiple, such "
@@ -213,15 +213,15 @@ def _check_combinations(args: Arguments) -> None:
         )
     if args.images.streaming and args.augmentation.augment_on == "device":
         raise UserError(
-            "--augment_on device needs images of one size, which --streaming does not know: use --augment_on loader."
+            "--augment_on device needs images of one size, which --streaming cannot know: use --augment_on loader."
         )
     if args.images.max_validation_samples is not None and training.dataloader_persistent_workers:
-        raise UserError("--max_validation_samples and --dataloader_persistent_workers exclude each other.")
+        raise UserError("--max_validation_samples and --dataloader_persistent_workers cannot be combined.")
     for tool in training.report_to:
         if tool in TRACKERS and importlib.util.find_spec(tool) is None:
-            raise UserError(f"--report_to {tool} needs a package that is missing: pip install {tool}.")
+            raise UserError(f"--report_to {tool} is not installed: pip install {tool}.")
     if "onnx" in model.export and not all(map(importlib.util.find_spec, ("onnx", "onnxruntime", "onnxscript"))):
-        raise UserError("--export onnx needs packages that are missing: pip install onnx onnxruntime onnxscript.")
+        raise UserError("--export onnx needs more packages: pip install onnx onnxruntime onnxscript.")
 
 
 # ---- The teacher's own run ----
@@ -229,11 +229,11 @@ def _check_combinations(args: Arguments) -> None:
 
 def fitting_flags(args: Arguments) -> list[str]:
     """
-    The flags of the run that fits the teacher, in mode `none` on its student's images and machine. `--teacher_config`
-    sets any of its recipe, and the `--teacher_*` flags win.
+    The flags of the run that fits the teacher, in mode `none`, on its student's images and machine. `--teacher_config`
+    can set any part of its recipe, and the `--teacher_*` flags override that.
 
     Raises:
-        UserError: if `--teacher_config` cannot be read, or sets what is not the teacher's to set.
+        UserError: if `--teacher_config` cannot be read, or sets what it may not set.
     """
     parser = _Parser()
     student, teacher = args.augmentation, args.teacher
@@ -249,21 +249,21 @@ def fitting_flags(args: Arguments) -> list[str]:
         **TEACHER_RECIPE,
         **_own_recipe(teacher, parser),
     }
-    # Without what is the default anyway: these flags are the command in the teacher's card.
+    # Without flags that equal their defaults: what is left is the command in the teacher's card.
     defaults = {entry.name: entry.default for group in GROUPS for entry in dataclasses.fields(group)}
     given = vars(args.images) | recipe
     return parser.flags({name: value for name, value in given.items() if value != defaults[name]})
 
 
 def _own_recipe(teacher: TeacherArguments, parser: _Parser) -> dict:
-    """What the user says about the teacher's run."""
+    """What the user has set for the teacher's run."""
     file = teacher.teacher_config
     recipe = {} if file is None else parser.read_recipe("--teacher_config", file)
     for key in recipe:
         if key in NOT_THE_TEACHERS:
             raise UserError(
-                f"--teacher_config {file}: {key} is not the teacher's to set: a teacher is fitted to its student's "
-                "images, by their labels, into --teacher_output_dir."
+                f"--teacher_config {file}: {key} cannot be set here: a teacher is fitted to its student's images, "
+                "with their labels, in --teacher_output_dir."
             )
     flags = {
         "model_name_or_path": teacher.teacher_model_name_or_path,
@@ -275,7 +275,7 @@ def _own_recipe(teacher: TeacherArguments, parser: _Parser) -> dict:
 
 
 def _fitting_arguments(args: Arguments) -> Arguments:
-    """The arguments of the teacher's own run; also fills in what `--teacher_config` says of `args.teacher`."""
+    """The arguments of the teacher's own run; also updates `args.teacher` with what `--teacher_config` sets."""
     teacher, parser, flags = args.teacher, _Parser(), fitting_flags(args)
     try:
         fitting = parser.parse(flags)

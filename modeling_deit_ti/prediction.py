@@ -1,4 +1,4 @@
-"""A classifier that is ready to predict, and what each of its heads says."""
+"""A classifier that is ready to predict, and the logits of each of its heads."""
 
 import argparse
 import contextlib
@@ -18,20 +18,20 @@ PRECISIONS = {name: precision for precision, name in PRECISION_NAMES.items()}
 
 
 def add_prediction_flags(parser: argparse.ArgumentParser) -> None:
-    """How a model computes, for the commands that ask one."""
-    parser.add_argument("--batch_size", type=int, default=64, help="images at a time (default: 64)")
+    """Flags for how a model computes, shared by the commands that predict."""
+    parser.add_argument("--batch_size", type=int, default=64, help="images per batch (default: 64)")
     parser.add_argument("--device", help="cpu, cuda, ... (default: a GPU if there is one)")
     parser.add_argument(
         "--precision",
         choices=["auto", *PRECISIONS],
         default="auto",
-        help="of the computation (default: the fastest that the device is good at, as in training)",
+        help="precision to compute in (default: the fastest that suits the device, as in training)",
     )
-    parser.add_argument("--trust_remote_code", action="store_true", help="run the code that a model brings along")
+    parser.add_argument("--trust_remote_code", action="store_true", help="run code that comes with a model")
 
 
 def chosen_precision(name: str, model: PreTrainedModel) -> str:
-    """The precision that `--precision` names, for `device.autocast`; `auto` goes by its device."""
+    """The precision that `--precision` names, for `device.autocast`; `auto` depends on the model's device."""
     return PRECISIONS.get(name) or automatic_precision(model.device)
 
 
@@ -40,11 +40,11 @@ def load_for_prediction(
 ) -> tuple[PreTrainedModel, BaseImageProcessor]:
     """
     A complete classifier in `eval()` on `device` (default: a GPU if there is one), and its image processor, both tried
-    on a picture. Names and errors are those of [`load_classifier`].
+    on a picture. Names and errors are as in [`load_classifier`].
 
     Raises:
-        UserError: if it cannot be loaded, lacks weights, does not go with its image processor or answers with what is
-            no number, or the device is not there.
+        UserError: if it cannot be loaded, lacks weights, does not match its image processor or returns logits that
+            are not finite, or if there is no such device.
     """
     model, missing = load_classifier(name, flag, trust_remote_code)
     check_complete(missing, name, flag)
@@ -63,7 +63,7 @@ def load_for_prediction(
 
 @contextlib.contextmanager
 def taking_images(name: str) -> Iterator[None]:
-    """Reports as a `UserError` that a model or its image processor, called `name`, does not take the images inside."""
+    """Turns errors inside into a `UserError`: the model `name`, or its image processor, does not accept the images."""
     try:
         yield
     except UserError:
@@ -71,7 +71,7 @@ def taking_images(name: str) -> Iterator[None]:
     except Exception as error:  # any architecture, and any image processor
         if is_out_of_memory(error):
             raise UserError(f"{name}: out of memory ({first_line(error)}). Lower --batch_size.") from error
-        raise UserError(f"{name}: it does not take these images ({first_line(error)}).") from error
+        raise UserError(f"{name}: it does not accept these images ({first_line(error)}).") from error
 
 
 def head_logits(output: ModelOutput, readout: str | None) -> dict[str, torch.Tensor]:

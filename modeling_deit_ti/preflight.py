@@ -1,4 +1,4 @@
-"""What must hold before hours of training: found now, not after them."""
+"""Checks before training of what would otherwise only fail hours later."""
 
 import os
 from pathlib import Path
@@ -19,7 +19,7 @@ from .muon import make_muon
 
 def checkpoint_to_resume(args: DistillationTrainingArguments) -> str | None:
     """
-    The checkpoint to resume from, if any. `auto` means the last complete one, or the beginning if there is none yet.
+    The checkpoint to resume from, if any. `auto` means the last complete one; if there is none, the run starts anew.
 
     Raises:
         UserError: if something would be overwritten; or if the checkpoint does not exist, or is incomplete or damaged.
@@ -32,7 +32,7 @@ def checkpoint_to_resume(args: DistillationTrainingArguments) -> str | None:
     if resume == "false" and checkpoints_of(folder):
         raise UserError(
             f"--output_dir {folder} holds an unfinished run: choose another folder, or leave out "
-            "--resume_from_checkpoint to go on with it."
+            "--resume_from_checkpoint to resume it."
         )
     if resume in ("auto", "false"):
         # One process decides for all: another machine may see another folder.
@@ -52,24 +52,24 @@ def checkpoint_to_resume(args: DistillationTrainingArguments) -> str | None:
 
 
 def is_finished(args: DistillationTrainingArguments, is_last: bool) -> bool:
-    """Whether there is nothing to train: an earlier stage is over, or a finished run has to be pushed still."""
+    """Whether there is nothing to train: an earlier stage is finished, or a finished run only has to be pushed."""
     is_finished = (Path(args.output_dir) / "all_results.json").is_file() and (args.push_to_hub or not is_last)
     return broadcast_object_list([is_finished and args.resume_from_checkpoint == "auto"])[0]
 
 
 def check_same_run(checkpoint: str, settings: dict) -> None:
-    """Raises a `UserError` if the checkpoint is from a run with other settings, since its end would be neither's."""
+    """Raises a `UserError` if the checkpoint is from a run with other settings: the result would match neither run."""
     changed = changed_settings(settings_of(checkpoint), settings)
     if changed:
         phrases = (f"{name} {before}, not {now}" for name, (before, now) in changed.items())
         raise UserError(
-            f"{checkpoint} belongs to another run, with {'; '.join(phrases)}. Go on with the same flags and images, "
+            f"{checkpoint} belongs to another run, with {'; '.join(phrases)}. Resume with the same flags and images, "
             "or start a new run in another --output_dir."
         )
 
 
 def _pushed_checkpoint(args: DistillationTrainingArguments) -> str:
-    """The checkpoint that `--hub_strategy checkpoint` keeps on the Hub, from the output folder or fetched."""
+    """The checkpoint that `--hub_strategy checkpoint` keeps on the Hub, from the output folder or downloaded."""
     local = os.path.join(args.output_dir, "last-checkpoint")
     if os.path.isdir(local) or not (args.hub_model_id or args.push_to_hub):
         return local
@@ -79,7 +79,7 @@ def _pushed_checkpoint(args: DistillationTrainingArguments) -> str:
             name = f"{retrying(api.whoami)['name']}/{name}"
         patterns = "last-checkpoint/*"
         pushed = retrying(lambda: api.snapshot_download(name, revision=args.hub_revision, allow_patterns=patterns))
-    except Exception as error:  # of the network or the Hub
+    except Exception as error:  # from the network or the Hub
         raise UserError(
             f"--resume_from_checkpoint last-checkpoint: cannot be downloaded from {name} ({first_line(error)})."
         ) from error
@@ -87,10 +87,10 @@ def _pushed_checkpoint(args: DistillationTrainingArguments) -> str:
     if not os.path.isdir(pushed):
         raise UserError(f"--resume_from_checkpoint last-checkpoint: the repository {name} has no such folder.")
     for file in Path(pushed).rglob("*"):
-        if file.name == ".metadata" or file.name.endswith("_states.pt"):  # torch's of shards, DeepSpeed's
+        if file.name == ".metadata" or file.name.endswith("_states.pt"):  # those of torch's shards and of DeepSpeed
             raise UserError(
-                f"--resume_from_checkpoint last-checkpoint: its {file.name} would be unpickled, and could run code. "
-                f"If you trust all who may write to {name}, download the folder and name it."
+                f"--resume_from_checkpoint last-checkpoint: its {file.name} would be unpickled, which can run code. "
+                f"If you trust everyone who can write to {name}, download the folder and pass its path instead."
             )
     return pushed
 
@@ -102,11 +102,11 @@ def hub_repository(args: DistillationTrainingArguments) -> str:
 
 def check_hub_access(args: DistillationTrainingArguments) -> None:
     """
-    Creates the repository to push to, and sets `args.hub_model_id` to its full name: before training, not after it.
+    Creates the repository to push to, before training, and sets `args.hub_model_id` to its full name.
 
     Raises:
         UserError: if the Hub is not reachable, the token is missing, invalid or may not write there, or the finished
-            run in the output folder has been pushed already.
+            run in the output folder has already been pushed.
     """
     name = hub_repository(args)
     try:
@@ -115,14 +115,15 @@ def check_hub_access(args: DistillationTrainingArguments) -> None:
         raise
     except Exception as error:  # from the network, the Hub or the token's file: a push would fail
         raise UserError(
-            f"--push_to_hub: cannot write to the repository {name} ({first_line(error)}). Log in by `hf auth login`, "
-            "or set HF_TOKEN to a token that may write; or train without --push_to_hub and use `hf upload` later."
+            f"--push_to_hub: cannot write to the repository {name} ({first_line(error)}). Log in with `hf auth "
+            "login`, or set HF_TOKEN to a token with write access; or train without --push_to_hub and use `hf upload` "
+            "later."
         ) from error
 
 
 def _prepare_repository(api: HfApi, name: str, args: DistillationTrainingArguments) -> None:
     if api.whoami().get("auth", {}).get("accessToken", {}).get("role") == "read":
-        raise UserError("--push_to_hub: the token may only read; create one that may write.")
+        raise UserError("--push_to_hub: the token is read-only; create one with write access.")
     args.hub_model_id = api.create_repo(name, private=args.hub_private_repo, exist_ok=True).repo_id
     api.auth_check(args.hub_model_id, write=True)
     if args.hub_revision and not api.revision_exists(args.hub_model_id, args.hub_revision):
@@ -133,14 +134,14 @@ def _prepare_repository(api: HfApi, name: str, args: DistillationTrainingArgumen
     pushed = api.hf_hub_download(args.hub_model_id, results.name, revision=args.hub_revision)
     if Path(pushed).read_bytes() == results.read_bytes():
         raise UserError(
-            f"--output_dir {args.output_dir} already holds a finished run, which {args.hub_model_id} on the Hub has, "
-            "too: choose another, or delete this one."
+            f"--output_dir {args.output_dir} already holds a finished run, which was pushed to {args.hub_model_id}: "
+            "choose another, or delete this one."
         )
 
 
 def check_folders(args: Arguments) -> None:
-    """Raises a `UserError` if a run could not write what it has to."""
-    if args.training.local_process_index == 0:  # each machine has a datasets cache of its own
+    """Raises a `UserError` if a run could not write to a folder that it needs."""
+    if args.training.local_process_index == 0:  # each machine has its own datasets cache
         check_writable("HF_DATASETS_CACHE", datasets.config.HF_DATASETS_CACHE)
     if args.training.process_index == 0:
         check_writable("--output_dir", args.training.output_dir)
@@ -149,7 +150,7 @@ def check_folders(args: Arguments) -> None:
 
 
 def check_training(args: DistillationTrainingArguments, student: PreTrainedModel) -> None:
-    """Raises a `UserError` if what the Trainer only makes after a teacher is fitted refuses its flags."""
+    """Raises a `UserError` for flags that the Trainer would only reject after the teacher is fitted."""
     number = [torch.nn.Parameter(torch.zeros(1))]
     name = "muon" if args.optim == "muon" else args.optim.value
     flags = f"--optim {name}, with --learning_rate, --weight_decay, --adam_* and --optim_args"

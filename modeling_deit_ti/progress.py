@@ -1,4 +1,4 @@
-"""What a run shows while it goes on: one bar in a terminal, a line for each log elsewhere."""
+"""What a run shows while it is running: one bar in a terminal, one line per log elsewhere."""
 
 import logging
 import time
@@ -16,15 +16,15 @@ BAR = "{desc}: {percentage:3.0f}%|{bar}| {remaining} left{postfix}"
 ENDED_BAR = "{desc}: {percentage:3.0f}%|{bar}| {elapsed}{postfix}"
 
 
-# Warnings of transformers about what is as it should be here: a run that is resumed at its end, or in other batches; a
+# Warnings from transformers about what is intended here: a run that is resumed at its end, or with other batches; a
 # pretrained network that gets a new head.
 FALSE_ALARMS = ("There seems not to be a single sample", "The following arguments do not match", "LOAD REPORT")
 
 
 def quiet_libraries(all_bars: bool = False) -> None:
     """
-    Hides the bars of transformers for each file that it reads or writes (`Loading weights`, `Writing model shards`),
-    and with `all_bars` those of datasets as well. Downloads from the Hub keep theirs.
+    Hides transformers' bars for each file that it reads or writes (`Loading weights`, `Writing model shards`), and
+    with `all_bars` those of datasets as well. Downloads from the Hub keep theirs.
     """
     set_tqdm_hook(lambda bar, args, options: bar(*args, **options | {"disable": True}))
     if all_bars:
@@ -35,11 +35,11 @@ def quiet_libraries(all_bars: bool = False) -> None:
 
 class RunProgress(TrainerCallback):
     """
-    Shows a run in place of transformers' bars and printed dictionaries: as one bar, with its steps, epochs,
-    evaluations and resumption; or, with `--disable_tqdm`, as a line for each log. Only the main process shows any.
+    Shows a run in place of transformers' bars and printed dictionaries: as one bar for its steps, epochs and
+    evaluations, also when resumed; or, with `--disable_tqdm`, as one line per log. Only the main process shows it.
 
     Args:
-        name (`str`): what is trained, in front of all that is shown.
+        name (`str`): what is trained, at the start of the bar and of each line.
         recent_loss (`Callable`): the loss of the latest steps, or `None` if there is none yet.
     """
 
@@ -61,7 +61,7 @@ class RunProgress(TrainerCallback):
                 initial=state.global_step,
                 desc=self._description(args, state),
                 bar_format=BAR,
-                smoothing=0,  # the time left follows from all steps so far, evaluations included
+                smoothing=0,  # the time left is estimated from all steps so far, evaluations included
             )
 
     def on_step_end(self, args, state, control, **kwargs):
@@ -100,7 +100,7 @@ class RunProgress(TrainerCallback):
         self.close()
 
     def close(self) -> None:
-        """Ends the bar, if there is one: that of the training stays, with the time that it took."""
+        """Ends the bar, if there is one. That of training stays, with the time that it took."""
         self.is_training = False
         if self.bar is not None:
             if self.bar.leave:
@@ -137,7 +137,7 @@ def _has_bar(args: TrainingArguments, state: TrainerState) -> bool:
 
 
 def _new_bar(**options) -> tqdm:
-    return tqdm(miniters=0, dynamic_ncols=True, **options)  # drawn by time alone, also between two steps
+    return tqdm(miniters=0, dynamic_ncols=True, **options)  # redrawn by time only, also between steps
 
 
 def _place(args: TrainingArguments, state: TrainerState, epoch: str) -> str:

@@ -1,4 +1,4 @@
-"""What tools that track experiments get (`--report_to`): transformers' callbacks, with groups and pictures."""
+"""What experiment trackers get (`--report_to`): transformers' callbacks, plus groups of metrics, and pictures."""
 
 import os
 from functools import partial
@@ -17,7 +17,7 @@ PICTURES = (CURVES_FILE, CONFUSION_FILE)
 
 
 def grouped(logs: dict) -> dict:
-    """`eval_accuracy` as eval/accuracy, `teacher_agreement` as teacher/agreement, and all else as train/..."""
+    """`eval_accuracy` as eval/accuracy, `teacher_agreement` as teacher/agreement, and everything else as train/..."""
     return {
         name.replace("_", "/", 1) if name.startswith(("eval_", "teacher_")) else f"train/{name}": value
         for name, value in logs.items()
@@ -26,8 +26,8 @@ def grouped(logs: dict) -> dict:
 
 class _Report:
     """
-    What the reports below have in common. A run is named after its folder, so that a resumed one goes on where the
-    tool can. It stays open until `finish`: the final evaluation and the pictures come after training.
+    What the reports below have in common. A run is named after its folder, so that a resumed run continues the same
+    one if the tool can. It stays open until `finish`: the final evaluation and the pictures come after training.
     """
 
     def on_train_begin(self, args, state, control, **kwargs):
@@ -42,7 +42,7 @@ class _Report:
         self._end = partial(super().on_train_end, args, state, control, **kwargs)
 
     def finish(self, folder: str, step: int) -> None:
-        """Adds the pictures in the folder of the run, which has ended."""
+        """Adds the pictures from the folder of the finished run, and closes the report."""
         for file in PICTURES:
             if os.path.isfile(os.path.join(folder, file)):
                 self.log_picture(Path(folder, file), step)
@@ -51,7 +51,7 @@ class _Report:
 
 class TensorBoardReport(_Report, TensorBoardCallback):
     def on_train_begin(self, args, state, control, **kwargs):
-        # Not a folder for each start: TensorBoard would show a resumed run as two.
+        # With one folder per start, TensorBoard would show a resumed run as two.
         self.logging_dir = self.logging_dir or os.path.join(args.output_dir, "runs")
         super().on_train_begin(args, state, control, **kwargs)
 
@@ -82,7 +82,7 @@ class WandbReport(_Report, WandbCallback):
 
     def finish(self, folder: str, step: int) -> None:
         super().finish(folder, step)
-        self._wandb.finish()  # otherwise a student's run would go on in that of its teacher
+        self._wandb.finish()  # otherwise a student's run would continue its teacher's
 
 
 class MLflowReport(_Report, MLflowCallback):
@@ -102,14 +102,14 @@ REPORTS = {
 
 
 def use_reports(trainer: Trainer) -> None:
-    """Puts these in the place of transformers' own callbacks, where `--report_to` has asked for them."""
+    """Replaces transformers' own callbacks with these, where `--report_to` has asked for them."""
     for kind, report in REPORTS.items():
         if trainer.pop_callback(kind):
             trainer.add_callback(report)
 
 
 def finish_reports(trainer: Trainer) -> None:
-    """Adds the pictures, once they are drawn, and ends the reports."""
+    """Adds the pictures, once they are drawn, and closes the reports."""
     for callback in trainer.callback_handler.callbacks:
         if isinstance(callback, _Report):
             callback.finish(trainer.args.output_dir, trainer.state.global_step)

@@ -1,4 +1,4 @@
-"""A run from its arguments: the network, its trainer, its training. The student's, the teacher's, anybody's."""
+"""A run from its arguments, a student's or a teacher's alike: the network, its trainer, its training."""
 
 import contextlib
 from collections.abc import Iterator
@@ -43,16 +43,16 @@ from .trainer import DistillationTrainer
 
 
 FLAG = "--model_name_or_path"
-WHITENING_PATCHES = 50_000  # whose principal components a new network starts with
+WHITENING_PATCHES = 50_000  # a new network starts with their principal components
 
 
 def build_network(args: Arguments, data: ImageData) -> tuple[PreTrainedModel, DeiTImageProcessor, list[str]]:
     """
-    The network to train, its preprocessing, and a sentence on each part of `--model_name_or_path` that was not simply
-    taken over. With one head, any pretrained classifier can be trained as it is; other heads are a DeiT-Ti's.
+    The network to train, its preprocessing, and a note on each part of `--model_name_or_path` that was not used as it
+    is. With only a class head, any pretrained classifier can be trained as it is; other heads need a DeiT-Ti.
 
     Raises:
-        UserError: if it cannot be loaded, or does not take the images.
+        UserError: if it cannot be loaded or does not accept the images.
     """
     model, training = args.model, args.training
     name, image_processor = model.model_name_or_path, make_image_processor(model, args.augmentation)
@@ -84,7 +84,7 @@ def build_network(args: Arguments, data: ImageData) -> tuple[PreTrainedModel, De
         network = DeiTTiForImageClassification(config)
     except (RuntimeError, TypeError, OverflowError) as error:
         raise UserError(
-            f"--image_size {model.image_size} --patch_size {model.patch_size}: so many patches do not fit into memory "
+            f"--image_size {model.image_size} --patch_size {model.patch_size}: the patches do not fit into memory "
             f"({first_line(error)})."
         ) from error
     if model.patch_init == "whitening":
@@ -99,7 +99,7 @@ def build_network(args: Arguments, data: ImageData) -> tuple[PreTrainedModel, De
 
 
 def run_settings(args: Arguments, data: ImageData) -> dict:
-    """All that decides what a run learns, as plain data: a checkpoint is only resumed by a run with the same."""
+    """Everything that determines what a run learns, as plain data: only a run with the same resumes a checkpoint."""
     training, mode, model = args.training, args.training.mode, args.model
     settings = {
         "train_images": len(data.train),
@@ -132,7 +132,7 @@ def run_settings(args: Arguments, data: ImageData) -> dict:
 
 
 def _shared_recipe(args: Arguments) -> dict:
-    """The hyperparameters, with the images in a step in place of how the processes share them."""
+    """The hyperparameters, with the global batch size in place of the batch size per device and the accumulation."""
     division = {name: value for name, value in vars(args.training.division).items() if value is not None}
     recipe = {"batch_size": args.training.total_train_batch_size, **division, **args.hyperparameters()}
     del recipe["per_device_train_batch_size"], recipe["gradient_accumulation_steps"]
@@ -141,24 +141,24 @@ def _shared_recipe(args: Arguments) -> dict:
 
 def begin_with_steps(args: Arguments, data: ImageData) -> str | None:
     """
-    [`resume_steps`] for a run that ended before its first checkpoint, as while its teacher was fitted. Any other run
-    begins as its flags say.
+    [`resume_steps`] for a run that ended before its first checkpoint, for example while its teacher was fitted. Any
+    other run starts as its flags say.
     """
-    # One process decides for all: another machine may see another folder.
+    # One process decides for all: another machine may see a different folder.
     (before,) = broadcast_object_list([settings_of(args.training.output_dir)])
     changed = changed_settings(before, run_settings(args, data)).keys() - {"batch_size", "teacher_batch_size"}
     if args.training.has_automatic_precision:
-        changed -= {"precision"}  # which follows from the network, too
+        changed -= {"precision"}  # which also depends on the network
     return resume_steps(args, before) if before and not changed else None
 
 
 def resume_steps(args: Arguments, before: dict) -> str | None:
     """
-    However many processes there are now, a run takes the images of a step as it did before, with these settings, and
-    so does the run that fits its teacher. Returns a remark if the flags alone would not.
+    Keeps the images of each step as they were under the settings `before`, however many processes there are now, for
+    the run and for the one that fits its teacher. Returns a note if the flags alone give another global batch size.
 
     Raises:
-        UserError: if the processes cannot take equal shares.
+        UserError: if the processes cannot take equal shares of a step.
     """
     training = args.training
     given = training.total_train_batch_size
@@ -167,22 +167,22 @@ def resume_steps(args: Arguments, before: dict) -> str | None:
             continue
         known = {entry.name: before.get(f"{prefix}{entry.name}") for entry in fields(Division)}
         batch_size, share = before[f"{prefix}batch_size"], run.training.images_per_process
-        if batch_size in (share * training.world_size, share * known["processes"]):  # else it is another run
+        if batch_size in (share * training.world_size, share * known["processes"]):  # else it is a different run
             run.training.share_steps(batch_size, Division(**known | {"processes": batch_size // share}))
     if training.total_train_batch_size == given:
         return None
     factors = training.world_size, training.gradient_accumulation_steps, training.per_device_train_batch_size
     sizes = " x ".join(map(str, factors))
-    return f"a step's {training.total_train_batch_size} images are now {sizes} (processes x accumulation x batch)"
+    return f"the global batch of {training.total_train_batch_size} is now {sizes} (processes x accumulation x batch)"
 
 
 def go_on_with_steps(args: Arguments, earlier_stage: str) -> None:
     """
-    However many processes there are now, a stage takes as many images in a step as if those that began the stage
-    before it were there.
+    Gives a stage the global batch size that it would have in as many processes as the previous stage started with,
+    however many there are now.
 
     Raises:
-        UserError: if the processes cannot take equal shares.
+        UserError: if the processes cannot take equal shares of a step.
     """
     processes = settings_of(earlier_stage).get("processes", args.training.world_size)
     for run in filter(None, (args, args.fitting)):
@@ -191,8 +191,8 @@ def go_on_with_steps(args: Arguments, earlier_stage: str) -> None:
 
 def settle_classifier(args: Arguments, data: ImageData, network: PreTrainedModel, name: str) -> None:
     """
-    Checks that the classifier, called `name` by the user, takes the images. Unless the user says otherwise, it is then
-    trained in the precision that suits it, not only the device.
+    Checks that the classifier, which the user calls `name`, accepts the images. Unless the user chose a precision,
+    also picks the one that suits the network as well as the device.
     """
     training = args.training
     batch_size = min(training.train_batch_size * training.world_size, len(data.train))
@@ -202,7 +202,7 @@ def settle_classifier(args: Arguments, data: ImageData, network: PreTrainedModel
 
 
 def resume_precision(training: DistillationTrainingArguments, checkpoint: str | None) -> None:
-    """Unless the user says otherwise, a resumed run is computed as its checkpoint was, whatever suits this device."""
+    """Unless the user chose a precision, a resumed run keeps that of its checkpoint, whatever suits this device."""
     if checkpoint is None or not training.has_automatic_precision:
         return
     precision = settings_of(checkpoint).get("precision")
@@ -212,8 +212,8 @@ def resume_precision(training: DistillationTrainingArguments, checkpoint: str | 
 
 @contextlib.contextmanager
 def own_accelerator_state() -> Iterator[None]:
-    """For one run of several in a process: accelerate would keep the settings of the first Trainer."""
-    distributed_type = PartialState().distributed_type  # without FSDP or DeepSpeed, which a Trainer brings
+    """For one of several runs in a process: otherwise accelerate would keep the settings of the first Trainer."""
+    distributed_type = PartialState().distributed_type  # not yet FSDP or DeepSpeed, which a Trainer sets
     yield
     AcceleratorState._reset_state()
     PartialState._shared_state["distributed_type"] = distributed_type
@@ -221,8 +221,8 @@ def own_accelerator_state() -> Iterator[None]:
 
 def balanced_class_weights(label_counts: np.ndarray) -> torch.Tensor:
     """
-    Weights that let all classes count the same, `(K,)` float32: n / (K n_k), for n images, n_k of them with label k,
-    as scikit-learn's `compute_class_weight`. K counts the classes that have images; the others' weight, 0, meets none.
+    Weights that let all classes count the same, float32, one per label: n / (K n_k) for n images, n_k of them with
+    label k, as in scikit-learn's `compute_class_weight`. K counts the classes that have images; the others get 0.
     """
     (seen,) = label_counts.nonzero()
     weights = torch.zeros(len(label_counts))
@@ -245,12 +245,11 @@ def build_trainer(
         data ([`ImageData`])
         network (`PreTrainedModel`): the classifier to train.
         image_processor (`DeiTImageProcessor`): its preprocessing.
-        teacher ([`Teacher`], *optional*), teacher_cache ([`TeacherCache`], *optional*): as `DistillationTrainer` has
-            them.
+        teacher ([`Teacher`], *optional*), teacher_cache ([`TeacherCache`], *optional*): as in `DistillationTrainer`.
         name (`str`, *optional*, defaults to `"Student"`): what the run is called on the terminal.
 
     Raises:
-        UserError: if the images cannot be augmented as asked, or the Trainer refuses a flag.
+        UserError: if the images cannot be augmented as asked, or the Trainer rejects a flag.
     """
     training = args.training
     if args.model.freeze_backbone:
@@ -280,12 +279,12 @@ def build_trainer(
             eval_dataset=EvalImages(data.validation, image_processor),
             processing_class=image_processor,
         )
-    except (ValueError, ImportError) as error:  # for flags that only the Trainer looks at
+    except (ValueError, ImportError) as error:  # for flags that only the Trainer checks
         raise UserError(str(error)) from error
 
 
 def evaluation_images(trainer: DistillationTrainer, data: ImageData) -> EvalImages:
-    """All images to evaluate on: those of the trainer, which it has prepared already, unless they are a subset."""
+    """All images to evaluate on: the trainer's, which are already prepared, unless those are a subset."""
     is_all = len(trainer.eval_dataset) == len(data.evaluation)
     return trainer.eval_dataset if is_all else EvalImages(data.evaluation, trainer.processing_class)
 
@@ -300,7 +299,7 @@ class _LatestEvaluation(TrainerCallback):
         self.metrics, self.step = metrics, state.global_step
 
     def holds_for(self, trainer: DistillationTrainer) -> bool:
-        """Whether another one, after training, would measure the same weights in the same precision."""
+        """Whether another evaluation, after training, would measure the same weights in the same precision."""
         args = trainer.args
         is_changed = args.load_best_model_at_end or args.fp16_full_eval or args.bf16_full_eval
         return self.step == trainer.state.global_step and not is_changed
@@ -314,7 +313,7 @@ def train_and_save(
     teacher: TeacherRecord | None = None,
     teacher_path: str | None = None,
 ) -> dict:
-    """Trains and evaluates, and writes all that a run leaves; returns the metrics of `all_results.json`."""
+    """Trains, evaluates and writes everything a run leaves; returns the metrics of `all_results.json`."""
     if trainer.is_world_process_zero():
         save_settings(trainer.args.output_dir, trainer.settings)  # for a run that ends before its first checkpoint
     latest = _LatestEvaluation()
@@ -338,7 +337,7 @@ def train_and_save(
     if trainer.teacher_cache is not None:
         metrics["teacher_cached"] = trainer.teacher_cache.share_read
 
-    trainer.save_model(_internal_call=True)  # otherwise it pushes what is incomplete, and ends the run if it cannot
+    trainer.save_model(_internal_call=True)  # otherwise it pushes an incomplete run, and fails if it cannot
     trainer.save_state()
     if trainer.is_world_process_zero():
         scaling = calibrate(trainer)

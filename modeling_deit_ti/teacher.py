@@ -1,4 +1,4 @@
-"""The teacher: an image classifier, frozen, behind its student's images and labels; refused if it knows nothing."""
+"""The teacher: a frozen image classifier, adapted to its student's images and labels; refused if it knows nothing."""
 
 import hashlib
 import json
@@ -14,14 +14,14 @@ from .errors import UserError, list_some
 
 class Teacher(nn.Module):
     """
-    A frozen classifier that takes the images as the student sees them and answers in the dataset's order of labels.
+    A frozen classifier that takes images as the student sees them and returns logits in the dataset's label order.
 
     Args:
         model (`PreTrainedModel`): an image classifier.
         image_size (`int`): its input size, in pixels.
         image_mean, image_std (`list[float]`): its normalisation.
         student_mean, student_std (`list[float]`): the normalisation of the images it is given.
-        label_order (`list[int]`, *optional*): for each of the dataset's labels its id in the model, if it differs.
+        label_order (`list[int]`, *optional*): for each of the dataset's labels, its id in the model, if they differ.
     """
 
     def __init__(self, model, image_size, image_mean, image_std, student_mean, student_std, label_order=None):
@@ -40,17 +40,17 @@ class Teacher(nn.Module):
         self.eval()
 
     def train(self, mode: bool = True) -> "Teacher":
-        """Stays in eval mode: batch norms and dropout do not move, whoever calls this."""
+        """Stays in eval mode, whoever calls this: batch norms keep their statistics, and dropout stays off."""
         return super().train(False)
 
     @torch.no_grad()
     def forward(self, pixel_values: torch.Tensor) -> torch.Tensor:
-        """From `pixel_values` `(B, 3, height, width)` as the student sees them to float32 logits `(B, num_labels)`."""
+        """Maps `pixel_values` `(B, 3, height, width)` as the student sees them to float32 logits `(B, num_labels)`."""
         if not self.same_normalisation:
             pixel_values = torch.addcmul(self.shift.float(), pixel_values, self.scale.float())
         if pixel_values.shape[-2:] != (self.image_size, self.image_size):
             size = (self.image_size, self.image_size)
-            # In float32: bicubic interpolation has no half precision on the CPU.
+            # In float32: bicubic interpolation does not support half precision on the CPU.
             pixel_values = F.interpolate(pixel_values.float(), size, mode="bicubic", antialias=True)
         pixel_values = pixel_values.to(self.scale.dtype, memory_format=torch.channels_last)
         with torch.autocast(pixel_values.device.type, enabled=False):  # in its own precision, not the student's
@@ -60,18 +60,19 @@ class Teacher(nn.Module):
 
 def match_labels(model_names: list[str], names: list[str], model: str = "the teacher") -> list[int] | None:
     """
-    For each of the dataset's labels its id in a model, matched by name (ignoring case, `_` and `-`). A model with
-    unnamed labels (`LABEL_0`, ...) matches by order if it has as many. It may have more labels than the dataset.
+    For each of the dataset's labels, its id in a model, matched by name (ignoring case, `_` and `-`). A model with
+    unnamed labels (`LABEL_0`, ...) is matched by order if it has the same number. It may have more labels than the
+    dataset.
 
     Args:
-        model_names, names (`list[str]`): of the model's labels and the dataset's, by label id.
+        model_names, names (`list[str]`): names of the model's labels and the dataset's, by label id.
         model (`str`): what an error calls the model.
 
     Returns:
         `list[int]` of length `len(names)`, or `None` if the model knows other labels.
 
     Raises:
-        UserError: if only some of the names match, or not one to one.
+        UserError: if only some of the names match, or they do not match one to one.
     """
     plain = [re.sub(r"[\s_-]+", " ", str(name)).strip().casefold() for name in names]
     model_plain = [re.sub(r"[\s_-]+", " ", str(name)).strip().casefold() for name in model_names]
@@ -85,8 +86,8 @@ def match_labels(model_names: list[str], names: list[str], model: str = "the tea
         twice = [name for name, found in zip(names, positions, strict=True) if len(found) > 1]
         if twice or len(set(plain)) < len(plain):
             raise UserError(
-                f"The labels of {model} cannot be matched to the dataset's: {list_some(twice or names)} stand for "
-                "more than one. Rename them in its config.json (id2label)."
+                f"The labels of {model} cannot be matched to the dataset's: more than one label is called "
+                f"{list_some(twice or names)}. Rename them in its config.json (id2label)."
             )
         return [found[0] for found in positions]
     if len(missing) < len(names) and len(model_names) == len(names):
@@ -101,29 +102,29 @@ def match_labels(model_names: list[str], names: list[str], model: str = "the tea
 
 def check_better_than_chance(accuracy: float, labels: list[int], name: str) -> None:
     """
-    Raises a `UserError` for a teacher that knows nothing of the dataset.
+    Raises a `UserError` for a teacher that knows nothing about the dataset.
 
-    Chance is the share of the commonest label. A teacher must be above it by five standard errors and by half of it,
-    at most 5 percentage points, since untrained networks are sometimes better than chance. Half of the way from chance
-    to perfect is always enough.
+    Chance is the share of the most common label. A teacher must exceed it by five standard errors, and by half of it
+    or 5 percentage points, whichever is less, since untrained networks are sometimes better than chance. Halfway from
+    chance to perfect is always enough.
     """
     chance = torch.bincount(torch.tensor(labels)).max().item() / len(labels)
     margin = max(5 * (chance * (1 - chance) / len(labels)) ** 0.5, min(0.5 * chance, 0.05))
     if accuracy <= chance + min(margin, 0.5 * (1 - chance)):
         raise UserError(
             f"The teacher {name} is no better than chance: its accuracy on the evaluation split is {accuracy:.4f}, "
-            f"and always answering with the commonest label gives {chance:.4f}. A student would learn noise from it. "
+            f"and always predicting the most common label gives {chance:.4f}. A student would learn noise from it. "
             "Fit it longer (--teacher_num_train_epochs, --teacher_learning_rate) or name another "
             "(--teacher_model_name_or_path)."
         )
 
 
 def digest_of(recipe: dict) -> str:
-    """A hash that stands for a recipe."""
+    """A hash that identifies a recipe."""
     return hashlib.sha256(json.dumps(recipe, sort_keys=True, default=str).encode()).hexdigest()
 
 
 def teacher_folder_name(teacher: str, dataset: str, recipe: dict) -> str:
-    """A folder's name for what is kept of a teacher and a dataset: their names, as far as a file system takes them."""
+    """The folder name for a teacher, a dataset and a recipe: both names, made safe for file systems, and a hash."""
     parts = (re.sub(r"[^\w.-]+", "-", Path(part).name) for part in (teacher, dataset))
     return f"{'-'.join(parts)}-{digest_of(recipe)[:12]}"

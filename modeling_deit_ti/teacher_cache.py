@@ -1,19 +1,19 @@
 """The teacher's logits on disk, computed once and read by later epochs and runs.
 
-Everything random in a training image follows from the run's seed, the epoch and the image's place in it:
+Everything random about a training image follows from the run's seed, the epoch and the image's position in it:
 
-- If nothing is random, logits depend on the image alone. One file of N rows serves from the second epoch on, and all
+- If nothing is random, logits depend only on the image. One file of N rows serves every epoch after the first, and all
   other runs on the same images.
-- Otherwise a file per epoch serves the next run with the same seed, augmentation and images in a step, whatever its
+- Otherwise one file per epoch serves later runs with the same seed, augmentation and global batch size, whatever their
   mode, learning rate or student. That is how modes are compared.
 
-Neither depends on how the processes share a step: the files serve any number of them.
+Neither depends on how a step is divided among processes: the files serve any number of them.
 
-A row is trusted only if it names the very images at hand and its checksum is right. So a file may be cut off, damaged
-or shared by several processes and runs at any time: what is wrong is computed again.
+A row is trusted only if it was stored for exactly these images and its checksum matches. So a file may be truncated,
+damaged or shared by several processes and runs at any time: invalid rows are computed again.
 
 Training does not wait for a GPU to copy its logits: they are written a step or two later, at the latest at the end of
-the epoch or of the run. A process that is killed before has to compute them again.
+the epoch or run. If the process is killed before that, they have to be computed again.
 """
 
 import hashlib
@@ -39,10 +39,10 @@ from .teacher import Teacher, digest_of, teacher_folder_name
 
 logger = logging.getLogger(__name__)
 
-MAX_AUTO_BYTES = 2**30  # of all files of a run; --teacher_cache auto stores nothing if they would be larger
-RECIPE_FILE = "recipe.json"  # for people: what a folder's logits are of
+MAX_AUTO_BYTES = 2**30  # for all files of a run; --teacher_cache auto stores nothing if they would be larger
+RECIPE_FILE = "recipe.json"  # for people: what a folder's logits depend on
 LIBRARIES = ("numpy", "pillow", "timm", "torch", "torchvision", "transformers")
-# The code that makes pixels and logits. All of it, rather than a version to bump by hand whenever they change.
+# The code that computes pixels and logits: all of it, instead of a version to bump by hand whenever they change.
 CODE = (
     *("data/augmentation.py", "data/decoding.py", "data/inputs.py", "data/randomness.py", "data/sampling.py"),
     *("teacher.py", "modeling_deit_ti.py", "configuration_deit_ti.py"),
@@ -51,18 +51,18 @@ CODE = (
 
 class TeacherCache:
     """
-    Answers for a teacher: reads the logits that are stored, asks the teacher for the others and stores them.
+    Answers in place of a teacher: reads the logits that are stored, asks the teacher for the others and stores them.
 
-    The logits are float16 on disk, and are rounded to it when they have just been computed, too: a run gives the same
-    weights whether they are there or not. (Except that runs in other batches or processes share their logits, which a
-    network computes slightly differently in another batch.) A batch with logits beyond float16's range
-    is neither rounded nor stored. If the disk cannot be written to, training continues without the cache.
+    Logits are float16 on disk, and freshly computed ones are rounded to it too, so a run ends with the same weights
+    whether they were stored or not. (Except that runs with other batches or processes share them, and a network's
+    logits differ slightly with the batch.) A batch with logits beyond float16's range is neither rounded nor stored.
+    If the disk cannot be written to, training continues without the cache.
 
     Args:
         folder (`Path`): where the files are.
-        recipe (`dict`): all that decides the logits; a row that was stored under another recipe is not read.
+        recipe (`dict`): everything that determines the logits; a row stored under another recipe is not read.
         num_labels (`int`): K.
-        is_static (`bool`): whether the logits depend on the image alone.
+        is_static (`bool`): whether the logits depend only on the image.
         mixes (`bool`): whether images are mixed, so that logits depend on the image's partner (`sampling.partners`).
     """
 
@@ -74,7 +74,7 @@ class TeacherCache:
         self._salt = zlib.crc32(digest_of(recipe).encode())
         self._is_off = False
         self._opened: tuple[TrainSampler | None, int] = None, -1
-        # Rows of the open file, their tags, which images of their batch they are, and the logits of all the batch.
+        # Rows of the open file, their tags, a mask of their images in the batch, and the logits of the whole batch.
         self._unwritten: list[tuple[np.ndarray, np.ndarray, np.ndarray, HostCopy]] = []
 
     @property
@@ -91,7 +91,7 @@ class TeacherCache:
         Args:
             teacher ([`Teacher`]): called only if a row is missing, and then with the whole batch.
             pixel_values (`torch.Tensor` of shape `(B, 3, height, width)`): as the student sees them.
-            seeds (`np.ndarray` of shape `(B,)`): of the images; they say where the batch is in the sampler's epoch.
+            seeds (`np.ndarray` of shape `(B,)`): the images' seeds, which locate the batch in the sampler's epoch.
         """
         stored = np.zeros((len(seeds), *self._record["logits"].shape), dtype=np.float16)
         is_stored = np.zeros(len(seeds), dtype=bool)
@@ -117,7 +117,7 @@ class TeacherCache:
             if not self._is_off:
                 self._unwritten.append((rows[missing], tags[missing], missing, HostCopy(logits)))
             if is_stored.any():
-                # What is stored stays: all runs use the same numbers for it, whichever batch computes it again.
+                # Stored logits win: all runs use the same numbers, whichever batch computes them again.
                 is_missing, known = (to_device(torch.from_numpy(values), device) for values in (missing, stored))
                 logits = torch.where(is_missing[:, None], logits, known)
             logits = torch.where(fits, logits.float(), exact)
@@ -125,7 +125,7 @@ class TeacherCache:
         return logits
 
     def flush(self, wait: bool = True) -> None:
-        """Writes what is still to be written; if not to `wait` for a GPU, only what it has copied."""
+        """Writes what is pending; unless told to `wait` for a GPU, only what it has already copied."""
         while self._unwritten and (wait or self._unwritten[0][-1].is_there):
             rows, tags, missing, copy = self._unwritten.pop(0)
             logits = copy.read().numpy()
@@ -151,19 +151,19 @@ class TeacherCache:
         self._file = open(path, "r+b", buffering=0)  # noqa: SIM115 (stays open for the epoch)
         num_bytes = num_rows * self._record.itemsize
         if os.fstat(self._file.fileno()).st_size < num_bytes:
-            self._file.truncate(num_bytes)  # longer: new or cut off; zeros are no valid row
+            self._file.truncate(num_bytes)  # extends a new or truncated file; zeros are not a valid row
         self._records = np.memmap(self._file, self._record, mode="r", shape=(num_rows,))
         self._opened = sampler, sampler.epoch
 
     def _locate(self, seeds: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """The rows of a batch, and the tags that they hold if they are of its images."""
+        """The rows of a batch, and the tags that they hold if they were stored for its images."""
         at = np.searchsorted(self._seeds, seeds).clip(max=len(self._seeds) - 1)
         if not np.array_equal(self._seeds[at], seeds):
-            raise ValueError("a batch has seeds that are not of its epoch")
+            raise ValueError("a batch has seeds that are not from its epoch")
         rows, indices = self._positions[at], self._indices[at].astype(np.uint64)
         if self.is_static:
             return rows, rows
-        # Image and seed, and those that are mixed with them: this identifies the order where the key does not.
+        # Image and seed, and those of the mixing partner: this identifies the order where the recipe does not.
         tags = seeds.view(np.uint64) ^ (indices * np.uint64(0x9E3779B97F4A7C15))
         if self.mixes:
             tags = tags ^ (tags[partners(len(seeds))] * np.uint64(0xBF58476D1CE4E5B9))
@@ -185,9 +185,9 @@ class TeacherCache:
             self._turn_off(error)
 
     def _turn_off(self, error: Exception) -> None:
-        self._is_off = True  # but for the rounding: the rest of the run must not depend on the disk
+        self._is_off = True  # except for the rounding: the rest of the run must not depend on the disk
         logger.warning(
-            f"Teacher: its logits cannot be stored in {self.folder} ({first_line(error)}); training continues without"
+            f"Teacher: cannot store its logits in {self.folder} ({first_line(error)}); training continues without them"
         )
 
 
@@ -196,11 +196,11 @@ def make_teacher_cache(args: Arguments, teacher: Teacher, data: ImageData, image
     The cache of this run's teacher, if `--teacher_cache` asks for one; `image_processor` is the student's.
 
     Raises:
-        UserError: if `--teacher_cache on` asks for the impossible.
+        UserError: if `--teacher_cache on` is combined with streaming.
     """
     setting = args.teacher.teacher_cache
     if setting == "on" and data.is_streamed:
-        raise UserError("--teacher_cache on: the images of a stream have no fixed order; leave it out.")
+        raise UserError("--teacher_cache on: the images of a stream have no fixed order. Leave the flag out.")
     if setting == "off" or data.is_streamed:
         return None
     recipe = _recipe(args, teacher, data, image_processor)
@@ -228,7 +228,7 @@ def make_teacher_cache(args: Arguments, teacher: Teacher, data: ImageData, image
 
 
 def _recipe(args: Arguments, teacher: Teacher, data: ImageData, image_processor) -> dict:
-    """All that decides the logits. Has an `order` if they depend on the seed and the batches."""
+    """Everything that determines the logits. Has an `order` if they depend on the seed and the batches."""
     training, image_size = args.training, image_processor.crop_size["height"]
     package = Path(__file__).parent
     compilation = TorchDynamoPlugin(training.torch_compile_backend, training.torch_compile_mode)  # flags or launcher
@@ -253,11 +253,11 @@ def _recipe(args: Arguments, teacher: Teacher, data: ImageData, image_processor)
 
 
 def _digest_of_teacher(teacher: Teacher) -> str:
-    """A hash of the teacher's network, its weights, and what it makes of the student's images and labels."""
+    """A hash of the teacher's network, its weights, and how it maps the student's images and labels."""
     config = {name: value for name, value in teacher.model.config.to_dict().items() if not name.startswith("_")}
     facts = [type(teacher.model).__name__, config, teacher.image_size]
     digest = hashlib.sha256(json.dumps(facts, sort_keys=True, default=str).encode())
-    for name, tensor in sorted(teacher.state_dict().items()):  # scale, shift and the order of labels are among them
+    for name, tensor in sorted(teacher.state_dict().items()):  # including scale, shift and label order
         digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
         digest.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
     return digest.hexdigest()

@@ -46,7 +46,7 @@ METRIC = Path(__file__).parent / "metrics" / "top_k_accuracy.py"
 
 
 class _EarlyStopping(EarlyStoppingCallback):
-    """As transformers', with the patience that a resumed run's checkpoint has left."""
+    """Like transformers', but a resumed run keeps the patience that its checkpoint has left."""
 
     def on_train_begin(self, args, state, control, **kwargs):
         saved = state.stateful_callbacks.get(type(self).__name__, self.state())
@@ -67,7 +67,7 @@ class _RunCallback(TrainerCallback):
 
     @property
     def seconds(self) -> float:
-        """Time spent in training, including that of earlier processes up to their last checkpoints."""
+        """Time spent training, including earlier processes up to their last checkpoints."""
         return self.seconds_before + time.monotonic() - self.started
 
     def on_train_begin(self, args, state, control, **kwargs):
@@ -76,7 +76,7 @@ class _RunCallback(TrainerCallback):
         self.started = time.monotonic()
         self.save_at_epoch_end = self.stopped_within_epoch = False
         if self.trainer.train_dataset.is_streamed and not args.ignore_data_skip:
-            # accelerate discards the batches that the epoch has already had; so they need not be made.
+            # accelerate discards the batches that the epoch has already seen, so they need not be built.
             steps_per_epoch = -(-len(self.trainer.train_order) // args.gradient_accumulation_steps)
             epoch, step = divmod(state.global_step, steps_per_epoch)
             self.trainer.train_order.skip(epoch, step * args.gradient_accumulation_steps)
@@ -87,10 +87,10 @@ class _RunCallback(TrainerCallback):
             self.signal_group = distributed.new_group(backend="gloo")
 
     def on_epoch_begin(self, args, state, control, **kwargs):
-        # accelerate's loaders do not pass the epoch on when several processes resume within it.
+        # accelerate's loaders do not pass on the epoch when several processes resume in the middle of one.
         self.trainer.train_order.set_epoch(int(state.epoch or 0))
         if state.global_step >= state.max_steps or self.trainer.has_stopped_early:
-            # Resumed at its last step: the Trainer would take one more.
+            # Resumed at the last step: the Trainer would run one more.
             control.should_training_stop = self.stopped_within_epoch = True
 
     def on_step_end(self, args, state, control, **kwargs):
@@ -103,9 +103,9 @@ class _RunCallback(TrainerCallback):
         if control.should_save and at_epoch_end:
             # A run resumed from here would skip the evaluation and log at the end of the epoch.
             control.should_save, self.save_at_epoch_end = False, True
-        # A checkpoint does not keep the sums of what is not logged yet.
+        # A checkpoint does not keep sums that have not been logged yet.
         control.should_log = control.should_log or control.should_save
-        # These wait for a GPU anyway, and an evaluation may end in a checkpoint, too: of the best step so far.
+        # Logging and evaluation wait for a GPU anyway, and an evaluation may save a checkpoint too: of the best step.
         self.trainer.check_losses(wait=control.should_log or control.should_evaluate)
         self.trainer.count_overflow()
 
@@ -121,7 +121,7 @@ class _RunCallback(TrainerCallback):
         self.trainer.check_losses()
 
     def on_train_end(self, args, state, control, **kwargs):
-        self._is_told_to_stop()  # in the last evaluation, after which there is no step to stop at
+        self._is_told_to_stop()  # during the last evaluation, after which there is no step to stop at
 
     def _is_told_to_stop(self) -> bool:
         """Whether any process has received a signal; all processes learn of it in the same step."""
@@ -135,8 +135,8 @@ class _RunCallback(TrainerCallback):
 
 
 def _float32_weights(model: PreTrainedModel, state_dict: dict) -> dict:
-    """The state with the float32 weights that DeepSpeed's optimizer keeps, in parts, in all processes."""
-    from deepspeed.utils import safe_get_full_fp32_param  # only those who use it have it
+    """The state dict, with the float32 weights that DeepSpeed's optimizer shards across processes."""
+    from deepspeed.utils import safe_get_full_fp32_param  # an optional dependency
 
     kept = {name: safe_get_full_fp32_param(parameter) for name, parameter in model.named_parameters()}
     kept = {name: weight.cpu() for name, weight in kept.items() if weight is not None}
@@ -145,23 +145,22 @@ def _float32_weights(model: PreTrainedModel, state_dict: dict) -> dict:
 
 class DistillationTrainer(Trainer):
     """
-    A `Trainer` whose loss is that of a [`DistillMode`].
+    A `Trainer` with the loss of a [`DistillMode`].
 
-    The teacher is no part of the model: it is in no optimizer and no checkpoint, and no wrapper (DDP, FSDP,
-    DeepSpeed) sees it.
+    The teacher is not part of the model: no optimizer, checkpoint or wrapper (DDP, FSDP, DeepSpeed) sees it.
 
     Args:
         args ([`DistillationTrainingArguments`])
         train_dataset (`inputs.TrainImages` or `streaming.StreamedImages`), eval_dataset (`inputs.EvalImages`)
-        augment (`Callable`): from a batch's `pixel_values`, labels and seeds to augmented `pixel_values` and labels,
-            as `inputs.DeviceAugmentation`.
-        teacher (`Callable`, *optional*): from `pixel_values` as the student sees them to logits `(B, num_labels)`, as
-            `teacher.Teacher`. Needed if `args.mode` has a teacher.
-        teacher_cache (`teacher_cache.TeacherCache`, *optional*): answers for the teacher in training.
-        class_weights (`torch.Tensor` of shape `(num_labels,)`, *optional*): as `distillation_loss` has them.
-        settings (`dict`, *optional*): what decides the run, kept in its checkpoints.
-        name (`str`, *optional*, defaults to `"Student"`): what is trained, for those who watch.
-        kwargs: those of `Trainer`.
+        augment (`Callable`): maps a batch's `pixel_values`, labels and seeds to augmented `pixel_values` and labels,
+            like `inputs.DeviceAugmentation`.
+        teacher (`Callable`, *optional*): maps `pixel_values` as the student sees them to logits `(B, num_labels)`,
+            like `teacher.Teacher`. Required if `args.mode` has a teacher.
+        teacher_cache (`teacher_cache.TeacherCache`, *optional*): answers in place of the teacher during training.
+        class_weights (`torch.Tensor` of shape `(num_labels,)`, *optional*): as in `distillation_loss`.
+        settings (`dict`, *optional*): everything that determines what the run learns, saved in its checkpoints.
+        name (`str`, *optional*, defaults to `"Student"`): what the run is called on the terminal.
+        kwargs: passed on to `Trainer`.
     """
 
     # The loss is a mean over each batch, so the Trainer has to divide it by the number of accumulated batches.
@@ -188,12 +187,12 @@ class DistillationTrainer(Trainer):
         )
         self.model_accepts_loss_kwargs = False  # whatever the model's signature: the loss is ours, see above
         if self.accelerator.is_fsdp2:
-            # Mixed precision by autocast, as everywhere else. FSDP's own would cast the weights of a batch norm, which
-            # then no longer go with its float32 running statistics.
+            # Mixed precision through autocast, as everywhere else. FSDP's own would cast the weights of a batch norm,
+            # which would then no longer match its float32 running statistics.
             policy = MixedPrecisionPolicy(output_dtype=torch.float32)
             self.accelerator.state.fsdp_plugin.mixed_precision_policy = policy
         elif self.is_deepspeed_enabled and self.args.mixed_precision != "no":
-            # Newer versions of DeepSpeed cast weights alone, too: the statistics then have to follow them.
+            # Newer versions of DeepSpeed also cast only the weights, so the statistics have to follow them.
             config = self.accelerator.state.deepspeed_plugin.deepspeed_config
             config.setdefault("data_types", {}).setdefault("buffer_dtype", self.args.mixed_precision)
         self.mode: DistillMode = self.args.mode
@@ -207,24 +206,24 @@ class DistillationTrainer(Trainer):
         if teacher is not None:
             dtype = teacher_dtype(self.args.mixed_precision)
             teacher.to(self.args.device, dtype, memory_format=torch.channels_last)
-            # As accelerate compiles the student: for training alone, since the last batch of an evaluation is smaller.
+            # As accelerate compiles the student, but only for training: the last batch of an evaluation is smaller.
             compile_options = self.accelerator.state.dynamo_plugin
             if compile_options.backend != DynamoBackend.NO:
                 compiled = torch.compile(teacher, **compile_options.to_kwargs())
-                # A CUDA graph (mode reduce-overhead) keeps its output where the next, the student's, may write.
+                # A CUDA graph (mode reduce-overhead) keeps its output where the next graph, the student's, may write.
                 self.training_teacher = lambda pixel_values: compiled(pixel_values).clone()
         # Any other model has one head to train, whatever else it returns.
         self.is_deit_ti = isinstance(self.model, DeiTTiForImageClassification)
-        # FSDP and DeepSpeed take contiguous weights alone.
+        # FSDP and DeepSpeed only accept contiguous weights.
         if not (self.is_deit_ti or self.is_fsdp_enabled or self.is_deepspeed_enabled):
             self.model.to(memory_format=torch.channels_last)
         self.readouts = self.args.readouts
         self.teacher_accuracy: float | None = None
-        # The weights averaged over the steps. Few steps average over fewer: the decay warms up.
+        # The weights averaged over the steps. The decay warms up: early on, the average spans fewer steps.
         self.average: ModelEmaV3 | None = None
         if self.args.ema_decay is not None:
             self.average = ModelEmaV3(self.model, decay=self.args.ema_decay, use_warmup=True)
-        # What does not learn computes as in evaluation: the statistics of a frozen batch norm stay as they are.
+        # Frozen modules stay in eval mode, so that a frozen batch norm keeps its statistics.
         self._frozen = [
             module
             for module in self.model.modules()
@@ -239,7 +238,7 @@ class DistillationTrainer(Trainer):
         self.add_callback(self.run_callback)
         use_reports(self)
         self.pop_callback(PrinterCallback if self.args.disable_tqdm else DEFAULT_PROGRESS_CALLBACK)
-        self.recent_loss: float | None = None  # of the latest steps, for the bar
+        self.recent_loss: float | None = None  # of the latest steps, for the progress bar
         self.progress = RunProgress(name, lambda: self.recent_loss)
         self.add_callback(self.progress)
         self.early_stopping = None
@@ -257,10 +256,10 @@ class DistillationTrainer(Trainer):
 
     def train(self, *args, **kwargs):
         """
-        As `Trainer.train`. With `args.ema_decay` it ends with the averaged weights.
+        Like `Trainer.train`. With `args.ema_decay` the model ends up with the averaged weights.
 
         Raises:
-            FloatingPointError: if a loss is not finite, before the step's checkpoint.
+            FloatingPointError: if a loss is not finite, before that step's checkpoint is written.
             Interrupted: after a SIGTERM or Ctrl-C, once the step is finished and a checkpoint written.
         """
         with self.stop_request:
@@ -274,12 +273,12 @@ class DistillationTrainer(Trainer):
             step = self.state.global_step
             checkpoint = os.path.join(self.args.output_dir, f"checkpoint-{step}")
             (is_saved,) = broadcast_object_list([os.path.isdir(checkpoint)])
-            if not is_saved:  # the signal came in the last evaluation of a run that saves no checkpoints
-                self.state.log_history.pop()  # the closing log, which the resumed run writes
+            if not is_saved:  # the signal came during the last evaluation of a run that saves no checkpoints
+                self.state.log_history.pop()  # the closing log, which the resumed run will write
                 self._save_checkpoint(self.model, trial=None)
             raise Interrupted(
                 f"stopped by {name_of(self.run_callback.stopped_by)} after step {step} of {self.state.max_steps}; "
-                f"{checkpoint} is written."
+                f"{checkpoint} has been written."
             )
         if self.average is not None:
             self.bare_model.load_state_dict(self.average.module.state_dict())
@@ -287,7 +286,7 @@ class DistillationTrainer(Trainer):
 
     @property
     def bare_model(self) -> PreTrainedModel:
-        """The model without what accelerate and torch wrap around it."""
+        """The model without the wrappers of accelerate and torch."""
         return self.accelerator.unwrap_model(self.model, keep_torch_compile=False)
 
     @contextlib.contextmanager
@@ -317,14 +316,14 @@ class DistillationTrainer(Trainer):
 
     @property
     def has_stopped_early(self) -> bool:
-        """Whether the patience of `--early_stopping_patience` has come to its end."""
+        """Whether the patience of `--early_stopping_patience` has run out."""
         return self.early_stopping is not None and self.early_stopping.has_stopped
 
     def _get_train_sampler(self, train_dataset: Dataset | None = None) -> TrainSampler:
         return self.train_order
 
     def get_train_dataloader(self) -> DataLoader:
-        """As `Trainer`'s; a stream's batches are already those of this process."""
+        """Like `Trainer`'s; a stream already yields only this process's batches."""
         if self.train_dataset.is_streamed:
             return self.train_order.loader(self.args)
         if self.train_dataset.batches is None:
@@ -334,13 +333,13 @@ class DistillationTrainer(Trainer):
     def _loader_without_workers(
         self, images: Dataset, batch_size: int, sampler: TrainSampler | None = None
     ) -> DataLoader:
-        """For images that only have to be copied: taking over a worker's copy costs as much, and starting it more."""
+        """For images that only need copying: receiving a worker's copy costs as much, and starting a worker more."""
         pin_memory = self.args.dataloader_pin_memory
         loader = DataLoader(images, batch_size, sampler=sampler, collate_fn=collate_images, pin_memory=pin_memory)
         return self.accelerator.prepare(loader)
 
     def get_batch_samples(self, epoch_iterator, num_batches, device):
-        """As `Trainer`'s. Raises `UnreadableRow` if a streamed row cannot be trained on."""
+        """Like `Trainer`'s. Raises `UnreadableRow` if a streamed row cannot be trained on."""
         if self.control.should_training_stop:  # before the first step, see `on_epoch_begin`
             return [], None
         batches, num_items_in_batch = super().get_batch_samples(epoch_iterator, num_batches, device)
@@ -353,7 +352,7 @@ class DistillationTrainer(Trainer):
         return batches, num_items_in_batch
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
-        """The mode's loss in training; in evaluation the plain cross-entropy of `logits`, which all modes share."""
+        """The mode's loss in training; in evaluation, for all modes, the plain cross-entropy of `logits`."""
         if not model.training:
             with self.accelerator.autocast():  # FSDP2 has none of its own
                 outputs = model(pixel_values=inputs["pixel_values"])
@@ -366,7 +365,7 @@ class DistillationTrainer(Trainer):
         pixel_values = self._prepare_input(pixel_values)  # in DeepSpeed's own precision
         teacher_logits = None
         if self.training_teacher is not self.teacher:
-            torch.compiler.cudagraph_mark_step_begin()  # teacher and student are one step of CUDA graphs
+            torch.compiler.cudagraph_mark_step_begin()  # teacher and student share one step of CUDA graphs
         if self.mode.has_teacher and self.teacher_cache is None:
             teacher_logits = self.training_teacher(pixel_values)
         elif self.mode.has_teacher:
@@ -387,9 +386,9 @@ class DistillationTrainer(Trainer):
         return (parts.loss, outputs) if return_outputs else parts.loss
 
     def _randomness(self, seeds: np.ndarray) -> dict[str, torch.Tensor]:
-        """Has all that is random in the student's forward pass follow from the seeds `(B,)` of its images."""
+        """Derives all randomness in the student's forward pass from the seeds `(B,)` of its images."""
         if not self.is_deit_ti:
-            start_generator(int(seeds[0]), self.args.device)  # for a network that draws by itself
+            start_generator(int(seeds[0]), self.args.device)  # for a network that draws its own random numbers
             return {}
         config, seeds = self.model.config, torch.from_numpy(seeds)
         noise = {"drop_path_noise": random_uniform(seeds, DROP_PATH_STREAM, config.num_hidden_layers, 2)}
@@ -399,7 +398,7 @@ class DistillationTrainer(Trainer):
         return {name: to_device(values.float(), self.args.device) for name, values in noise.items()}
 
     def _record_step(self, parts: LossParts, logits: torch.Tensor, teacher_logits: torch.Tensor | None) -> None:
-        """Keeps what the next log and the next check for losses that are not finite need."""
+        """Records what the next log and the next check for non-finite losses need."""
         terms = {"label_loss": parts.label_loss, "distillation_loss": parts.distillation_loss}
         terms = {name: value.detach() for name, value in terms.items() if value is not None}
         if self.optimizer is not None and not self.args.logging_nan_inf_filter:
@@ -412,20 +411,20 @@ class DistillationTrainer(Trainer):
         self._steps_summed += 1
 
     def create_optimizer(self, *args, **kwargs) -> torch.optim.Optimizer:
-        """As `Trainer`'s, which does not know Muon."""
+        """Like `Trainer`'s, plus Muon."""
         if self.args.optim == "muon" and self.optimizer is None:
             self.optimizer = make_muon(self.model, self.get_decay_parameter_names(self.model), self.args)
         return super().create_optimizer(*args, **kwargs)
 
     def get_decay_parameter_names(self, model) -> list[str]:
-        """As DeiT's `no_weight_decay`: tokens and positions do not decay either."""
+        """Like `Trainer`'s, but tokens and positions do not decay either, as in DeiT's `no_weight_decay`."""
         names = super().get_decay_parameter_names(model)
         return [name for name in names if not name.endswith(("_token", "position_embeddings", "pos_embed"))]
 
     def check_losses(self, wait: bool = True) -> None:
         """
-        Raises a `FloatingPointError` if a loss so far is not finite. If not to `wait` for a GPU, a later call checks
-        the losses that it has not copied yet.
+        Raises a `FloatingPointError` if a loss so far is not finite. Unless told to `wait` for a GPU, leaves the
+        losses that it has not copied yet to a later call.
         """
         while self._unchecked_losses and (wait or self._unchecked_losses[0][-1].is_there):
             step, learning_rate, names, losses = self._unchecked_losses.pop(0)
@@ -437,12 +436,12 @@ class DistillationTrainer(Trainer):
             facts = ", ".join(f"{name} {value:.4g}" for name, value in zip(names, terms, strict=True))
             raise FloatingPointError(
                 f"The loss is {loss} at step {step} ({facts}, learning rate {learning_rate:.4g}). The checkpoints in "
-                f"{self.args.output_dir} are from earlier steps. Try a lower --learning_rate, a longer "
+                f"{self.args.output_dir} are from earlier steps. Try a lower --learning_rate, a higher "
                 "--warmup_steps, or --bf16 instead of --fp16."
             )
 
     def count_overflow(self) -> None:
-        """Counts the steps that fp16's scaler skips because a gradient overflowed: it then lowers its scale."""
+        """Counts the steps that fp16's scaler skips because a gradient overflowed; it lowers its scale each time."""
         # accelerator.optimizer_step_was_skipped misses them with a fused optimizer, which skips them on the device.
         scaler = self.accelerator.scaler
         if scaler is not None:
@@ -451,7 +450,7 @@ class DistillationTrainer(Trainer):
             self.loss_scale = scale.clone()
 
     def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
-        """As `Trainer`'s, in float32 and under the model's own class. Called by all processes."""
+        """Like `Trainer`'s, but in float32 and under the model's own class. Called by all processes."""
         output_dir = output_dir or self.args.output_dir
         model = self.bare_model
         if self.is_deepspeed_enabled:
@@ -465,11 +464,11 @@ class DistillationTrainer(Trainer):
         finally:
             model.__class__ = its_class
         if self.is_deepspeed_enabled and self.args.should_save:
-            model.config.dtype = "float32"  # not what it trains in, which from_pretrained would round to
+            model.config.dtype = "float32"  # not the training dtype, to which from_pretrained would round
             model.config.save_pretrained(output_dir)
 
     def _save_checkpoint(self, model, trial) -> None:
-        """As `Trainer`'s, sealed; only then are older checkpoints deleted, and this one pushed."""
+        """Like `Trainer`'s, but sealed; only then is it pushed, and older ones deleted."""
         args = self.args
         limit, push_to_hub = args.save_total_limit, args.push_to_hub
         args.save_total_limit, args.push_to_hub = None, False
@@ -477,7 +476,7 @@ class DistillationTrainer(Trainer):
             super()._save_checkpoint(model, trial)
         finally:
             args.save_total_limit, args.push_to_hub = limit, push_to_hub
-        self.accelerator.wait_for_everyone()  # each process has files of its own in it
+        self.accelerator.wait_for_everyone()  # each process writes files of its own
         folder = self._get_output_dir(trial=trial)
         checkpoint = os.path.join(folder, f"checkpoint-{self.state.global_step}")
         if args.should_save:
@@ -493,11 +492,11 @@ class DistillationTrainer(Trainer):
             delete_older(checkpoint, limit, self.state.best_model_checkpoint)
 
     def init_hf_repo(self, *args, **kwargs) -> None:
-        """As `Trainer`'s, repeated if the Hub fails for a moment."""
+        """Like `Trainer`'s, but retried if the Hub fails for a moment."""
         retrying(lambda: super(DistillationTrainer, self).init_hf_repo(*args, **kwargs))
 
     def _push_from_checkpoint(self, checkpoint_folder: str) -> None:
-        """As `Trainer`'s, which pushes in the background and does not say if that fails."""
+        """Like `Trainer`'s, but warns if the push in the background fails."""
         super()._push_from_checkpoint(checkpoint_folder)
         if not self.is_world_process_zero() or self.push_in_progress is None:
             return
@@ -508,15 +507,15 @@ class DistillationTrainer(Trainer):
             errors = [job.exception() for job in jobs if job.exception() is not None]
             if errors:
                 logger.warning(
-                    f"Hub: {Path(checkpoint_folder).name} is not pushed ({first_line(errors[0])}); training goes on, "
-                    "and the next push tries again"
+                    f"Hub: {Path(checkpoint_folder).name} was not pushed ({first_line(errors[0])}); training "
+                    "continues, and the next push will try again"
                 )
 
         if jobs:
-            jobs[-1].add_done_callback(tell)  # one after the other, so the others are done, too
+            jobs[-1].add_done_callback(tell)  # they run one after another, so the others are done too
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
-        """Adds what was recorded since the last log; the closing numbers are of the whole run, even if resumed."""
+        """Adds what was recorded since the last log; the closing figures cover the whole run, even if resumed."""
         has_scaler = self.accelerator.scaler is not None
         if "loss" in logs and self._steps_summed:
             for name, total in self._step_sums.items():
@@ -534,7 +533,7 @@ class DistillationTrainer(Trainer):
             logs["train_samples_per_second"] = round(steps * self.args.total_train_batch_size / seconds, 3)
             total, last_step = 0.0, 0
             for entry in self.state.log_history:
-                if "loss" in entry:  # the mean of the steps since the log before
+                if "loss" in entry:  # the mean over the steps since the previous log
                     total += entry["loss"] * (entry["step"] - last_step)
                     last_step = entry["step"]
             logs["train_loss"] = total / max(1, last_step)
@@ -548,21 +547,21 @@ class DistillationTrainer(Trainer):
     # ---- Evaluation ----
 
     def evaluation_loop(self, *args, **kwargs):
-        """As `Trainer`'s, of the averaged weights if there are any."""
+        """Like `Trainer`'s, but with the averaged weights if there are any."""
         with self._averaged():
             return super().evaluation_loop(*args, **kwargs)
 
     def get_eval_dataloader(self, eval_dataset: Dataset | None = None) -> DataLoader:
-        """As `Trainer`'s; its images stay uint8, a quarter of the bytes, until `_prepare_inputs` normalises them."""
+        """Like `Trainer`'s, but images stay uint8, a quarter of the bytes, until `_prepare_inputs` normalises them."""
         images = (self.eval_dataset if eval_dataset is None else eval_dataset).cropped
         if not images.are_kept:
             return super().get_eval_dataloader(images)
         return self._loader_without_workers(images, self.args.eval_batch_size)
 
     def _prepare_inputs(self, inputs: dict) -> dict:
-        """As `Trainer`'s, with the images of an evaluation normalised where the model is."""
+        """Like `Trainer`'s, but normalises evaluation images on the model's device."""
         pixel_values = inputs["pixel_values"]
-        if pixel_values.dtype == torch.uint8 and "seeds" not in inputs:  # with seeds: those that `augment` takes
+        if pixel_values.dtype == torch.uint8 and "seeds" not in inputs:  # with seeds: training images, for `augment`
             inputs = inputs | {"pixel_values": normalised(pixel_values, self.processing_class)}
         return super()._prepare_inputs(inputs)
 
@@ -570,14 +569,14 @@ class DistillationTrainer(Trainer):
         self, logits: torch.Tensor | tuple[torch.Tensor, ...], labels: torch.Tensor
     ) -> tuple[torch.Tensor, ...]:
         """
-        All that is kept of an evaluated batch: the five likeliest labels of each read-out, `(B, read-outs, 5)`; the
-        probability `(B,)` of the first, by which the model predicts; and if a temperature is to be fitted to them, its
-        logits `(B, K)`.
+        What is kept of an evaluated batch: the five most likely labels of each read-out, `(B, read-outs, 5)`; the
+        probability `(B,)` of the label that the first read-out, the model's own, predicts; and if a temperature is to
+        be fitted, that read-out's logits `(B, K)`.
         """
         readouts = [logits if isinstance(logits, torch.Tensor) else logits[0]]
         if len(self.readouts) > 1:
             _, class_logits, distillation_logits = logits
-            # In half precision the model's own mean is rounded: another mean would be another prediction.
+            # In half precision the model's own mean is rounded: recomputing it could change the prediction.
             both = readouts[0] if self.mode.readout == "both" else (class_logits + distillation_logits) / 2
             readouts += [class_logits, distillation_logits, both]
         ranked = torch.stack(readouts, dim=1).topk(min(5, self.num_labels), dim=-1).indices

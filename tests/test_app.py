@@ -240,7 +240,7 @@ def test_what_is_known_about_a_model_comes_from_its_record(runs):
     known = models.facts("both")
     for fact in ("1,697 images of digits", "69.19 %", "on 100 images", "test_resnet", "93.12 %", "&#60;b&#62;three"):
         assert fact in known
-    assert "without the record of a run" in models.facts("more/cnn")
+    assert "without a run record" in models.facts("more/cnn")
     assert len(models.examples()) == 2  # another folder holds the same pictures
 
 
@@ -261,7 +261,7 @@ def encoded(image: Image.Image, format: str, **options) -> bytes:
 
 BAD_PICTURES = {
     "text.png": (lambda: b"not a picture", "This file is not a picture"),
-    "long.png": (lambda: encoded(Image.new("1", (15_000, 50)), "PNG"), "one side over 200 times the other"),
+    "long.png": (lambda: encoded(Image.new("1", (15_000, 50)), "PNG"), "one side more than 200 times the other"),
     "wide.png": (lambda: encoded(Image.new("1", (40_000, 2_000)), "PNG"), "40,000x2,000 pixels"),
     "huge.png": (huge_png, "too many pixels: make it smaller"),
     "cut.jpg": (lambda: encoded(Image.effect_noise((300, 300), 50), "JPEG")[:2000], "truncated"),
@@ -285,7 +285,7 @@ def test_of_an_animation_the_first_picture_counts_and_the_page_says_so(client, d
     four.save(tmp_path / "digits.gif", save_all=True, append_images=[other], duration=100)
     said, heads, _, _ = ask(client, tmp_path / "digits.gif")
     assert said.startswith("## &#42;four&#42;")
-    assert said.endswith("This is an animation of 2 pictures, and the model sees only the first.")
+    assert said.endswith("This is an animation of 2 frames; the model only sees the first.")
     assert heads
 
 
@@ -299,14 +299,14 @@ def test_a_model_without_weights_gets_one_message_and_the_server_lives_on(client
 
 MISTAKES = {
     "no model": ([], "name a MODEL"),
-    "a model and a comparison": (["runs", "--compare", "a", "b"], "exclude each other"),
-    "a folder without a model": (["empty"], "neither the folder nor one inside holds a model"),
+    "a model and a comparison": (["runs", "--compare", "a", "b"], "cannot be combined"),
+    "a folder without a model": (["empty"], "neither the folder nor any inside it holds a model"),
     "a model that is nowhere": (["nowhere/nothing"], "there is no such folder or timm architecture"),
     "a model without weights": (["runs/broken"], "safetensors"),
     "a probability above 1": (["runs/both", "--min_probability=50"], "between 0 and 1"),
     "a dry run of nothing": (["runs/both", "--dry_run=space"], "--to_space"),
     "a copy of nothing": (["runs/both", "--to_space=me/it", "--node_modules=."], "--node_modules needs --static"),
-    "a dry run into what is there": (["runs/both", "--to_space=me/it", "--dry_run=."], "exists already"),
+    "a dry run into what is there": (["runs/both", "--to_space=me/it", "--dry_run=."], "already exists"),
     "a Space of a Hub id": (["me/it", "--to_space=me/it", "--dry_run=space"], "download it first"),
     "a push without the Hub": (["runs/both", "--to_space=me/it"], "--dry_run FOLDER only writes the folder"),
 }
@@ -329,7 +329,8 @@ def test_a_port_that_is_taken_is_one_message(runs, capsys):
     with socket.create_server(("127.0.0.1", 0)) as taken:
         port = taken.getsockname()[1]
         assert app.main([str(runs / "both"), "--no_browser", f"--port={port}"]) == 2
-    assert capsys.readouterr().err == f"app.py: --port {port}: another program has it. Name another one, or none.\n"
+    message = f"app.py: --port {port}: the port is in use. Choose another one, or leave it out.\n"
+    assert capsys.readouterr().err == message
 
 
 def test_without_gradio_one_message_says_what_to_install():
@@ -521,6 +522,6 @@ def test_a_space_is_pushed_and_what_the_hub_refuses_is_one_message(hub, space, r
     monkeypatch.setenv("HF_TOKEN", hub.read_token)
     assert app.main([str(runs / "both"), "--to_space", "tester/refused"]) == 2
     message = capsys.readouterr().err
-    assert re.fullmatch(r"app\.py: --to_space tester/refused: it cannot be pushed .*HF_TOKEN.*\n", message)
+    assert re.fullmatch(r"app\.py: --to_space tester/refused: the push failed .*HF_TOKEN.*\n", message)
     with pytest.raises(KeyError):
         hub.files("tester/refused", repo_type="space")

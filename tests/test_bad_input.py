@@ -218,7 +218,7 @@ MISTAKES = {
     "dataset of texts": (
         files(data__cat__a_txt=b"x", **{"data__cat__a.txt": b"x", "data__dog__b.txt": b"y"}),
         [DATA],
-        ["no column of images", "text (string)"],
+        ["no image column", "text (string)"],
     ),
     "dataset with a script": (
         files(**{"data__data.py": b"open('exploded', 'w')"}),
@@ -237,13 +237,17 @@ MISTAKES = {
     "no such image column": (
         nothing,
         ["--image_column_name=photo"],
-        ["--image_column_name photo", "there are image, label"],
+        ["--image_column_name photo", "the columns are image, label"],
     ),
-    "image column of labels": (nothing, ["--image_column_name=label"], ["holds ClassLabel, not images", "image does"]),
+    "image column of labels": (
+        nothing,
+        ["--image_column_name=label"],
+        ["holds ClassLabel, not images", "images are in image"],
+    ),
     "no such label column": (
         nothing,
         ["--label_column_name=kind"],
-        ["--label_column_name kind", "there are image, label"],
+        ["--label_column_name kind", "the columns are image, label"],
     ),
     "share out of range": (nothing, ["--train_val_split=1"], ["--train_val_split 1.0"]),
     "no samples": (nothing, ["--max_train_samples=0"], ["--max_train_samples 0"]),
@@ -265,7 +269,7 @@ MISTAKES = {
     "a single label": (
         parquet(labels=["cat"] * 4, kind=Value("string")),
         [DATA],
-        ["one label ['cat']", "a classifier needs two"],
+        ["has only the labels ['cat']", "a classifier needs at least two"],
     ),
     # Its images
     "image missing": (one_then(None), [DATA], ["Split `train`, row 1", "it is missing"]),
@@ -304,7 +308,7 @@ MISTAKES = {
     "model that is no DeiT": (
         teacher(),
         ["--distill_mode=both", "--model_name_or_path=teacher"],
-        ["test_resnet is no DeiT"],
+        ["test_resnet is not a DeiT"],
     ),
     "batch norm of one image": (nothing, ["--max_train_samples=1"], ["test_resnet", "batches of 1 images"]),
     # The teacher
@@ -354,7 +358,7 @@ MISTAKES = {
     # The flags
     "unknown flag": (nothing, ["--distil_mode=hard"], ["unknown flag --distil_mode=hard", "--distill_mode?"]),
     "unknown mode": (nothing, ["--distill_mode=medium"], ["invalid choice: 'medium'", "'none', 'soft'"]),
-    "option of another mode": (nothing, ["--distillation_alpha=0.5"], ["distillation_alpha has no meaning in mode"]),
+    "option of another mode": (nothing, ["--distillation_alpha=0.5"], ["distillation_alpha does not apply to mode"]),
     "alpha above 1": (
         nothing,
         [HARD, "--distillation_alpha=2"],
@@ -464,7 +468,7 @@ MISTAKES = {
     "teacher recipe with what is its student's": (
         files(a=b"dataset_name: other"),
         [HARD, "--teacher_config=a"],
-        ["--teacher_config a", "dataset_name is not the teacher's to set"],
+        ["--teacher_config a", "dataset_name cannot be set here"],
     ),
     "teacher recipe with an unknown optimizer": (
         files(a=b"optim: adams"),
@@ -594,7 +598,7 @@ class TestDisk:
         result = run(*flags, cwd=tmp_path)
         assert result.returncode == 1, result.stderr
         message = message_of(result)
-        assert message.startswith("disk/run cannot be written (") and "run the same command again" in message
+        assert message.startswith("disk/run cannot be written to (") and "run the same command again" in message
         before = snapshot(tmp_path / "disk" / "run" / "checkpoint-2")
         assert load_file(tmp_path / "disk" / "run" / "checkpoint-2" / "model.safetensors")
 
@@ -616,7 +620,7 @@ class TestDisk:
         result = command.wait()
         assert result.returncode == 1, result.stderr
         message = message_of(result)
-        assert message.startswith("disk/run cannot be written (Read-only file system)")
+        assert message.startswith("disk/run cannot be written to (Read-only file system)")
         assert last_complete(tmp_path / "disk" / "run").endswith("checkpoint-2")
         disk("remount,rw")
         result = run(*flags, cwd=tmp_path)
@@ -628,7 +632,7 @@ class TestDisk:
         result = run(*flags, cwd=tmp_path)
         assert result.returncode == 1, result.stderr
         message = message_of(result)
-        assert message.startswith("disk/teachers cannot be written (") and "No space left on device" in message
+        assert message.startswith("disk/teachers cannot be written to (") and "No space left on device" in message
         assert not list((tmp_path / "disk").glob("teachers/*/all_results.json"))
         disk("remount,size=64m")
         result = run(*flags, cwd=tmp_path)
@@ -670,7 +674,7 @@ def test_a_limit_on_the_size_of_files_is_told_as_a_full_disk_is(tmp_path):
         timeout=300,
     )
     assert result.returncode == 1, result.stderr
-    assert message_of(result).startswith("run cannot be written (")
+    assert message_of(result).startswith("run cannot be written to (")
     assert not (tmp_path / "run" / "all_results.json").exists()
 
 
@@ -697,7 +701,7 @@ def test_a_checkpoint_is_not_unpickled(tmp_path):
         seal(tmp_path / "run" / "checkpoint-2")
         result = run(*flags, cwd=tmp_path)
         assert result.returncode == 2, result.stderr
-        assert message_of(result).startswith("the checkpoint holds more than data, and is not unpickled")
+        assert message_of(result).startswith("the checkpoint holds more than data and was not unpickled")
         assert not (tmp_path / "exploded").exists(), name
     shutil.rmtree(tmp_path / "run")
     shutil.copytree(tmp_path / "checkpoint-2", tmp_path / "run" / "checkpoint-2")
@@ -715,7 +719,7 @@ def test_a_label_without_a_training_image_is_told_and_names_with_markup_leave_th
     parquet(names=names)(tmp_path)
     result = run(*QUICK, DATA, cwd=tmp_path)
     assert result.returncode == 0, result.stderr
-    assert f"Images: no training image has a label of {names[2]!r}\n" in result.stdout
+    assert f"Images: no training image is labelled {names[2]!r}\n" in result.stdout
     config = json.loads((tmp_path / "run" / "config.json").read_text())
     assert config["label_names"] == names
     front_matter = (tmp_path / "run" / "README.md").read_text().split("\n---\n")[0]
@@ -742,7 +746,7 @@ def test_a_label_whose_only_image_is_held_out_is_no_mistake(tmp_path):
     parquet(labels=list("abcdefgh"), kind=Value("string"), splits=["train"])(tmp_path)
     result = run(*QUICK, DATA, "--train_val_split=0.25", cwd=tmp_path)
     assert result.returncode == 0, result.stderr
-    assert result.stdout.count("no training image has a label of") == 1
+    assert result.stdout.count("no training image is labelled") == 1
     assert len(json.loads((tmp_path / "run" / "config.json").read_text())["label_names"]) == 8
     # Of a user's own images, none is shown.
     assert json.loads((tmp_path / "run" / "report.json").read_text())["mistakes"]

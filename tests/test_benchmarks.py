@@ -235,7 +235,7 @@ def test_inference_does_not_time_a_model_that_fails_or_predicts_something_else(m
     monkeypatch.setattr(inference, "MAKERS", makers)
     native, broken, other, missing = inference.measure(setting, None, torch.randn(2, 3, 4, 4), None)
     assert native["failed"] is None and native["max_abs_difference"] == 0
-    assert other["failed"].startswith("its logits are 1.0e-01 from")
+    assert other["failed"].startswith("its logits differ by 1.0e-01 from")
     assert broken["failed"].startswith("RuntimeError: mat1 and mat2 shapes")
     assert missing["failed"] == "UserError: no such provider"
     assert ["latency_ms" in row for row in (native, broken, other, missing)] == [True, False, False, False]
@@ -374,7 +374,7 @@ def test_a_teacher_with_images_of_its_own_size_is_asked_the_same_by_all(time_fla
 )
 def test_a_teacher_that_only_ours_could_use_is_refused(label_names, normalisation, time_flags, tmp_path):
     save_teacher(tmp_path / "teacher", label_names, **normalisation)
-    with pytest.raises(UserError, match="must be a timm architecture, fitted .* in their order, .* normalised as"):
+    with pytest.raises(UserError, match="must be a timm architecture, fitted .* in this order, .* normalised like"):
         time_to_accuracy.main([*time_flags, "--teacher", str(tmp_path / "teacher")])
 
 

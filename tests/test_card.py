@@ -214,10 +214,10 @@ def test_every_read_out_stands_beside_the_published_row(tmp_path):
 
 def test_standardized_targets_are_explained_and_stand_beside_no_published_row(tmp_path):
     content = render(make_record(resolve_mode("soft", teacher_targets="standardized")), tmp_path)
-    assert "z brings the logits of each image to mean 0 and standard deviation 1" in content
+    assert "z standardises the logits of each image to mean 0 and standard deviation 1" in content
     assert "| teacher's targets | standardized |" in content and "| temperature | 2 |" in content
     assert "published baseline" not in str(results_table(content))
-    assert "z brings" not in render(make_record(MODES["soft"]), tmp_path)
+    assert "z standardises" not in render(make_record(MODES["soft"]), tmp_path)
 
 
 @pytest.mark.parametrize(
@@ -355,7 +355,7 @@ def test_whitened_patches_are_no_random_start(tmp_path):
     record = make_record()
     assert "| Initial weights | random |" in render(record, tmp_path)
     record.hyperparameters["patch_init"] = "whitening"
-    assert "| Initial weights | random, but for the patch projection, which starts from" in render(record, tmp_path)
+    assert "| Initial weights | random, except for the patch projection, which starts from" in render(record, tmp_path)
 
 
 def test_epochs_and_time_are_those_of_all_stages(tmp_path):
@@ -416,7 +416,7 @@ def test_the_card_tells_the_report_and_stays_whole_whatever_the_labels(with_teac
     for picture in ("confusion_matrix.png", "reliability.png", "mistakes.png"):
         assert f"]({picture})" in content
     assert ("### Against its teacher" in content) == with_teacher
-    assert "as far off as [Calibration](#calibration) says" in content and "were not calibrated" not in content
+    assert "as far off as [Calibration](#calibration) shows" in content and "were not calibrated" not in content
 
 
 def test_of_many_classes_the_card_lists_the_worst(tmp_path):
@@ -424,7 +424,7 @@ def test_of_many_classes_the_card_lists_the_worst(tmp_path):
     predicted = np.where(labels < 10, (labels + 1) % 10, labels)  # the first ten are always wrong
     report_of(labels, predicted, [f"species {number}" for number in range(41)]).save(tmp_path)
     content = render(make_record(), tmp_path)
-    assert "These are the 10 classes with the lowest F1, of 41:" in content
+    assert "These are the 10 classes with the lowest F1, out of 41:" in content
     (classes,) = (table for table in tables(content) if table[0][0] == "class")
     assert [row[0] for row in classes[1:]] == [f"species {number}" for number in range(10)]
 

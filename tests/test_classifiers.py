@@ -98,7 +98,7 @@ def test_a_folder_without_a_whole_classifier_is_refused(spoil, reason, folder):
         ("nowhere", r"there is no such folder or timm architecture, and .* from the Hub \(.* Offline, name a folder"),
         ("someone/nothing", r"there is no such folder or timm architecture, and .* Offline, name a folder"),
         ("resnet18", r"no image classifier .* could be loaded from the Hub \(.* Offline, name a folder"),
-        ("resnet18.none_such", "timm has no pretrained weights of resnet18.none_such"),
+        ("resnet18.none_such", "timm has no pretrained weights for resnet18.none_such"),
     ],
 )
 def test_a_name_that_nothing_goes_by_is_refused(name, message):
@@ -116,7 +116,7 @@ def test_code_that_a_model_brings_along_does_not_run_unless_it_is_trusted(folder
         "class Config(ViTConfig):\n    model_type = 'elsewhere'\n\n\n"
         "class Model(ViTForImageClassification):\n    config_class = Config\n"
     )
-    with pytest.raises(UserError, match=f"^--model {folder}: it runs code of its own.* add --trust_remote_code"):
+    with pytest.raises(UserError, match=f"^--model {folder}: it has custom code.* add --trust_remote_code"):
         load_classifier(str(folder), "--model")
     assert not (folder / "ran").exists()
     model, missing = load_classifier(str(folder), "--model", trust_remote_code=True)

@@ -202,7 +202,11 @@ def splits(train: dict, test: dict):
         (broken_image, {}, r"Split `train`, row 1: the image in column 'image' cannot be decoded"),
         (splits({"labels": [0, 1, None]}, {}), {}, "Split `train`, row 2: the label is missing"),
         (splits({}, {"labels": [0, -1]}), {}, "Split `test`, row 1: the label is -1"),
-        (splits({"names": ["cat", "dog"]}, {"names": ["cat", "emu"]}), {}, "labels differ: 'dog', 'emu' in one only"),
+        (
+            splits({"names": ["cat", "dog"]}, {"names": ["cat", "emu"]}),
+            {},
+            "labels differ: 'dog', 'emu' in one split only",
+        ),
         (
             splits({"labels": ["a", "b"], "kind": Value("string")}, {"labels": ["a", "c"], "kind": Value("string")}),
             {},
@@ -216,12 +220,16 @@ def splits(train: dict, test: dict):
         (
             splits({"labels": [0, 0], "names": ["cat"]}, {"labels": [0], "names": ["cat"]}),
             {},
-            "a classifier needs two",
+            "a classifier needs at least two",
         ),
-        (splits({}, {}), {"image_column_name": "photo"}, "no such column; there are image, label"),
-        (splits({}, {}), {"label_column_name": "kind"}, "no such column; there are image, label"),
-        (splits({}, {}), {"image_column_name": "label"}, "holds ClassLabel, not images; image does"),
-        (splits({}, {}), {"label_column_name": "image"}, "holds Image; labels are class labels, strings or integers"),
+        (splits({}, {}), {"image_column_name": "photo"}, "no such column; the columns are image, label"),
+        (splits({}, {}), {"label_column_name": "kind"}, "no such column; the columns are image, label"),
+        (splits({}, {}), {"image_column_name": "label"}, "holds ClassLabel, not images; images are in image"),
+        (
+            splits({}, {}),
+            {"label_column_name": "image"},
+            "holds Image; labels must be class labels, strings or integers",
+        ),
     ],
 )
 def test_a_mistake_in_the_data_is_named(tmp_path, write, flags, message):

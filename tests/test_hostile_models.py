@@ -128,7 +128,7 @@ HOSTILE_PROCESSORS = {
     "lists in lists": (write("preprocessor_config.json", b"[" * 100_000), "RecursionError"),
 }
 HOSTILE_TO_PICTURES = {
-    "a size that is not the model's": (processor(size={"height": 20, "width": 20}), "does not take these images"),
+    "a size that is not the model's": (processor(size={"height": 20, "width": 20}), "does not accept these images"),
     "weights that are no numbers": (not_finite, "its logits are not finite"),
 }
 
@@ -213,7 +213,7 @@ def test_a_picture_that_a_model_does_not_take_is_no_crash(spoilt, capsys):
     """Only the pictures that come later are not of the one size that this image processor leaves as it is."""
     processor(do_resize=False)(spoilt)
     assert predict.main(["vit", "picture.png"]) == 2
-    assert "MODEL: it does not take these images (RuntimeError" in capsys.readouterr().err
+    assert "MODEL: it does not accept these images (RuntimeError" in capsys.readouterr().err
     page = app.Models({"vit": "vit"})
     said, *_ = page.answer("picture.png", "vit", 0.5, next(iter(app.BLOCKS)))
-    assert said.startswith("### vit: it does not take these images (RuntimeError")
+    assert said.startswith("### vit: it does not accept these images (RuntimeError")

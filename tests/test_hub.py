@@ -77,7 +77,7 @@ def test_a_push_gets_over_what_passes(operation, failure, online, finished, capl
     told = [record.getMessage() for record in caplog.records if record.name == hub_calls.__name__]
     # Told once, unless huggingface_hub has repeated the request by itself.
     assert len(told) == (operation in ("validate-yaml", "commit"))
-    assert all(re.fullmatch(r"Hub: .*; trying again in 1 s", line) for line in told)
+    assert all(re.fullmatch(r"Hub: .*; retrying in 1 s", line) for line in told)
 
 
 LASTING = {
@@ -122,7 +122,7 @@ def test_a_finished_run_is_pushed_once(online, finished):
     args = arguments(finished, online)
     check_hub_access(args)
     push(args)
-    with pytest.raises(UserError, match=f"already holds a finished run, which {REPO} on the Hub has, too"):
+    with pytest.raises(UserError, match=f"already holds a finished run, which was pushed to {REPO}:"):
         check_hub_access(args)
     (finished / "all_results.json").write_text('{"eval_accuracy": 0.95}')  # another run, for the same repository
     check_hub_access(args)
@@ -183,7 +183,7 @@ def test_a_pushed_checkpoint_that_would_be_unpickled_is_not_resumed(file, online
     api.create_repo(REPO)
     api.upload_file(repo_id=REPO, path_or_fileobj=b"pickle", path_in_repo=f"last-checkpoint/{file}")
     args = arguments(tmp_path / "run", online, resume_from_checkpoint="last-checkpoint", process_index=0)
-    with pytest.raises(UserError, match=rf"last-checkpoint: its {Path(file).name} would be unpickled, and could run"):
+    with pytest.raises(UserError, match=rf"last-checkpoint: its {Path(file).name} would be unpickled, which can run"):
         checkpoint_to_resume(args)
 
 

@@ -89,7 +89,7 @@ def test_labels_in_metadata_files_are_read_if_there_are_no_class_folders(tmp_pat
     ids=["too deep", "beside the class folders", "beside the class folders of a split"],
 )
 def test_images_at_other_depths_are_refused(tmp_path, files):
-    with pytest.raises(UserError, match="one folder per class, optionally below train/ and test/"):
+    with pytest.raises(UserError, match="one folder per class, optionally under train/ and test/"):
         load(write(tmp_path, *files))
 
 

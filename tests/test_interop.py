@@ -142,7 +142,7 @@ def test_transformers_export_follows_unusual_configs(changes):
 
 
 def test_timm_export_names_what_timm_does_not_have():
-    with pytest.raises(UserError, match="layer_norm_eps 1e-06, the model has 0.001"):
+    with pytest.raises(UserError, match="layer_norm_eps 1e-06, but the model has 0.001"):
         to_timm(make_model("none", layer_norm_eps=1e-3))
     model = make_model("none", qkv_bias=False, intermediate_size=82)  # 48 * (82 / 48) is below 82 in floating point
     assert_same(logits_of(to_timm(model), make_images()), logits_of(model, make_images()))
@@ -287,7 +287,7 @@ def test_heads_are_put_into_the_order_of_the_students_labels(tmp_path):
     model = make_model("both")
     model.save_pretrained(tmp_path)
     student, report = load_student(tmp_path, make_config("both", labels=["gnu", "cat", "emu", "dog", "fox"]))
-    assert len(report) == 2 and all("order of labels" in sentence for sentence in report)
+    assert len(report) == 2 and all("reordered to the dataset's labels" in sentence for sentence in report)
     expected = logits_of(model, make_images())[:, [4, 0, 2, 1, 3]]
     assert_same(logits_of(student.eval(), make_images()), expected)
 
@@ -297,8 +297,8 @@ def test_heads_are_new_where_labels_differ_and_the_rest_is_kept(tmp_path):
     save_transformers(model, make_image_processor(), tmp_path)
     student, report = load_student(tmp_path, make_config("both", labels=["cat", "dog", "yak"]))
     assert report == [
-        "The class head is newly initialised: the source has other labels (5 of them).",
-        "The distillation head is newly initialised: the source has other labels (5 of them).",
+        "The class head is newly initialised: the source has different labels (5 of them).",
+        "The distillation head is newly initialised: the source has different labels (5 of them).",
     ]
     assert student.class_head.weight.shape == (3, 48)
     assert student.class_head.weight.abs().max() < 0.1 and student.class_head.bias.abs().max() == 0
@@ -328,7 +328,7 @@ def test_token_that_the_student_lacks_is_left_behind(tmp_path):
     model = make_model("both")
     model.save_pretrained(tmp_path)
     student, report = load_student(tmp_path, make_config("distill_alone"))
-    assert report == ["The source's class token and its head are left behind."]
+    assert report == ["The source's class token and its head are not used."]
     theirs, ours = model.deit_ti.embeddings, student.deit_ti.embeddings
     assert torch.equal(ours.distillation_token, theirs.distillation_token)
     assert torch.equal(ours.position_embeddings, theirs.position_embeddings[:, 1:])
@@ -377,8 +377,8 @@ def test_timm_architecture_starts_from_its_pretrained_weights_on_the_hub(monkeyp
     config = DeiTTiConfig(id2label=dict(enumerate(LABELS)), **MODES["both"][0])
     student, report = load_student(name, config)
     assert report == [
-        "The class head is newly initialised: the source has other labels (1000 of them).",
-        "The distillation head is newly initialised: the source has other labels (1000 of them).",
+        "The class head is newly initialised: the source has different labels (1000 of them).",
+        "The distillation head is newly initialised: the source has different labels (1000 of them).",
     ]
     with torch.no_grad():
         tokens = student.eval().deit_ti(make_images(224)).last_hidden_state
@@ -399,7 +399,7 @@ def test_student_starts_from_what_timm_saved_itself(mode, tmp_path):
 
 def test_starting_names_what_does_not_fit(tmp_path):
     make_model("none", hidden_size=96).save_pretrained(tmp_path / "wide")
-    with pytest.raises(UserError, match="--model_name_or_path .*wide: its hidden_size is 96, the student's 48"):
+    with pytest.raises(UserError, match="--model_name_or_path .*wide: its hidden_size is 96, but the student's is 48"):
         load_student(tmp_path / "wide", make_config("none"))
     resnet = ResNetConfig(embedding_size=8, hidden_sizes=[8], depths=[1], layer_type="basic")
     ResNetForImageClassification(resnet).save_pretrained(tmp_path / "resnet")
@@ -418,7 +418,7 @@ def test_starting_names_what_cannot_be_loaded(tmp_path):
         load_student(tmp_path / "nowhere", config)
     with pytest.raises(UserError, match="someone/nothing: .* Offline, name a folder"):
         load_student("someone/nothing", config)
-    with pytest.raises(UserError, match="no pretrained weights of deit_tiny_patch16_224.none_such"):
+    with pytest.raises(UserError, match="no pretrained weights for deit_tiny_patch16_224.none_such"):
         load_student("deit_tiny_patch16_224.none_such", config)
 
 
@@ -431,7 +431,7 @@ def test_incomplete_checkpoints_are_refused(kind, tmp_path):
     del state[next(key for key in state if "key.weight" in key or "qkv.weight" in key)]
     save_file(state, file, metadata={"format": "pt"})
     ours, theirs = "deit_ti.layers.0.attention.qkv.weight", "vit.layers.0.attention.k_proj.weight"
-    with pytest.raises(UserError, match=f"incomplete, without {ours if kind == 'native' else theirs}"):
+    with pytest.raises(UserError, match=f"incomplete and lacks {ours if kind == 'native' else theirs}"):
         load_student(tmp_path, make_config("none"))
     file.write_bytes(file.read_bytes()[:1000])
     with pytest.raises(UserError, match="--model_name_or_path .*: the folder holds no .*SafetensorError"):
@@ -450,7 +450,7 @@ def test_pickled_weights_and_remote_code_are_refused(tmp_path):
     document = {"model_type": "elsewhere", "auto_map": auto_map}
     (tmp_path / "remote" / "config.json").write_text(json.dumps(document))
     (tmp_path / "remote" / "code.py").write_text(f"open({str(tmp_path / 'ran')!r}, 'w')")
-    with pytest.raises(UserError, match="it runs code of its own"):
+    with pytest.raises(UserError, match="it has custom code"):
         load_student(tmp_path / "remote", make_config("none"))
     assert not (tmp_path / "ran").exists()
 
@@ -485,7 +485,7 @@ def test_command_converts_a_finished_run_and_says_how_to_load_it(to, finished_ru
     [
         (["nowhere", "--to", "timm"], "nowhere is not a folder"),
         (["someone/nothing", "--to", "timm", "--output", "{run}/new"], "there is no such folder"),
-        (["{run}", "--to", "timm", "--output", "{run}"], "exists already"),
+        (["{run}", "--to", "timm", "--output", "{run}"], "already exists"),
         (["{run}/transformers", "--to", "timm"], "it is a deit, not a deit_ti"),
         (["{run}", "--to", "elsewhere"], "invalid choice"),
     ],

@@ -350,7 +350,7 @@ def test_interpolated_positions_keep_the_tokens_rows_and_resample_the_grid():
 
 def test_another_image_size_is_refused_unless_positions_are_interpolated():
     model = small_model()
-    with pytest.raises(ValueError, match="48x40 pixels, but the model takes 32x32"):
+    with pytest.raises(ValueError, match="48x40 pixels, but the model expects 32x32"):
         model(torch.randn(1, 3, 48, 40))
     assert model(torch.randn(1, 3, 48, 40), interpolate_pos_encoding=True).logits.shape == (1, 5)
 

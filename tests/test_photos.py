@@ -39,7 +39,7 @@ def test_photos_of_mixed_sizes_and_formats_are_learned_from_two_pretrained_netwo
     recipe = REPOSITORY / "recipes" / "photos.yaml"
     ended = run(f"--config={recipe}", *(f"--{name}={value}" for name, value in flags.items()), cwd=tmp_path)
     assert ended.returncode == 0, ended.stderr
-    assert "newly initialised: the source has other labels (1000 of them)" in ended.stdout
+    assert "newly initialised: the source has different labels (1000 of them)" in ended.stdout
     record = RunRecord.load(tmp_path / "run")
     assert (record.base_model, record.teacher.fitted) == ("deit", "pretrained")
     assert record.dataset.label_names == ["lake", "meadow", "sunset"] and record.dataset.num_train_images == 54

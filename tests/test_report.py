@@ -272,7 +272,7 @@ def test_a_dataset_without_training_images_is_evaluated_on_what_it_has(tmp_path)
         (["{models}/animals", "--dataset_name=digits"], "MODEL {models}/animals: it does not know all labels"),
         (["{models}/digits", "--dataset_name=digits", "--batch_size=0"], "--batch_size 0: must be at least 1"),
         (["{models}/digits", "--dataset_name=digits", "--max_eval_samples=0"], "--max_eval_samples 0: must be"),
-        (["{models}/digits", "--dataset_name=digits", "--output_dir={tmp}/old"], "it holds a report already"),
+        (["{models}/digits", "--dataset_name=digits", "--output_dir={tmp}/old"], "it already holds a report"),
     ],
 )
 def test_mistakes_end_with_code_2_and_one_message(arguments, message, models, tmp_path, capsys):

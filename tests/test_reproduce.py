@@ -284,7 +284,7 @@ def test_a_mistake_that_train_hf_finds_is_passed_on(call):
         (["--learning_rate=1"], "unrecognized arguments: --learning_rate=1"),
         (["--", "--learning_rat=1"], "unknown flag --learning_rat=1; did you mean --learning_rate?"),
         (["--", "--output-dir=here"], "--output-dir after `--`: each run sets its own"),
-        (["--", "--hub_token=hf_mine"], "--hub_token would stand in the results: set HF_TOKEN instead"),
+        (["--", "--hub_token=hf_mine"], "--hub_token would appear in the results: set HF_TOKEN instead"),
         (["--", "--teacher_num_train_epochs=0"], "the teacher is a row of the table"),
         (["--cnn_model_name_or_path=deit_ti", "--", "--image_size=30"], "--patch_size 16 does not divide"),
     ],

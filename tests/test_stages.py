@@ -55,7 +55,7 @@ def test_a_recipe_without_stages_is_one_run():
         ([], "stages must be a list"),
         ("patch_size: 8", "stages must be a list"),
         ([{"patchsize": 8}], "unknown key 'patchsize'; did you mean --patch_size"),
-        ([{"dataset_name": "digits"}, {}], "dataset_name is the same for all stages"),
+        ([{"dataset_name": "digits"}, {}], "dataset_name must be the same for all stages"),
         ([{"patch_size": 7}, {}], "--patch_size 7 does not divide"),
     ],
 )

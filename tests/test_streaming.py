@@ -503,7 +503,7 @@ def test_a_label_out_of_range_and_a_file_that_is_cut_off_are_told(tmp_path):
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
-        ({"max_train_samples": 10}, "--max_train_samples takes a random subset"),
+        ({"max_train_samples": 10}, "--max_train_samples draws a random subset"),
         ({"augment_on": "device"}, "--augment_on device"),
         ({"shuffle_buffer_size": 0}, "--shuffle_buffer_size 0"),
     ],
@@ -521,11 +521,11 @@ def test_datasets_that_cannot_be_streamed_are_told_before_training(parquet, tmp_
     with pytest.raises(UserError, match="--streaming reads Parquet files.*Csv"):
         load(tmp_path / "csv")
     write_parquet(tmp_path / "one" / "train-00000.parquet", range(20), 10)
-    with pytest.raises(UserError, match="cannot hold images out of the split `train`"):
+    with pytest.raises(UserError, match="cannot hold out images from the split `train`"):
         load(tmp_path / "one")
     with pytest.raises(UserError, match="without --validation_from_train"):
         load(parquet, validation_from_train=True)
     with pytest.raises(UserError, match="--image_column_name nothing: no such column"):
         load(parquet, image_column_name="nothing")
-    with pytest.raises(UserError, match=r"487 training images are fewer than one step.*\(600\)"):
+    with pytest.raises(UserError, match=r"487 training images are too few for one step.*\(600\)"):
         epoch(load(parquet).train, processes=2, batch_size=300)

@@ -267,8 +267,8 @@ def test_told_to_stop_in_a_step(reference, tmp_path, signum):
     assert stopped.returncode == 75
     assert f"{name}: finishing the step, then writing a checkpoint." in stopped.stderr
     assert stopped.stderr.splitlines()[-1] == (
-        f"train_hf.py: stopped by {name} after step 9 of 12; {checkpoint} is written. "
-        "Run the same command again to go on."
+        f"train_hf.py: stopped by {name} after step 9 of 12; {checkpoint} has been written. "
+        "Run the same command again to resume."
     )
     assert "Traceback" not in stopped.stderr
     assert last_complete(tmp_path / "run") == str(checkpoint)
@@ -324,7 +324,7 @@ def test_told_to_stop_while_what_it_leaves_is_written_it_goes_on(reference, tmp_
         stopped = run(*FLAGS, *places(tmp_path), fault={"function": function, "signum": signal.SIGTERM})
         assert stopped.returncode == 75 and "Traceback" not in stopped.stderr
         last = stopped.stderr.splitlines()[-1]
-        assert last == "train_hf.py: stopped by SIGTERM. Run the same command again to go on."
+        assert last == "train_hf.py: stopped by SIGTERM. Run the same command again to resume."
         assert not (tmp_path / "run" / "all_results.json").exists()  # so it is not taken for finished
     assert resume(tmp_path).returncode == 0
     assert_same_end(reference, tmp_path)

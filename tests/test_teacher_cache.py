@@ -278,7 +278,7 @@ def test_a_batch_that_is_not_of_the_epoch_turns_the_cache_off(epoch, log):
     later = TrainSampler(32, 8, seed=1)
     later.set_epoch(1)
     epoch.read(cache, [list(later)[:8]])
-    assert epoch.calls == 1 and "seeds that are not of its epoch" in log.text
+    assert epoch.calls == 1 and "seeds that are not from its epoch" in log.text
 
 
 def test_two_processes_fill_one_file_each_with_its_own_rows(epoch):
@@ -341,7 +341,7 @@ def test_on_a_full_disk_the_run_goes_on_and_says_so(epoch, log, rows):
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
     assert calls == epoch.calls == 4
     (message,) = log.messages
-    assert f"cannot be stored in {epoch.folder}" in message
+    assert f"cannot store its logits in {epoch.folder}" in message
     epoch.read(epoch.cache())  # there is room again, and what was written whole is used
     assert epoch.calls == 4 - rows // 8
 
@@ -349,7 +349,7 @@ def test_on_a_full_disk_the_run_goes_on_and_says_so(epoch, log, rows):
 def test_a_folder_that_cannot_be_made_turns_the_cache_off(epoch, log):
     epoch.folder.write_text("a file")
     epoch.read(epoch.cache())
-    assert epoch.calls == 4 and "cannot be stored" in log.text
+    assert epoch.calls == 4 and "cannot store its logits in" in log.text
 
 
 # ---- Keys and limits ----

@@ -142,7 +142,7 @@ def test_the_saved_model_has_the_temperature_in_the_weights_of_its_heads(finishe
     for name, weight in trained.items():
         expected = weight / scaling["temperature"] if "_head." in name else weight
         assert torch.equal(saved[name], expected), name
-    assert "it is in the weights of the heads" in (folder / "README.md").read_text()
+    assert "it is folded into the weights of the heads" in (folder / "README.md").read_text()
 
 
 def test_a_run_tells_the_person_what_came_out(finished):

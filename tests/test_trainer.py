@@ -512,10 +512,10 @@ def test_several_gpus_of_one_process_are_refused(tmp_path, monkeypatch):
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
 def test_fp16_without_a_gpu_is_refused(tmp_path, monkeypatch):
-    with pytest.raises(UserError, match="fp16 is asked for.*no GPU"):
+    with pytest.raises(UserError, match="fp16 was requested.*no GPU"):
         arguments(output_dir=tmp_path, fp16=True)
     monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "fp16")
-    with pytest.raises(UserError, match="fp16 is asked for.*no GPU"):
+    with pytest.raises(UserError, match="fp16 was requested.*no GPU"):
         arguments(output_dir=tmp_path)
 
 
@@ -566,7 +566,7 @@ def test_told_to_stop_in_the_last_evaluation_a_run_without_checkpoints_writes_on
     trainer = make_trainer(digits, tmp_path, **recipe)
     trainer.add_callback(Scheduler())
     before = signal.getsignal(signal.SIGTERM)
-    with pytest.raises(Interrupted, match="stopped by SIGTERM after step 4 of 4; .*checkpoint-4 is written"):
+    with pytest.raises(Interrupted, match="stopped by SIGTERM after step 4 of 4; .*checkpoint-4 has been written"):
         trainer.train()
     assert signal.getsignal(signal.SIGTERM) == before
     assert flaw_of(tmp_path / "checkpoint-4") is None
@@ -680,7 +680,7 @@ def test_balanced_class_weights_teach_the_rare_classes_of_unbalanced_digits(tmp_
 
 
 def test_class_weights_without_a_loss_of_labels_are_refused(tmp_path):
-    with pytest.raises(UserError, match="^--class_weights balanced is for the loss of the labels"):
+    with pytest.raises(UserError, match="^--class_weights balanced applies to the label loss"):
         arguments(output_dir=tmp_path, distill_mode="distill", single_token="true", class_weights="balanced")
 
 

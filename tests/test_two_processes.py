@@ -109,7 +109,7 @@ def test_every_evaluation_image_counts_once(one, two):
 
 def test_every_file_is_written_and_everything_said_by_one_process(one, two):
     folder, ended = two
-    assert ended.stdout.count("Trained in") == 1 and ended.stdout.count("is right on") == 1
+    assert ended.stdout.count("Trained in") == 1 and ended.stdout.count("split correctly") == 1
     names = [{path.relative_to(root) for path in root.rglob("*")} for root in (one / "run", folder / "run")]
     assert {path.name for path in names[1] - names[0]} == {"rng_state_0.pth", "rng_state_1.pth"}
     assert {path.name for path in names[0] - names[1]} == {"rng_state.pth"}
@@ -129,7 +129,7 @@ def test_a_run_that_is_killed_in_both_processes_goes_on_in_both_or_in_one(one, t
     shutil.copytree(tmp_path / "run", tmp_path / "alone")
     alone = run(*flags, f"--output_dir={tmp_path / 'alone'}")
     assert alone.returncode == 0, alone.stderr
-    assert "checkpoint-8; a step's 16 images are now 1 x 2 x 8 (processes x accumulation x batch)\n" in alone.stdout
+    assert "checkpoint-8; the global batch of 16 is now 1 x 2 x 8 (processes x accumulation x batch)\n" in alone.stdout
     assert "do not match" not in alone.stderr  # transformers' warning of other batches
     assert_same_losses(one / "run", tmp_path / "alone")
     for process in start_together(2, *flags):
@@ -164,7 +164,7 @@ def test_the_teacher_is_fitted_once_by_two_processes_then_one_then_two_and_a_sig
     (checkpoint,) = (tmp_path / "teachers").glob("*/checkpoint-*")
     assert checkpoint.name == "checkpoint-5" and flaw_of(checkpoint) is None
     alone = run(*flags, fault={"function": STEP, "call": 7, "signum": signal.SIGTERM})
-    assert "Student: beginning again; a step's 16 images are now 1 x 2 x 8" in alone.stdout
+    assert "Student: starting over; the global batch of 16 is now 1 x 2 x 8" in alone.stdout
     assert alone.returncode == 75 and "train_hf.py: stopped by SIGTERM after step 12 of 72" in alone.stderr
     ended, other = (process.wait() for process in start_together(2, *flags))
     assert ended.returncode == other.returncode == 0, ended.stderr

@@ -1,8 +1,8 @@
-"""What a finished run says about itself: its record, its training curves and its model card.
+"""What a finished run leaves for readers: its record, training curves, report and model card.
 
-`RunRecord` (record.py) is plain data that the run fills in. `plot_training_curves` (curves.py) draws its log.
-`Report` (report.py) is what its predictions say, `draw_report` (report_pictures.py) its pictures.
-`write_model_card` (card.py) renders record and report through their templates, with the help of markdown.py.
+`RunRecord` (record.py) is plain data that the run fills in. `plot_training_curves` (curves.py) plots the run's log.
+`Report` (report.py) evaluates its predictions, and `draw_report` (report_pictures.py) draws the figures.
+`write_model_card` (card.py) renders record and report with their templates; markdown.py formats the values.
 """
 
 from .card import EXAMPLE_FILE, PUBLISHED_BASELINE, example_files, report_section, write_model_card

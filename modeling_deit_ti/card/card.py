@@ -1,4 +1,4 @@
-"""The model card of a run: the templates hold the prose, this module the numbers, formulas and metadata."""
+"""The model card of a run. The templates hold the prose; this module supplies numbers, formulas and metadata."""
 
 import json
 import os
@@ -20,7 +20,7 @@ from .report_pictures import MISTAKES_FILE
 TEMPLATE, REPORT_TEMPLATE = (Path(__file__).with_name(name) for name in ("template.md", "report.md"))
 EXAMPLE_FILE = "example.png"  # and example_2.png, ...
 
-# Top-1 of the published baseline, a student re-implementation of DeiT-Ti on CIFAR-10: 20 epochs, 224x224, one T4 GPU.
+# Top-1 of the published baseline, a student project's DeiT-Ti on CIFAR-10: 20 epochs, 224x224, one T4 GPU.
 # Its token rows are named after their read-out; "class" and "distillation" are networks with only that token.
 PUBLISHED_BASELINE = {
     "none": 0.6769,
@@ -32,13 +32,13 @@ PUBLISHED_BASELINE = {
     "both, hard teacher": 0.4611,
     "resnet18": 0.8846,
 }
-NUM_WORST_CLASSES = 10  # are listed of many
+NUM_WORST_CLASSES = 10  # listed if there are more than MAX_MATRIX_CLASSES
 READOUT_NAMES = {"class": "class head", "distillation": "distillation head", "both": "both heads, mean of logits"}
 
 
 @dataclass
 class ResultRow:
-    """Accuracies of one read-out, from 0 to 1. `baseline` is top-1 of the published baseline."""
+    """Accuracies of one read-out, from 0 to 1. `baseline` is the published baseline's top-1."""
 
     name: str
     predicts: bool
@@ -48,12 +48,12 @@ class ResultRow:
 
 
 def example_files(folder: str | os.PathLike) -> list[Path]:
-    """The images that a run has left to try its model on, of different classes."""
+    """The example images that a run has saved to try its model on, each of a different class."""
     return sorted(Path(folder).glob("example*.png"))
 
 
 def write_model_card(record: RunRecord, folder: str | os.PathLike) -> None:
-    """Writes the card to `README.md` in the run's folder, after all else: it covers what it finds there."""
+    """Writes the card to `README.md` in the run's folder. Call it last: it only covers the files already there."""
     folder = Path(folder)
     name = record.hub_model_id.rpartition("/")[2] if record.hub_model_id else folder_name(folder)
     rows = results(record)
@@ -118,7 +118,7 @@ def card_metadata(record: RunRecord, name: str, rows: list[ResultRow]) -> ModelC
     )
     if record.base_model_on_hub:
         metadata["base_model"], metadata["base_model_relation"] = record.base_model, "finetune"
-    # Not a base model: the Hub knows adapter, finetune, merge and quantized, and a student is none of them.
+    # Not a base model: the Hub's relations are adapter, finetune, merge and quantized, and a student is none of these.
     if mode.has_teacher and teacher.source == "hub":
         metadata["teacher"] = teacher.name
     return metadata
@@ -128,7 +128,7 @@ def card_metadata(record: RunRecord, name: str, rows: list[ResultRow]) -> ModelC
 
 
 def results(record: RunRecord) -> list[ResultRow]:
-    """A row per read-out, the predicting one first."""
+    """One row per read-out, the one that predicts first."""
     mode, metrics = record.mode, record.metrics
     keys = {mode.readout: "eval_accuracy"}
     if len(mode.tokens) == 2:
@@ -138,7 +138,7 @@ def results(record: RunRecord) -> list[ResultRow]:
             name=READOUT_NAMES[readout] if record.architecture == "deit_ti" else record.architecture,
             predicts=readout == mode.readout,
             accuracy=metrics[key],
-            # With five labels or fewer, the true one is always among the first five.
+            # With five labels or fewer, top-5 accuracy is always 1.
             top5=metrics[f"{key}_top5"] if len(record.dataset.label_names) > 5 else None,
             baseline=baseline_row(record, readout),
         )
@@ -147,7 +147,7 @@ def results(record: RunRecord) -> list[ResultRow]:
 
 
 def baseline_row(record: RunRecord, readout: str) -> float | None:
-    """Top-1 in `PUBLISHED_BASELINE` that corresponds to a read-out, if there is one."""
+    """The top-1 in `PUBLISHED_BASELINE` that corresponds to a read-out, if any."""
     mode = record.mode
     if not record.dataset.is_cifar10:
         return None
@@ -161,7 +161,7 @@ def baseline_row(record: RunRecord, readout: str) -> float | None:
 
 
 def report_section(folder: str | os.PathLike) -> str:
-    """The report that is in the folder, in short and in markdown."""
+    """A summary of the report in the folder, as Markdown."""
     folder = Path(folder)
     report = json.loads((folder / REPORT_FILE).read_text(encoding="utf-8"))
     classes = report["classes"]
@@ -182,8 +182,8 @@ def report_section(folder: str | os.PathLike) -> str:
 
 
 def loss_equation(mode: DistillMode, has_class_weights: bool = False) -> str:
-    """The training loss of a mode, with its numbers; `class`, `distillation` and `teacher` are logits, `y` labels, `w`
-    class weights; `z` standardises logits."""
+    """The training loss of a mode, with its alpha and temperature filled in. `class`, `distillation` and `teacher` are
+    logits, `y` labels, `w` class weights; `z` standardises logits."""
     on_labels = "w(y) CE(class, y)" if has_class_weights else "CE(class, y)"
     if not mode.has_teacher:
         return f"loss = {on_labels}"

@@ -1,4 +1,4 @@
-"""The training curves of a run: accuracies and losses over the epochs, in one picture."""
+"""The training curves of a run: accuracies and losses over the epochs, in one figure."""
 
 import os
 
@@ -31,9 +31,9 @@ LOSS_CURVES = {
 
 def curve_series(log_history: list[dict], key: str) -> tuple[list[float], list[float]]:
     """
-    One logged quantity of a Trainer's `state.log_history`, as epochs and values, without those that are not finite.
+    One quantity from a Trainer's `state.log_history`, as epochs and values. Values that are not finite are dropped.
 
-    If an epoch has two values, the first counts: the second comes from the evaluation after training, possibly of
+    If an epoch has two values, the first is used: the second comes from the evaluation after training, possibly of
     another checkpoint.
     """
     values = {}
@@ -47,7 +47,7 @@ def curve_series(log_history: list[dict], key: str) -> tuple[list[float], list[f
 def plot_training_curves(
     log_history: list[dict], file: str | os.PathLike, teacher_accuracy: float | None = None
 ) -> Figure:
-    """Saves a picture of accuracies and losses over the epochs, 1650 x 660 pixels. Accuracies are from 0 to 1."""
+    """Saves a plot of accuracies and losses over the epochs, 1650 x 660 pixels. Accuracies are from 0 to 1."""
     accuracies = {key: curve_series(log_history, key) for key in ACCURACY_CURVES}
     losses = {key: curve_series(log_history, key) for key in LOSS_CURVES}
     if accuracies["eval_accuracy_both"][0]:
@@ -89,16 +89,16 @@ def plot_training_curves(
 
 
 def _draw(axes: Axes, epochs: list, values: list, name: str, colour: str, style: str, show) -> None:
-    """Draws one curve, labelled with its name and its last value in the form that `show` gives it."""
+    """Draws one curve, labelled with its name and its last value, which `show` formats."""
     if not epochs:
         return
     logs_per_epoch = len(epochs) / max(epochs[-1], 1)
     if len(epochs) > 60 and logs_per_epoch > 3:
-        # Logged by step: each log faintly, and over it their running mean over an epoch or a 25th of the run.
+        # Many logs per epoch: draw them faintly, with their running mean over an epoch or a 25th of the run on top.
         axes.plot(epochs, values, color=colour, linewidth=0.6, alpha=0.25)
         axes.set_xlabel("epoch (faint: each log, bold: running mean)")
         window = np.ones(max(3, round(min(logs_per_epoch, len(epochs) / 25))))
-        # At either end there are fewer values than the window is wide.
+        # At either end, the window covers fewer values.
         values = np.convolve(values, window, "same") / np.convolve(np.ones(len(values)), window, "same")
     label, marker = f"{name} {show(values[-1])}", "o" if len(epochs) <= 30 else None
     axes.plot(epochs, values, style, color=colour, linewidth=1.6, marker=marker, markersize=3.5, label=label)

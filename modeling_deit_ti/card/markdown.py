@@ -1,4 +1,4 @@
-"""Values as text for a card: names that users chose cannot break its markdown, tables, HTML or formulas."""
+"""Formats values for a card, so that names chosen by users cannot break its Markdown, tables, HTML or formulas."""
 
 import re
 
@@ -11,14 +11,14 @@ def clean(value: object) -> str:
 
 
 def text(value: object) -> str:
-    """Text that is shown exactly as written in markdown, tables, HTML and formulas."""
+    """Text that is shown exactly as written in Markdown, tables, HTML and formulas."""
     line = clean(value) or "(blank)"
     # Entities rather than backslashes: they are safe in all four. So is an underscore inside a word.
     return re.sub(r"[\\`*<>\[\]|~&${}!#]|(?<![^\W_])_|_(?![^\W_])", lambda found: f"&#{ord(found.group())};", line)
 
 
 def code(value: object) -> str:
-    """A value as inline code where possible: a backtick would end a code span, and a bar a table cell."""
+    """A value as inline code where possible: a backtick would end the code span, and a bar the table cell."""
     if isinstance(value, bool):
         return "yes" if value else "no"
     line = clean(f"{value:g}" if isinstance(value, float) else value)
@@ -26,12 +26,12 @@ def code(value: object) -> str:
 
 
 def percent(value: float) -> str:
-    """A fraction, from 0 to 1, as a percentage."""
+    """A fraction from 0 to 1 as a percentage."""
     return f"{100 * value:.2f} %"
 
 
 def duration(seconds: float) -> str:
-    """A time in hours and minutes, in minutes and seconds or in seconds."""
+    """A duration in hours and minutes, minutes and seconds, or seconds."""
     minutes, rest = divmod(round(seconds), 60)
     if minutes >= 60:
         hours, minutes = divmod(round(seconds / 60), 60)

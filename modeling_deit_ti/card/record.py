@@ -22,16 +22,16 @@ from ..distillation import DistillMode
 
 
 RECORD_FILE = "run_record.json"
-# Of a CPU: what decides how fast it multiplies matrices, by the names that Linux has for them.
+# The CPU instructions that decide how fast it multiplies matrices, under Linux's names.
 INSTRUCTIONS = ("avx2", "avx512f", "avx512_vnni", "avx512_bf16", "avx512_fp16", "amx_bf16", "amx_int8", "bf16")
 CIFAR10_LABELS = {"airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck"}
 
 
 @dataclass
 class DatasetRecord:
-    """The images of a run."""
+    """The dataset of a run."""
 
-    name: str  # the value of --dataset_name; of a local folder, only its last part is kept
+    name: str  # the value of --dataset_name; for a local folder, only the last part of its path
     source: Literal["hub", "local", "scikit-learn"]
     label_names: list[str]  # in the order of the label ids
     num_train_images: int  # after --max_train_samples
@@ -53,12 +53,12 @@ class DatasetRecord:
 class TeacherRecord:
     """The teacher of a run."""
 
-    name: str  # a timm architecture, a Hub id or a folder; of a local folder, only its last part is kept
+    name: str  # a timm architecture, a Hub id, or the last part of a local folder's path
     source: Literal["timm", "hub", "local"]
     num_parameters: int
     image_size: int  # height and width of its input, in pixels
-    accuracy: float | None = None  # top-1 on the evaluation split, from 0 to 1, once it is measured
-    # What it was fitted to the dataset from, if its head was fitted at all; None: used as is.
+    accuracy: float | None = None  # top-1 on the evaluation split, from 0 to 1, once measured
+    # How it was fitted to the dataset; None if it is used as is.
     fitted: Literal["scratch", "pretrained", "untrained"] | None = None
     hyperparameters: dict = field(default_factory=dict)  # of that fitting
 
@@ -84,13 +84,13 @@ def describe_hardware(args: TrainingArguments) -> str:
 
 
 def describe_cores(*details: str) -> str:
-    """`8 CPU cores (x86_64)`, with the details in the brackets, too."""
+    """`8 CPU cores (x86_64)`, with any details added in the brackets."""
     count = cpu_count()
     return f"{count} CPU core{'s' if count != 1 else ''} ({', '.join((platform.machine(), *details))})"
 
 
 def processor_facts() -> list[str]:
-    """The processor's name, and those of its instructions that matter here. Empty where Linux does not tell."""
+    """The processor's name, and those of its instructions that matter here. Empty if the system does not list them."""
     name = re.search(r"^model name\s*: (.+)$", cpu_info(), re.MULTILINE)
     flags = re.search(r"^(?:flags|Features)\s*: (.+)$", cpu_info(), re.MULTILINE)
     known = set(flags[1].split()) if flags else set()
@@ -99,7 +99,7 @@ def processor_facts() -> list[str]:
 
 @dataclass
 class RunRecord:
-    """Everything that a card says about a run. It is pushed: without credentials, and of paths only the last part."""
+    """Everything that a card says about a run. It is pushed, so it holds no credentials or absolute paths."""
 
     architecture: str  # "deit_ti", or the name of a timm architecture
     num_parameters: int  # of the student
@@ -107,18 +107,18 @@ class RunRecord:
     mode: DistillMode
     dataset: DatasetRecord
     metrics: dict[str, float]  # those of all_results.json; anything but a finite number is dropped
-    hyperparameters: dict  # the arguments that matter, by the names of their flags; None values are dropped
+    hyperparameters: dict  # the arguments that matter, by flag name; None values are dropped
     hardware: str  # see `describe_hardware`
     teacher: TeacherRecord | None = None
     patch_size: int | None = None  # of a DeiT-Ti, in pixels
     drop_path_rate: float | None = None  # of a DeiT-Ti
-    base_model: str | None = None  # the model that the student's weights come from; None if they were random
-    base_model_on_hub: bool = False  # whether that is a Hub id, rather than a local folder
+    base_model: str | None = None  # the model whose weights the student starts from; None for random weights
+    base_model_on_hub: bool = False  # whether that is a Hub id rather than a local folder
     hub_model_id: str | None = None  # owner/name, if the model is pushed
     license: str = "unknown"  # one of the Hub's license identifiers
-    earlier_stages: list[dict] = field(default_factory=list)  # of a recipe with stages, see `as_stage`
+    earlier_stages: list[dict] = field(default_factory=list)  # of a recipe with stages; see `as_stage`
     command: list[str] | None = None  # the full command line: ["accelerate", "launch", *sys.argv]
-    example_label: str | None = None  # of the image that the run saved as example.png, if it saved one
+    example_label: str | None = None  # of the image saved as example.png, if there is one
     versions: dict[str, str] = field(default_factory=library_versions)
     date: str = field(default_factory=lambda: date.today().isoformat())
 
@@ -131,27 +131,27 @@ class RunRecord:
 
     @property
     def stages(self) -> list[dict]:
-        """Of the whole training: the earlier stages, if its recipe has any, then this run."""
+        """The earlier stages, if the recipe has any, followed by this run."""
         return [*self.earlier_stages, self.as_stage()]
 
     @property
     def epochs(self) -> float:
-        """Of all stages, as trained: `max_steps` may end one before its `num_train_epochs`."""
+        """Epochs actually trained, over all stages: `max_steps` may end one before its `num_train_epochs`."""
         return sum(stage["epochs"] for stage in self.stages)
 
     @property
     def seconds(self) -> float:
-        """Of training, all stages together, with the evaluations between epochs."""
+        """Training time over all stages, including the evaluations between epochs."""
         return sum(stage["seconds"] for stage in self.stages)
 
     @property
     def images_seen(self) -> int:
-        """In training, all stages together: an image counts in each epoch."""
+        """Images seen in training, over all stages; an image counts again in each epoch."""
         return sum(stage["images_seen"] for stage in self.stages)
 
     @property
     def images_per_second(self) -> float:
-        """In training, on average over all stages."""
+        """Average training throughput over all stages."""
         return self.images_seen / self.seconds
 
     def as_stage(self) -> dict:
@@ -186,7 +186,7 @@ class RunRecord:
 
 
 def is_finite(value) -> bool:
-    """Whether a value is a number other than NaN and infinity."""
+    """Whether a value is a finite number."""
     return isinstance(value, Real) and math.isfinite(value)
 
 
@@ -204,7 +204,7 @@ def folder_name(path: str | os.PathLike) -> str:
 
 
 def shown_names(names: list[str]) -> list[str]:
-    """What reports and pages, which are shared, call one or two models: a folder by the last part of its path."""
+    """Names for one or two models in reports and pages, which are shared: folders by the last part of their path."""
     shown = [folder_name(name) if os.path.isdir(os.path.expanduser(name)) else name for name in names]
     if len(set(shown)) < len(shown):  # outputs/a/best, outputs/b/best
         return [f"{name} ({order})" for name, order in zip(shown, ("first", "second"), strict=True)]
@@ -212,7 +212,7 @@ def shown_names(names: list[str]) -> list[str]:
 
 
 def shareable(value):
-    """The value as plain JSON data: enums become their values; `None`, credentials and absolute paths are removed."""
+    """The value as plain JSON data: enums as their values, absolute paths cut to their last part, no credentials."""
     if isinstance(value, dict):
         shown = {name: inner for name, inner in value.items() if inner is not None and not _SECRET_FLAG.search(name)}
         return {name: shareable(inner) for name, inner in shown.items()}
@@ -237,6 +237,6 @@ def shareable_command(command: Iterable[str]) -> list[str]:
         is_flag = word.startswith("-")
         if is_flag:
             is_secret = _SECRET_FLAG.search(flag) is not None
-        if not is_secret:  # nor is the value of a secret flag, which may be a word of its own
+        if not is_secret:  # the value of a secret flag may be a separate word: it is dropped, too
             words.append(f"{flag}={shareable(value)}" if is_flag and equals else shareable(word))
     return words

@@ -1,4 +1,4 @@
-"""What a classifier's predictions say about it, class by class and as probabilities, and about two of them."""
+"""Evaluates a classifier's predictions: scores per class, calibration, and the comparison of two models."""
 
 import json
 import os
@@ -17,18 +17,18 @@ from torch.nn import functional as F
 
 
 REPORT_FILE = "report.json"
-# Of more classes, the most confused pairs are told instead of the whole matrix.
+# With more classes, the most confused pairs are shown instead of the whole matrix.
 MAX_MATRIX_CLASSES = 30
 MAX_PAIRS = 20
 MAX_MISTAKES = 12
-NUM_BINS = 15  # of confidence, as in Guo et al. (2017)
-SPLIT_SEED = 0  # of the images that a temperature is fitted on
+NUM_BINS = 15  # for confidence, as in Guo et al. (2017)
+SPLIT_SEED = 0  # decides which images a temperature is fitted on
 
 
 @dataclass
 class Predictions:
     """
-    What a classifier says of N images with K labels, in the order of the images.
+    A classifier's predictions for N images with K possible labels, in the order of the images.
 
     Args:
         labels, predicted (`np.ndarray`): true and predicted label ids, `(N,)`.
@@ -42,14 +42,14 @@ class Predictions:
     logits: np.ndarray | None = None
 
     def divided_by(self, temperature: float) -> "Predictions":
-        """What the classifier says if its logits are divided by a temperature."""
+        """The predictions after dividing the logits by a temperature."""
         logits = self.logits / temperature
         return replace(self, confidence=softmax(logits, axis=-1).max(axis=-1), logits=logits)
 
 
 @dataclass
 class ClassScores:
-    """Of one class, from 0 to 1. `None` is undefined: no image of the class, or none that was taken for it."""
+    """Scores of one class, from 0 to 1. `None` is undefined: no images of the class, or none predicted as it."""
 
     label: str
     num_images: int
@@ -60,7 +60,7 @@ class ClassScores:
 
 @dataclass
 class ConfusedPair:
-    """How many of the `num_images` of a class are taken for another."""
+    """How many of the `num_images` images of one class are predicted as another."""
 
     label: str
     predicted: str
@@ -70,7 +70,7 @@ class ConfusedPair:
 
 @dataclass
 class Mistake:
-    """A wrong prediction. `row` counts the evaluated images from 0; `confidence` is in the wrong label."""
+    """A wrong prediction. `row` is the index of the evaluated image; `confidence` is in the wrong label."""
 
     row: int
     label: str
@@ -80,7 +80,7 @@ class Mistake:
 
 @dataclass
 class ConfidenceBin:
-    """The images whose predictions have about one confidence: how many, their mean confidence and their accuracy."""
+    """The images with similar confidence: their number, mean confidence and accuracy."""
 
     num_images: int
     confidence: float
@@ -89,7 +89,7 @@ class ConfidenceBin:
 
 @dataclass
 class Calibration:
-    """Whether a confidence is the share of right answers. `bins` are `NUM_BINS` equal ones, without the empty."""
+    """How well confidence matches accuracy. `bins` are the non-empty ones of `NUM_BINS` bins of equal width."""
 
     expected_calibration_error: float
     mean_confidence: float
@@ -99,8 +99,8 @@ class Calibration:
 @dataclass
 class TemperatureScaling:
     """
-    The temperature that fits a random half of the images, and what it does to the calibration on the other half.
-    `is_applied`: the model has it in its weights, and all else in the report is said of that model.
+    A temperature fitted on a random half of the images, and its effect on the calibration on the other half.
+    `is_applied`: it is folded into the model's weights, and the rest of the report is about that model.
     """
 
     temperature: float
@@ -114,8 +114,8 @@ class TemperatureScaling:
 @dataclass
 class Report:
     """
-    The report of one model on one split. Accuracies and scores are from 0 to 1; means over classes leave out those
-    without an image.
+    The report on one model and one split. Accuracies and scores are from 0 to 1; means over classes leave out those
+    without images.
     """
 
     model: str
@@ -127,11 +127,11 @@ class Report:
     macro_f1: float
     classes: list[ClassScores]
     confusion: list[list[int]] | None  # [true][predicted], up to MAX_MATRIX_CLASSES classes
-    confused_pairs: list[ConfusedPair]  # the commonest, at most MAX_PAIRS
+    confused_pairs: list[ConfusedPair]  # the most frequent, at most MAX_PAIRS
     mistakes: list[Mistake]  # those with the highest confidence, at most MAX_MISTAKES
     calibration: Calibration
     temperature_scaling: TemperatureScaling | None = None
-    teacher: dict[str, int] | None = None  # see `agreement`, of teacher and student
+    teacher: dict[str, int] | None = None  # the `agreement` of teacher and student
 
     def save(self, folder: str | os.PathLike) -> None:
         """Writes `report.json` to the folder."""
@@ -153,8 +153,8 @@ def make_report(
     Args:
         predictions ([`Predictions`]): at least one.
         label_names (`Sequence[str]`): by label id.
-        model, dataset, split (`str`): what the report calls them.
-        teacher (`np.ndarray`, *optional*): the labels that the teacher of the model predicts, `(N,)`.
+        model, dataset, split (`str`): their names in the report.
+        teacher (`np.ndarray`, *optional*): the label ids that the model's teacher predicts, `(N,)`.
         temperature_scaling ([`TemperatureScaling`], *optional*): see [`scale_temperature`].
     """
     labels, predicted = predictions.labels, predictions.predicted
@@ -208,7 +208,7 @@ def confidence_interval(accuracy: float, num_images: int) -> tuple[float, float]
 
 
 def calibration(confidence: np.ndarray, is_right: np.ndarray) -> Calibration:
-    """The expected calibration error (Guo et al., 2017, equation 3), and the bins that it is made of."""
+    """The expected calibration error (Guo et al., 2017, equation 3), and the bins behind it."""
     bins = {"bins": NUM_BINS, "range": (0, 1)}
     counts = binned_statistic(confidence, confidence, "count", **bins).statistic
     means, accuracies = binned_statistic(confidence, [confidence, is_right], "mean", **bins).statistic
@@ -223,8 +223,8 @@ def calibration(confidence: np.ndarray, is_right: np.ndarray) -> Calibration:
 
 def scale_temperature(predictions: Predictions) -> TemperatureScaling | None:
     """
-    Temperature scaling (Guo et al., 2017, section 4.2). `None` if the predictions have no logits, or are not two.
-    Where all images that it is fitted to are classified rightly, no temperature fits best, and it is 1.
+    Temperature scaling (Guo et al., 2017, section 4.2). `None` if there are no logits, or fewer than two predictions.
+    If all images that it is fitted on are classified correctly, there is no best temperature, and it is 1.
     """
     if predictions.logits is None or len(predictions.labels) < 2:
         return None
@@ -252,11 +252,11 @@ def scale_temperature(predictions: Predictions) -> TemperatureScaling | None:
 
 def agreement(labels: np.ndarray, first: np.ndarray, second: np.ndarray, names: tuple[str, str]) -> dict[str, int]:
     """
-    How many images both, either or none of two models are right about, and how many get the same wrong label of both.
+    How many images both, only one or neither of two models get right, and how many get the same wrong label from both.
 
     Args:
-        labels, first, second (`np.ndarray`): true label ids and those that the two predict, `(N,)`.
-        names (`tuple[str, str]`): of the two, for the keys.
+        labels, first, second (`np.ndarray`): the true labels and those that each model predicts, `(N,)`.
+        names (`tuple[str, str]`): the models' names, for the keys.
     """
     first_right, second_right = first == labels, second == labels
     return {
@@ -270,7 +270,7 @@ def agreement(labels: np.ndarray, first: np.ndarray, second: np.ndarray, names: 
 
 def compare(labels: np.ndarray, first: np.ndarray, second: np.ndarray) -> dict:
     """
-    Whether the second of two models is more often right than the first, on the same images.
+    Whether the second of two models is right more often than the first on the same images.
 
     Returns:
         The counts of [`agreement`] (`first`, `second`); `difference` of the accuracies, second minus first, from -1 to
@@ -290,7 +290,7 @@ def compare(labels: np.ndarray, first: np.ndarray, second: np.ndarray) -> dict:
 
 
 def verdict(comparison: dict, first: str, second: str) -> str:
-    """A comparison in one sentence; `first` and `second` are what it calls the models."""
+    """A comparison in one sentence; `first` and `second` are the models' names."""
     difference, (low, high), p = (comparison[name] for name in ("difference", "interval", "p_value"))
     if difference < 0:
         first, second, difference, low, high = second, first, -difference, -high, -low

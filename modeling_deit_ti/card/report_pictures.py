@@ -1,4 +1,4 @@
-"""The pictures of a report: confusions, calibration, and the images that the model is most wrong about."""
+"""The figures of a report: confusions, calibration and the most confident mistakes."""
 
 import os
 import warnings
@@ -29,10 +29,10 @@ def draw_report(
     report: Report, folder: str | os.PathLike, image: Callable[[int], PILImage.Image] | None = None
 ) -> None:
     """
-    Saves the pictures to the folder.
+    Saves the figures to the folder.
 
     Args:
-        image (`Callable`, *optional*): from the row of a mistake to its RGB image. Without it, no image is shown.
+        image (`Callable`, *optional*): returns the RGB image of a mistake's `row`. Without it, no images are shown.
     """
     folder = Path(folder)
     confusion = draw_confused_pairs(report) if report.confusion is None else draw_confusion_matrix(report)
@@ -40,7 +40,7 @@ def draw_report(
     if image is not None and report.mistakes:
         figures[MISTAKES_FILE] = draw_mistakes(report, image)
     with warnings.catch_warnings():
-        # The font that comes with matplotlib lacks the characters of some scripts: it draws boxes for them.
+        # matplotlib's default font lacks the characters of some scripts, and draws boxes for them.
         warnings.filterwarnings("ignore", message="Glyph .* missing from font")
         for name, figure in figures.items():
             figure.savefig(folder / name)
@@ -74,7 +74,7 @@ def draw_confusion_matrix(report: Report) -> Figure:
 
 
 def draw_confused_pairs(report: Report) -> Figure:
-    """How many images of one class were most often taken for another."""
+    """The pairs of classes that are confused most often, with their counts."""
     pairs = report.confused_pairs
     figure = Figure(figsize=(9, 1.2 + 0.3 * max(len(pairs), 1)), dpi=DPI, layout="constrained")
     axes = figure.subplots()
@@ -97,7 +97,7 @@ def draw_confused_pairs(report: Report) -> Figure:
 
 
 def draw_reliability(report: Report) -> Figure:
-    """The accuracy at each confidence against the diagonal of a calibrated model, and how many images have it."""
+    """Accuracy by confidence, with the diagonal of a calibrated model, and the share of images at each confidence."""
     calibration, scaling = report.calibration, report.temperature_scaling
     figure = Figure(figsize=(5.2, 6.2), dpi=DPI, layout="constrained")
     accuracy, share = figure.subplots(2, 1, sharex=True, height_ratios=(4, 1))
@@ -110,14 +110,14 @@ def draw_reliability(report: Report) -> Figure:
         label = f"{name}: calibration error {100 * shown.expected_calibration_error:.1f} %"
         confidences = [one.confidence for one in shown.bins]
         accuracies = np.array([one.accuracy for one in shown.bins])
-        # A bin of few images says little: 95 % intervals show how much.
+        # The accuracy of a bin with few images is uncertain: 95 % intervals show how much.
         bounds = np.array([confidence_interval(one.accuracy, one.num_images) for one in shown.bins]).T
         lengths = np.abs(bounds - accuracies)
         accuracy.errorbar(
             confidences, accuracies, lengths, fmt=marker, color=colour, markersize=5, elinewidth=1, label=label
         )
-    accuracy.set(xlim=(0, 1.01), ylim=(0, 1.02), ylabel="accuracy, with its 95 % interval")
-    accuracy.set_title("How often it is right at each confidence", loc="left", fontsize=10)
+    accuracy.set(xlim=(0, 1.01), ylim=(0, 1.02), ylabel="accuracy, with 95 % interval")
+    accuracy.set_title("Accuracy by confidence", loc="left", fontsize=10)
     figure.legend(loc="outside lower left", frameon=False, fontsize=9)
     total = report.num_images
     confidences = [one.confidence for one in calibration.bins]
@@ -134,10 +134,10 @@ def draw_reliability(report: Report) -> Figure:
 
 
 def draw_mistakes(report: Report, image: Callable[[int], PILImage.Image]) -> Figure:
-    """The images that the model is most wrong about, each with its true class and what it was taken for."""
+    """The most confident mistakes, each with its true and predicted class."""
     rows = -(-len(report.mistakes) // MISTAKE_COLUMNS)
     height = 0.4 + 2.6 * rows  # inches
-    figure = Figure(figsize=(9, height), dpi=DPI)  # laid out here: matplotlib takes a second to measure all titles
+    figure = Figure(figsize=(9, height), dpi=DPI)  # laid out by hand: matplotlib takes a second to measure all titles
     figure.subplots_adjust(left=0.01, right=0.99, bottom=0.1 / height, top=1 - 0.75 / height, hspace=0.25, wspace=0.05)
     figure.text(0.01, 1 - 0.1 / height, "Wrong predictions with the highest confidence", va="top", fontsize=10)
     grid = figure.subplots(rows, MISTAKE_COLUMNS, squeeze=False).ravel()
@@ -154,7 +154,7 @@ def draw_mistakes(report: Report, image: Callable[[int], PILImage.Image]) -> Fig
 
 
 def plain(label: str, length: int) -> str:
-    """A label as matplotlib shows it: at most so many characters, and no formula between dollar signs."""
+    """A label for matplotlib: at most `length` characters, with dollar signs escaped, which would start formulas."""
     line = clean(label) or "(blank)"
     if len(line) > length:  # many names differ in their last word
         line = f"{line[: length - length // 2 - 1].rstrip()}…{line[-(length // 2) :].lstrip()}"

@@ -1,7 +1,7 @@
 """Datasets in, `pixel_values` and `labels` out.
 
-Any source becomes one form, checked (loading.py; streaming.py for data larger than disk and memory), and inputs.py
-makes of it what the model takes.
+Any source is checked and brought into one form (loading.py; streaming.py for data larger than disk and memory), which
+inputs.py turns into the model's inputs.
 """
 
 from ..arguments import ImageArguments

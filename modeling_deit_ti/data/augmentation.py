@@ -1,12 +1,12 @@
-"""Training augmentation of whole uint8 batches, on the device that trains.
+"""Training augmentation of whole uint8 batches, on the training device.
 
 The recipe is DeiT's, as timm's `create_transform(is_training=True, interpolation="bicubic", re_mode="pixel")` builds
-it for one PIL image. Here every step takes a batch `(B, 3, H, W)` and one set of parameters per image, so that all of
-them together launch about 400 kernels for any number of images.
+it for one PIL image. Here every step takes a batch `(B, 3, H, W)` and one set of parameters per image, so that the
+whole recipe launches about 400 kernels for any number of images.
 
 - Everything random about an image is a function of its seed alone (see randomness.py).
-- The parameters are drawn on the CPU, where they also say which images an operation applies to. The pixels never leave
-  their device, and nothing waits for it.
+- The parameters are drawn on the CPU, which therefore knows which images an operation applies to. The pixels never
+  leave their device, and nothing waits for it.
 - The arithmetic is Pillow's: the same integer rounding, the same filters. tests/test_augmentation.py compares every
   step with the timm and Pillow code that it replaces.
 """
@@ -41,7 +41,7 @@ ATTEMPTS = 10  # timm's crop and its erasing both draw up to ten boxes and take 
 def normal_quantiles() -> torch.Tensor:
     """The standard normal distribution as 65536 equally likely values (float32, at most 4.3 from 0).
 
-    Drawn by 16 random bits, noise needs no logarithm and no cosine, which CPU and GPU round differently.
+    Picking one with 16 random bits needs no logarithm or cosine, which CPU and GPU round differently.
     """
     return torch.special.ndtri((torch.arange(2**16, dtype=torch.float64) + 0.5) / 2**16).float()
 
@@ -52,11 +52,11 @@ def normal_quantiles() -> torch.Tensor:
 def draw_boxes(
     uniform: torch.Tensor, height: int, width: int, area: tuple[float, float], ratio: tuple[float, float], margin: int
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Each image's first random box, rounded as timm does, that is `margin` pixels smaller than the image or more.
+    """Each image's first random box, rounded as in timm, that is at least `margin` pixels smaller than the image.
 
     Args:
         uniform: `(B, ATTEMPTS, 4)`, random numbers in [0, 1); height, width: of the images, in pixels.
-        area, ratio: range of the box's share of the image, and of its width / height (log-uniform).
+        area, ratio: ranges of the box's share of the image and of its width / height (log-uniform).
 
     Returns:
         Boxes (top, left, height, width) in pixels, `(B, 4)` float64, and whether they fit, `(B,)`.
@@ -79,7 +79,7 @@ def draw_crop_boxes(seeds: torch.Tensor, height: int, width: int) -> torch.Tenso
     smallest, largest = 3 / 4, 4 / 3
     uniform = random_uniform(seeds, CROP_STREAM, ATTEMPTS, 4)
     boxes, fits = draw_boxes(uniform, height, width, area=(0.08, 1.0), ratio=(smallest, largest), margin=0)
-    # Only in a very long image none of ten boxes fits. Then take its largest central part within the ratios.
+    # If none of the ten boxes fits (in a very elongated image), take the largest central part within the ratios.
     box_width, box_height = min(width, round(height * largest)), min(height, round(width / smallest))
     central = [(height - box_height) // 2, (width - box_width) // 2, box_height, box_width]
     return torch.where(fits[:, None], boxes, torch.tensor(central).double())
@@ -92,7 +92,7 @@ def bicubic_weights(
 
     Pixels `starts` to `starts + extents` (both `(B,)`) of an axis of `length` become `size` pixels, in reverse order
     where `flips` `(B,)` is set. As in Pillow's `Resample.c`, the filter widens when it shrinks an image, and pixels
-    outside the box count for nothing: a crop never sees its surroundings.
+    outside the box have no weight: a crop never sees its surroundings.
     """
     starts, extents = starts.float()[:, None, None], extents.float()[:, None, None]
     outputs = torch.arange(size, device=starts.device, dtype=torch.float32)[None, :, None]
@@ -100,21 +100,21 @@ def bicubic_weights(
     scale = extents / size
     inputs = torch.arange(length, device=starts.device, dtype=torch.float32)[None, None, :] + 0.5
     distance = (inputs - (starts + (outputs + 0.5) * scale)).div_(scale.clamp(min=1)).abs_()  # (B, size, length)
-    # Keys' cubic, a = -1/2: one polynomial up to distance 1, another from there to 2. Both are 0 at 1, the second also
-    # at 2, and clamped there: their sum is the cubic.
+    # Keys' cubic, a = -1/2: one polynomial up to distance 1, another from 1 to 2. Both are 0 at 1, the second also at
+    # 2, so with clamped distances their sum is the cubic.
     near, far = distance.clamp(max=1), distance.clamp_(1, 2)
     weights = (near * 1.5).sub_(2.5).mul_(near).mul_(near).add_(1)
     weights += (far * -0.5).add_(2.5).mul_(far).sub_(4).mul_(far).add_(2)
     weights *= (inputs > starts) & (inputs < starts + extents)
     weights /= weights.sum(dim=-1, keepdim=True)
-    # Fixed point, as in Pillow, but 15 bits: 8-bit pixels times these add up exactly in float32, so that the result
-    # depends neither on the order of the sum nor on the batch size that a matrix product is tuned for.
+    # Fixed point, as in Pillow, but with 15 bits: products with 8-bit pixels add up exactly in float32, so the result
+    # depends neither on the order of summation nor on the batch size that a matrix product is tuned for.
     return weights.mul_(2**15).round_().mul_(2.0**-15)
 
 
 @contextlib.contextmanager
 def whole_float32() -> Iterator[None]:
-    """CUDA's matrix products are full float32 inside, whatever `--tf32` says."""
+    """CUDA's matrix products inside are in full float32, regardless of `--tf32`."""
     matmul = torch.backends.cuda.matmul
     before = matmul.fp32_precision
     matmul.fp32_precision = "ieee"
@@ -127,15 +127,15 @@ def whole_float32() -> Iterator[None]:
 def resize(images: torch.Tensor, boxes: torch.Tensor, size: int, flips: torch.Tensor) -> torch.Tensor:
     """Each image's box (top, left, height, width), resized to `size` x `size` and mirrored where `flips` is set.
 
-    Two batched matrix products, columns first and rounded to 8 bits in between, as Pillow's two passes. From
+    Two batched matrix products, columns first and rounded to 8 bits in between, like Pillow's two passes. From
     `(B, 3, H, W)` to `(B, 3, size, size)` uint8; boxes `(B, 4)` in pixels; flips `(B,)` bool; all on one device.
     """
     batch, _, height, width = images.shape
-    # Rows and columns at once: twice the batch. What an axis is too short for has no weight.
+    # Rows and columns at once, as a batch of twice the size. Positions beyond the shorter axis have no weight.
     starts, extents = boxes.T.reshape(2, 2 * batch)
     flips = torch.cat((torch.zeros_like(flips), flips))
     rows, columns = bicubic_weights(starts, extents, max(height, width), size, flips).chunk(2)
-    # Channels between rows and columns: then both products take one matrix per image.
+    # With the channels between rows and columns, both products have one matrix per image.
     pixels = images.transpose(1, 2).to(torch.float32, memory_format=torch.contiguous_format)
     pixels = torch.bmm(pixels.view(batch, height * 3, width), columns[..., :width].transpose(1, 2))
     pixels = pixels.add_(0.5).floor_().clamp_(0, 255)
@@ -146,7 +146,7 @@ def resize(images: torch.Tensor, boxes: torch.Tensor, size: int, flips: torch.Te
 
 
 def shifted_crop(images: torch.Tensor, offsets: torch.Tensor, padding: int, flips: torch.Tensor) -> torch.Tensor:
-    """A crop of the images' own size after zero-padding, mirrored where `flips` is set, in a single gather.
+    """Zero-pads images and crops them to their original size, mirrored where `flips` is set, in a single gather.
 
     Images `(B, 3, H, W)` uint8; flips `(B,)` bool; offsets `(B, 2)` int64: (top, left) in the padded image.
     """
@@ -160,9 +160,9 @@ def shifted_crop(images: torch.Tensor, offsets: torch.Tensor, padding: int, flip
 
 
 # ---- RandAugment's operations, as in Pillow ----
-# Four functions share them, so that one kernel serves several operations. They change `(b, 3, S, S)` uint8 images in
-# place, sorted by operation (`counts` of each). Every image has an argument, `(b, 1, 1, 1)` float64; `fill` is the
-# colour beyond an edge, `(3, 1, 1)` uint8.
+# Divided among four functions, so that one kernel serves several operations. They change `(b, 3, S, S)` uint8 images
+# in place, sorted by operation (`counts` of each). Every image has one argument, `(b, 1, 1, 1)` float64; `fill` is the
+# colour beyond the edges, `(3, 1, 1)` uint8.
 
 
 def look_up(images: torch.Tensor, counts: list[int], arguments: torch.Tensor, _: torch.Tensor) -> None:
@@ -174,7 +174,7 @@ def look_up(images: torch.Tensor, counts: list[int], arguments: torch.Tensor, _:
     lowest, highest = pixels[:equalized].aminmax(dim=2, keepdim=True)
 
     low, high = lowest[:stretched].double(), highest[:stretched].double()
-    # float64, and these operations in this order: where Pillow's 255 comes out as 254.99, it cuts that off to 254.
+    # float64, and these operations in this order: where Pillow gets 254.99 instead of 255, it truncates that to 254.
     # (`255 / tensor` would not do: torch multiplies by the reciprocal.)
     scale = torch.tensor(255.0) / (high - low)
     table = (values * scale).sub_(low * scale).clamp_(0, 255).to(torch.uint8)
@@ -183,24 +183,24 @@ def look_up(images: torch.Tensor, counts: list[int], arguments: torch.Tensor, _:
     places = index[stretched:equalized]
     histogram = torch.zeros(counts[1], 3, 256, dtype=torch.int64, device=images.device)
     histogram.scatter_add_(2, places, histogram.new_ones(()).expand_as(places))
-    below = histogram.cumsum(dim=2).sub_(histogram)  # how many pixels have a lower value
+    below = histogram.cumsum(dim=2).sub_(histogram)  # number of pixels with a lower value
     step = below.gather(2, highest[stretched:].long()) // 255
     table = (below + step // 2).div_(step.clamp(min=1), rounding_mode="floor").clamp_(max=255).to(torch.uint8)
     tables.append(torch.where(step > 0, table, values))
 
     bits, threshold, addend = arguments[equalized:, 0].short().split([counts[2], counts[3] + counts[4], counts[5]])
     posterized = values & torch.bitwise_right_shift(-256, bits).to(torch.uint8)
-    solarized = torch.where(values < threshold, values, values.bitwise_not())  # inverted, where the argument is 0
+    solarized = torch.where(values < threshold, values, values.bitwise_not())  # Invert's threshold is 0
     added = torch.where(values < 128, (values + addend).clamp_(max=255).to(torch.uint8), values)
     tables += [table.expand(-1, 3, -1) for table in (posterized, solarized, added)]
     torch.gather(torch.cat(tables), 2, index, out=pixels)
 
 
 def blend(images: torch.Tensor, counts: list[int], arguments: torch.Tensor, _: torch.Tensor) -> None:
-    """Brightness, Contrast, Color, Sharpness: away from black, the mean grey, the grey image and the smooth image."""
+    """Brightness, Contrast, Color, Sharpness: blends with black, the mean grey, the grey image, the smoothed image."""
     degenerate = images.float()
     black, flat, grey, smooth = degenerate.split(counts)
-    # `PIL.Image.convert("L")`: ITU-R 601-2 luma in 16-bit fixed point, of which float32 holds every digit.
+    # `PIL.Image.convert("L")`: ITU-R 601-2 luma in 16-bit fixed point, which float32 represents exactly.
     red, green, blue = degenerate[counts[0] : sum(counts[:3])].split(1, dim=1)
     luma = (red * (19595 / 2**16)).add_(green, alpha=38470 / 2**16).add_(blue, alpha=7471 / 2**16).add_(0.5).floor_()
     area = images.shape[2] * images.shape[3]
@@ -213,14 +213,14 @@ def blend(images: torch.Tensor, counts: list[int], arguments: torch.Tensor, _: t
     total = total[..., :-2] + total[..., 1:-1] + total[..., 2:]
     centre = smooth[:, :, 1:-1, 1:-1]
     centre.copy_(total.add_(centre, alpha=4).add_(6.5).div_(13).floor_())
-    # `PIL.Image.blend`: factor 0 gives the degenerate image, 1 the image. Fractions are cut off.
+    # `PIL.Image.blend`: factor 0 gives the degenerate image, 1 the original. Fractions are truncated.
     images.copy_((images - degenerate).mul_(arguments.float()).add_(degenerate).clamp_(0, 255))
 
 
 def cubic(p0: torch.Tensor, p1: torch.Tensor, p2: torch.Tensor, p3: torch.Tensor, at: torch.Tensor) -> torch.Tensor:
-    """The cubic through four neighbours, `at` in [0, 1) from p1 to p2: that of Pillow's `Geometry.c`, where a = -1.
+    """The cubic through four neighbours, with `at` in [0, 1) from p1 to p2, as in Pillow's `Geometry.c` (a = -1).
 
-    By differences rather than by four weights, so that a flat area stays exactly as it is when fractions are cut off.
+    From differences rather than four weights, so that a flat area stays exactly the same when fractions are truncated.
     """
     before, after = p0 - p1, p2 - p3
     third = before + after
@@ -229,14 +229,14 @@ def cubic(p0: torch.Tensor, p1: torch.Tensor, p2: torch.Tensor, p3: torch.Tensor
 
 
 def slide(images: torch.Tensor, counts: list[int], arguments: torch.Tensor, fill: torch.Tensor) -> None:
-    """TranslateX, ShearX, ShearY, TranslateY: rows, or columns, move by themselves, bicubic; `fill` where they end."""
+    """TranslateX, ShearX, ShearY, TranslateY: shifts each row or column, bicubically, with `fill` beyond its ends."""
     size, sheared, along_x = images.shape[3], slice(counts[0], sum(counts[:3])), sum(counts[:2])
     rows = torch.cat((images[:along_x], images[along_x:].mT))
     centres = torch.arange(0.5, size, device=images.device)
     shifts = (arguments * size).float().repeat(1, 1, size, 1)  # to the left, in pixels: (b, 1, S, 1)
     torch.mul(arguments[sheared].float(), centres[:, None], out=shifts[sheared])
     whole = shifts.floor()
-    # All that a row reads, its four neighbours a pixel included: (b, 1, S, S + 3).
+    # All columns that a row reads, with four neighbours per pixel: (b, 1, S, S + 3).
     columns = torch.arange(-1, size + 2, device=images.device) + whole.long()
     pixels = rows.gather(3, columns.clamp_(0, size - 1).expand(-1, 3, -1, -1)).float()
     slid = cubic(*pixels.unfold(3, size, 1).unbind(dim=3), at=shifts - whole).clamp_(0, 255)
@@ -267,7 +267,7 @@ def rotate(images: torch.Tensor, _: list[int], degrees: torch.Tensor, fill: torc
     images.copy_(torch.where(inside, rotated, fill))
 
 
-# Which operations a function performs, and the order that images are sorted in.
+# The operations of each function, in the order in which images are sorted.
 OPERATIONS_OF = {
     look_up: ["AutoContrast", "Equalize", "Posterize", "Invert", "Solarize", "SolarizeAdd"],
     blend: ["Brightness", "Contrast", "Color", "Sharpness"],
@@ -278,7 +278,7 @@ ORDER = [name for names in OPERATIONS_OF.values() for name in names]
 
 
 def apply_operations(images: torch.Tensor, counts: list[int], arguments: torch.Tensor, fill: torch.Tensor) -> None:
-    """All operations: `counts` are of those in `ORDER`."""
+    """Applies all operations; `counts` are in the order of `ORDER`."""
     for function, names in OPERATIONS_OF.items():
         own, counts = counts[: len(names)], counts[len(names) :]
         batch = sum(own)
@@ -293,8 +293,8 @@ def apply_operations(images: torch.Tensor, counts: list[int], arguments: torch.T
 class Operation(NamedTuple):
     """How a magnitude m (0 to 10) becomes the argument of one of RandAugment's operations (timm's `LEVEL_TO_ARG`).
 
-    It is start + step * m / 10, or by chance start - step * m / 10 where `random_sign` is set, within [lowest,
-    highest]. If `whole`, what is added is truncated to an integer.
+    It is start + step * m / 10 or, if `random_sign`, start - step * m / 10 half of the time, clamped to [lowest,
+    highest]. If `whole`, the change from start is truncated to an integer.
     """
 
     start: float = 0.0
@@ -333,23 +333,23 @@ PLAIN_OPERATIONS = {
 
 
 class RandAugment(NamedTuple):
-    """What a configuration string such as `rand-m9-mstd0.5-inc1` says."""
+    """The settings in a configuration string such as `rand-m9-mstd0.5-inc1`."""
 
     operations: dict[str, Operation]
     magnitude: float
     layers: int  # operations per image
     probability: float  # of each
-    magnitude_std: float  # infinite: the magnitude is uniform
+    magnitude_std: float  # if infinite, the magnitude is uniform
     magnitude_max: int
 
     @classmethod
     def from_string(cls, config: str) -> "RandAugment":
-        """As timm reads it. Raises a `ValueError` if a whole batch cannot be augmented so."""
+        """Parses it as timm does. Raises a `ValueError` if whole batches cannot be augmented this way."""
         if re.fullmatch(r"rand(-(m|n|mmax|inc)\d+|-(p|mstd)\d+(\.\d+)?)*", config) is None:
             raise ValueError(
-                f"auto_augment={config!r}: only RandAugment, `rand-...`, can augment whole batches. It takes m "
-                "(magnitude), n (operations per image), mmax (highest magnitude) and inc (0 or 1) with an integer, p "
-                "(probability of an operation) and mstd (standard deviation of the magnitude) with a number."
+                f"auto_augment={config!r}: only RandAugment (`rand-...`) can augment whole batches. Its options are m "
+                "(magnitude), n (operations per image), mmax (highest magnitude) and inc (0 or 1), each an integer, "
+                "and p (probability of an operation) and mstd (standard deviation of the magnitude), each a number."
             )
         timms = rand_augment_transform(config, {})
         op = timms.ops[0]
@@ -359,10 +359,10 @@ class RandAugment(NamedTuple):
 
 
 def draw_operations(settings: RandAugment, seeds: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Which operations an image undergoes, and how strongly; two tensors `(B, layers)`.
+    """The operations that each image undergoes, and their arguments: two tensors `(B, layers)`.
 
-    They are the operation's place in `settings.operations`, or their number where none is applied (int64); and its
-    argument (float64).
+    An operation is given by its index in `settings.operations`, or by their number where none is applied (int64).
+    Arguments are float64.
     """
     count = len(settings.operations)
     draws = random_uniform(seeds, RAND_AUGMENT_STREAM, settings.layers, 5)
@@ -387,17 +387,17 @@ def draw_operations(settings: RandAugment, seeds: torch.Tensor) -> tuple[torch.T
 def rand_augment(images: torch.Tensor, settings: RandAugment, seeds: torch.Tensor, fill: torch.Tensor) -> torch.Tensor:
     """Applies the operations drawn for each seed to uint8 images `(B, 3, S, S)`, in place.
 
-    `seeds` `(B,)` are on the CPU; `fill` `(3, 1, 1)` uint8, on the images' device, is the colour beyond an edge.
+    `seeds` `(B,)` are on the CPU; `fill` `(3, 1, 1)` uint8, on the images' device, is the colour beyond the edges.
     """
     chosen, arguments = draw_operations(settings, seeds)
-    # Sorted by operation, the images of one are a slice: the CPU knows the slices, the device needs only the order.
+    # Once sorted, the images of each operation are a slice: the CPU knows the slices, the device only needs the order.
     places = [ORDER.index(name.removesuffix("Increasing")) for name in settings.operations]
     chosen, order = torch.tensor([*places, len(ORDER)])[chosen].sort(dim=0)
     arguments = arguments.gather(0, order)[..., None, None, None].to(images.device, non_blocking=True)
     order = order.to(images.device, non_blocking=True)
     for layer in range(settings.layers):
         counts = chosen[:, layer].bincount(minlength=len(ORDER)).tolist()[: len(ORDER)]
-        index = order[: sum(counts), layer]  # without the images that no operation is applied to, the last ones
+        index = order[: sum(counts), layer]  # without the images that get no operation, which come last
         changed = images.index_select(0, index)
         apply_operations(changed, counts, arguments[:, layer], fill)
         images.index_copy_(0, index, changed)
@@ -408,7 +408,7 @@ def rand_augment(images: torch.Tensor, settings: RandAugment, seeds: torch.Tenso
 
 
 def draw_erasing_boxes(seeds: torch.Tensor, size: int, probability: float) -> tuple[torch.Tensor, torch.Tensor]:
-    """timm's `RandomErasing`: a box (top, left, height, width) per image `(B, 4)`, and which are erased `(B,)`."""
+    """timm's `RandomErasing`: boxes (top, left, height, width) `(B, 4)`, and which of them are erased `(B,)`."""
     uniform = random_uniform(seeds, ERASING_STREAM, 1 + ATTEMPTS, 4)
     boxes, fits = draw_boxes(uniform[:, 1:], size, size, area=(0.02, 1 / 3), ratio=(0.3, 1 / 0.3), margin=1)
     return boxes, (uniform[:, 0, 0] < probability) & fits
@@ -417,7 +417,7 @@ def draw_erasing_boxes(seeds: torch.Tensor, size: int, probability: float) -> tu
 def erase(
     images: torch.Tensor, boxes: torch.Tensor, erased: torch.Tensor, seeds: torch.Tensor, normal: torch.Tensor
 ) -> None:
-    """Overwrites each box with standard normal noise, in place; only erased pixels are computed, as one list.
+    """Overwrites each box with standard normal noise, in place; only erased pixels are computed, as one flat list.
 
     Images `(B, 3, S, S)`, normalised, and `normal` are on the device; boxes `(B, 4)`, erased `(B,)` and seeds `(B,)`
     on the CPU.
@@ -440,17 +440,17 @@ def erase(
 
 
 class BatchAugmentation:
-    """Augments batches of images on their own device (CPU or CUDA), each image by its seed.
+    """Augments batches of images on the device they are on (CPU or CUDA), each image from its seed.
 
     The steps and their order are those of timm's `create_transform(is_training=True)`: crop and resize, horizontal
     flip, RandAugment, normalisation, random erasing.
 
     Args:
         args ([`AugmentationArguments`])
-        image_processor: The model's, for the size and the normalisation of the result.
+        image_processor: The model's, for the size and normalisation of the result.
 
     Raises:
-        ValueError: A policy of `--auto_augment` that is not RandAugment.
+        ValueError: If the policy of `--auto_augment` is not RandAugment.
     """
 
     def __init__(self, args: AugmentationArguments, image_processor: DeiTImageProcessor):
@@ -460,7 +460,7 @@ class BatchAugmentation:
         self.rand_augment = None if args.auto_augment == "none" else RandAugment.from_string(args.auto_augment)
         self.random_erasing = args.random_erasing
         mean = image_processor.image_mean
-        # timm's fill beyond an image's edge: the mean colour. Python's `round`, as there.
+        # timm fills beyond an image's edges with the mean colour. Python's `round`, as in timm.
         fill = [min(255, round(255 * channel)) for channel in mean]
         self.fill = torch.tensor(fill, dtype=torch.uint8)[:, None, None]
         self.mean = torch.tensor(mean, dtype=torch.float32)[:, None, None]
@@ -480,7 +480,7 @@ class BatchAugmentation:
         if self.normal.device != images.device:
             for name in ("mean", "std", "fill", "normal"):
                 setattr(self, name, getattr(self, name).to(images.device))
-        # Autocast would take the resize's products in 16 bits, and TF32 would cut their factors to 11.
+        # Autocast would compute the resize's products in 16 bits, and TF32 would cut their factors to 11.
         with torch.autocast(images.device.type, enabled=False), whole_float32():
             images = self.crop_and_flip(images, seeds)
             if self.rand_augment is not None:
@@ -492,9 +492,9 @@ class BatchAugmentation:
         return pixels
 
     def crop_and_flip(self, images: torch.Tensor, seeds: torch.Tensor) -> torch.Tensor:
-        """The geometry before RandAugment: uint8 images to new uint8 images `(B, 3, image_size, image_size)`.
+        """The geometric part before RandAugment: uint8 images to new uint8 images `(B, 3, image_size, image_size)`.
 
-        A padded crop is cut from the image with `image_size // 8` zeros on every side (4 at 32, as in DeiT's code).
+        A padded crop is cut from the image with `image_size // 8` zeros on each side (4 at 32, as in DeiT's code).
         """
         batch, _, height, width = images.shape
         size, device = self.image_size, images.device

@@ -1,4 +1,4 @@
-"""One encoded image, from a file or a table, becomes an upright RGB image."""
+"""Decodes an image, from a file or a table, to upright RGB."""
 
 import io
 
@@ -7,7 +7,7 @@ from PIL import Image as PILImage
 from PIL import ImageOps
 
 
-# Longer ones are refused: resized to the model's input, their long side alone would fill the memory.
+# More elongated images are refused: resized to the model's input, their long side would fill the memory.
 MAX_ASPECT_RATIO = 200
 
 
@@ -18,14 +18,14 @@ def decode_image(encoded: dict) -> PILImage.Image:
     with open_image(encoded) as image:
         if max(image.size) > MAX_ASPECT_RATIO * min(image.size):
             raise ValueError(
-                f"it has {image.width}x{image.height} pixels, one side over {MAX_ASPECT_RATIO} times the other"
+                f"it is {image.width}x{image.height} pixels, one side more than {MAX_ASPECT_RATIO} times the other"
             )
         image.load()
         return to_rgb(ImageOps.exif_transpose(image))
 
 
 def to_rgb(image: PILImage.Image) -> PILImage.Image:
-    """Grey, palette, RGBA, CMYK, 16-bit and float images as 8-bit RGB. 16 bits are scaled, where PIL would clip."""
+    """Converts grey, palette, RGBA, CMYK, 16-bit and float images to 8-bit RGB. Scales 16 bits; PIL would clip."""
     if image.mode.startswith("I"):
         image = PILImage.fromarray(np.uint8(np.clip(np.asarray(image, dtype=np.int64) // 257, 0, 255)))
     elif image.mode == "F":
@@ -37,12 +37,12 @@ def to_rgb(image: PILImage.Image) -> PILImage.Image:
 
 
 def open_image(encoded: dict) -> PILImage.Image:
-    """The image with its header read, and its pixels not yet."""
+    """Opens an image: reads its header, but not yet its pixels."""
     return PILImage.open(io.BytesIO(encoded["bytes"]) if encoded["bytes"] is not None else encoded["path"])
 
 
 def read_image(row: dict) -> PILImage.Image:
-    """The RGB image of a row of [`ImageData`]'s splits."""
+    """The RGB image in a row of one of [`ImageData`]'s splits."""
     if "pixels" in row:
         return PILImage.frombuffer("RGB", (row["width"], row["height"]), row["pixels"], "raw", "RGB", 0, 1)
     return to_rgb(row["image"])

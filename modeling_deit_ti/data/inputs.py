@@ -1,4 +1,4 @@
-"""Checked images become what the model takes: augmented for training, and as it is shipped for evaluation."""
+"""Turns checked images into the model's inputs: augmented for training, preprocessed as shipped for evaluation."""
 
 import math
 from collections.abc import Callable, Sequence
@@ -24,10 +24,10 @@ from .sampling import TrainSampler, augmented_batch, mix_images, random_rows
 from .streaming import StreamedImages
 
 
-# Up to this height and width, of the images and of the model's input, a CPU augments whole batches faster than timm
-# does their images; far above it is slower (results/augment_on.md).
+# Up to this height and width, of both the images and the model's input, a CPU augments whole batches faster than timm
+# augments their images; far above it, it is slower (results/augment_on.md).
 MAX_CPU_BATCH_AUGMENTATION_SIZE = 64
-# Evaluation images that take more, resized and cropped, are prepared anew in each evaluation.
+# If evaluation images take more once resized and cropped, they are prepared again in each evaluation.
 MAX_KEPT_BYTES = 2 * 2**30
 
 
@@ -54,9 +54,9 @@ def make_image_processor(
 
 @dataclass
 class DeviceAugmentation:
-    """What is left to do to training batches where the model is; mixing (see [`mix_images`]) at least."""
+    """What is left to do to training batches on the model's device: at least mixing (see [`mix_images`])."""
 
-    augment: BatchAugmentation | None  # missing if the loader has augmented the images
+    augment: BatchAugmentation | None  # `None` if the loader augments the images
     mixup: float
     cutmix: float
     num_labels: int
@@ -77,7 +77,7 @@ def make_train_images(
     data: ImageData, args: AugmentationArguments, image_processor, device: str = "cpu"
 ) -> tuple["TrainImages | StreamedImages", DeviceAugmentation]:
     """
-    The training images, and what is left to do to their batches on the `device` that trains (`"cpu"`, `"cuda"`, ...).
+    The training images, and what is left to do to their batches on the training `device` (`"cpu"`, `"cuda"`, ...).
 
     Raises:
         UserError: if the device cannot augment these images, or timm does not know the policy.
@@ -92,7 +92,7 @@ def make_train_images(
     if on_device:
         try:
             if size is None:
-                raise ValueError("the images are not all of one size, or too many to be kept decoded.")
+                raise ValueError("the images are not all of one size, or there are too many to keep decoded.")
             augment = BatchAugmentation(args, image_processor)
         except ValueError as error:
             if args.augment_on == "device":
@@ -105,8 +105,8 @@ def make_train_images(
 
 def make_train_transform(args: AugmentationArguments, image_processor) -> Callable[[PILImage.Image], torch.Tensor]:
     """
-    The augmentation of one RGB image, from timm's factory as in DeiT's code (paper, table 9), to
-    `(3, image_size, image_size)` float32 in the size and normalisation of the image processor.
+    The augmentation of one RGB image to `(3, image_size, image_size)` float32, from timm's factory as in DeiT's code
+    (paper, table 9), with the size and normalisation of the image processor.
 
     Raises:
         UserError: if timm does not know the policy of `--auto_augment`.
@@ -127,7 +127,7 @@ def make_train_transform(args: AugmentationArguments, image_processor) -> Callab
             re_mode="pixel",
             separate=True,
         )
-    except (AssertionError, ValueError, KeyError, IndexError) as error:  # timm asserts what it knows
+    except (AssertionError, ValueError, KeyError, IndexError) as error:  # timm checks policies with assert
         raise UserError(f"--auto_augment {args.auto_augment}: timm does not know this policy.") from error
     if crop != "resized":
         resize = transforms.Resize((image_size, image_size), InterpolationMode.BICUBIC)
@@ -145,7 +145,7 @@ def common_size(dataset: Dataset) -> tuple[int, int] | None:
 
 
 class _Images(torch.utils.data.Dataset):
-    """A split of [`ImageData`], which loaders fetch in whole batches; `in_batches`: as uint8 pixels."""
+    """A split of [`ImageData`] that loaders fetch in whole batches; with `in_batches`, as uint8 pixels."""
 
     def __init__(self, dataset: Dataset, in_batches: bool):
         self.dataset = dataset
@@ -160,7 +160,7 @@ class _Images(torch.utils.data.Dataset):
 
 class TrainImages(_Images):
     """
-    Training images. Its keys are those of [`TrainSampler`]: an index, and the seed of all that is random in the image.
+    Training images. The keys are those of [`TrainSampler`]: an index, and the seed of everything random in the image.
 
     Args:
         transform (`Callable`, *optional*): RGB image to `pixel_values`. `None` gives batches of uint8 pixels, for
@@ -184,7 +184,7 @@ class TrainImages(_Images):
         return augmented_batch(map(read_image, rows), labels, seeds, self.transform)
 
     def order(self, args: DistillationTrainingArguments) -> TrainSampler:
-        """The keys of each epoch, for all processes together."""
+        """The keys of each epoch, over all processes."""
         return TrainSampler(len(self), args.total_train_batch_size, args.order_seed, self.repeats)
 
 
@@ -192,7 +192,7 @@ class TrainImages(_Images):
 
 
 class EvalImages(_Images):
-    """Images as the image processor, which ships with the model, prepares them; `cropped`: not yet normalised."""
+    """Images as prepared by the image processor that ships with the model; `cropped` has them not yet normalised."""
 
     def __init__(self, dataset: Dataset, image_processor):
         super().__init__(dataset, in_batches=False)
@@ -205,8 +205,8 @@ class EvalImages(_Images):
 
 class CroppedImages(_Images):
     """
-    Images as the image processor resizes and crops them: uint8, with their labels. Those that are decoded, of one size
-    and fit into `MAX_KEPT_BYTES` are prepared once, and kept in memory for later evaluations.
+    Images as resized and cropped by the image processor: uint8, with their labels. If they are decoded, of one size
+    and fit into `MAX_KEPT_BYTES`, they are prepared once and kept in memory for later evaluations.
     """
 
     def __init__(self, dataset: Dataset, image_processor):
@@ -218,7 +218,7 @@ class CroppedImages(_Images):
 
     @cached_property
     def kept(self) -> torch.Tensor:
-        """`(rows, 3, height, width)`. Rows that are never asked for, as another process's, take no memory."""
+        """`(rows, 3, height, width)`. Rows that are never read, such as another process's, take no memory."""
         return torch.empty(self.shape, dtype=torch.uint8)
 
     def __getitems__(self, indices: Sequence[int]) -> dict:
@@ -229,13 +229,13 @@ class CroppedImages(_Images):
         if len(missing) > 0:
             self.kept[missing] = self._prepared(missing)["pixel_values"]
             self.is_prepared[missing] = True
-        rows = slice(indices[0], indices[0] + len(indices))  # as an evaluation reads them: no copy is needed
+        rows = slice(indices[0], indices[0] + len(indices))  # evaluations read consecutive rows: no copy needed
         if not np.array_equal(indices, np.arange(rows.start, rows.stop)):
             rows = torch.from_numpy(indices)
         return {"pixel_values": self.kept[rows], "labels": self.batches.labels[rows]}
 
     def _prepared(self, indices: Sequence[int]) -> dict:
-        if self.batches is not None:  # the processor makes the same of tensors, without a detour through PIL
+        if self.batches is not None:  # the processor gives the same result for tensors, without PIL
             batch = self.batches.fetch(indices)
             images = batch["pixel_values"]
         else:
@@ -248,8 +248,8 @@ class CroppedImages(_Images):
 
 def sample_images(data: ImageData, image_processor, count: int) -> torch.Tensor:
     """
-    Training images `(count, 3, image_size, image_size)` as the image processor makes them, the same in every run:
-    random ones or, of a stream, the first. Fewer if there are no more.
+    Training images `(count, 3, image_size, image_size)` as prepared by the image processor, the same in every run:
+    random ones or, from a stream, the first. Fewer if there are no more.
     """
     if data.is_streamed:
         return image_processor(data.train.first_images(count), return_tensors="pt")["pixel_values"]
@@ -258,13 +258,13 @@ def sample_images(data: ImageData, image_processor, count: int) -> torch.Tensor:
 
 
 def normalised(images: torch.Tensor, image_processor) -> torch.Tensor:
-    """Resized and cropped images `(B, 3, height, width)`, uint8 on any device, to the image processor's float32."""
+    """Resized and cropped uint8 images `(B, 3, height, width)`, on any device, as the image processor's float32."""
     return image_processor.rescale_and_normalize(
         images,
         image_processor.do_rescale,
         image_processor.rescale_factor,
         image_processor.do_normalize,
-        tuple(image_processor.image_mean),  # hashable: it keeps them as tensors
+        tuple(image_processor.image_mean),  # hashable: it caches them as tensors
         tuple(image_processor.image_std),
     )
 
@@ -274,21 +274,21 @@ def normalised(images: torch.Tensor, image_processor) -> torch.Tensor:
 
 class ImageBatches:
     """
-    Whole batches of decoded images of one size: NumPy gathers the rows where `datasets` has mapped its Arrow files
-    into memory, so that no image becomes a Python object, and each is copied once, into its batch.
+    Whole batches of decoded images of one size. NumPy gathers the rows from the Arrow files that `datasets` has mapped
+    into memory, so that no image becomes a Python object and each is copied only once, into its batch.
     """
 
     def __init__(self, dataset: Dataset):
-        # A selection of rows is a second table, of indices into the first.
+        # `datasets` keeps a selection of rows as a second table, of indices into the first.
         self.dataset = dataset if dataset._indices is None else dataset.flatten_indices()
 
     def __getstate__(self) -> dict:
-        """For a worker that is not forked: it maps the files itself, since pickled arrays would be copies."""
+        """For workers that are not forked: they map the files themselves, since pickled arrays would be copies."""
         return {"dataset": self.dataset}
 
     @cached_property
     def chunks(self) -> list[np.ndarray]:
-        """The images as the file has them: `(rows, height, width, 3)` uint8, each a view of one Arrow array."""
+        """The images as stored in the files: `(rows, height, width, 3)` uint8, each a view of one Arrow array."""
         height, width = self.dataset[0]["height"], self.dataset[0]["width"]
         chunks = []
         for array in filter(len, self.dataset.data.column("pixels").chunks):
@@ -300,7 +300,7 @@ class ImageBatches:
 
     @cached_property
     def starts(self) -> np.ndarray:
-        """The row that each chunk starts with, and after the last one the number of rows."""
+        """The first row of each chunk, then the total number of rows."""
         return np.cumsum([0, *map(len, self.chunks)])
 
     @cached_property
@@ -316,7 +316,7 @@ class ImageBatches:
         batch = np.empty((len(indices), *self.chunks[0].shape[1:]), np.uint8)
         order = np.argsort(indices)
         rows = indices[order]
-        bounds = np.searchsorted(rows, self.starts)  # sorted, the rows of one chunk are a slice
+        bounds = np.searchsorted(rows, self.starts)  # once sorted, each chunk's rows are a slice
         for chunk in np.flatnonzero(np.diff(bounds)):
             here = slice(bounds[chunk], bounds[chunk + 1])
             batch[order[here]] = self.chunks[chunk][rows[here] - self.starts[chunk]]

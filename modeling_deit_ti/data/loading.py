@@ -1,4 +1,4 @@
-"""Any source becomes one form: two splits of RGB images with label ids, every row checked."""
+"""Brings any source into one form: two splits of RGB images with label ids, every row checked."""
 
 import contextlib
 import hashlib
@@ -23,9 +23,9 @@ from .sources import EVALUATION_SPLITS, check_not_empty, find_eval_split, load_s
 # Larger splits stay encoded, and are decoded again in each epoch.
 MAX_DECODED_BYTES = 8 * 2**30
 MAX_BATCH_BYTES = 128 * 2**20
-# Bump when images or labels come out differently than before: what `datasets` has cached is then made anew.
+# Bump when images or labels come out differently than before, so that `datasets` does not reuse what it has cached.
 CHECK_VERSION = 1
-# The columns of a checked split, and those of images that are kept decoded.
+# The columns of a checked split, and those added for images that are kept decoded.
 CHECKED = {"label": Value("int64"), "digest": Value("int64")}
 DECODED = {"pixels": Value("binary"), "height": Value("int32"), "width": Value("int32")}
 
@@ -44,7 +44,7 @@ class ImageData:
     label_names: list[str]
     source: str  # "hub", "local" or "scikit-learn"
     eval_split: str
-    fingerprint: str  # of the training images, their labels and the label names: the content, not where it lies
+    fingerprint: str  # of the training images, their labels and the label names: their content, not their location
 
     @property
     def name(self) -> str:
@@ -52,7 +52,7 @@ class ImageData:
 
     @property
     def validation(self) -> Dataset:
-        """What is evaluated during training: all of `evaluation`, or --max_validation_samples of it."""
+        """The images to evaluate on during training: all of `evaluation`, or --max_validation_samples of them."""
         return self.evaluation.select(random_rows(len(self.evaluation), self.args.max_validation_samples))
 
     @property
@@ -65,14 +65,14 @@ class ImageData:
 
     def label_counts(self) -> np.ndarray:
         """
-        Training images of each label, `(K,)`.
+        The number of training images of each label, `(K,)`.
 
         Raises:
-            UserError: if they are streamed from the Hub, where counting would read the whole column of labels.
+            UserError: if they are streamed from the Hub, where counting would read the whole label column.
         """
         if self.is_streamed and self.source == "hub":
             raise UserError(
-                "--class_weights needs the number of images of each class, which --streaming from the Hub does not "
+                "--class_weights needs the number of images in each class, which --streaming from the Hub does not "
                 "count: download the dataset first, or leave out --class_weights."
             )
         labels = self.train.label_ids() if self.is_streamed else self.train["label"][:]
@@ -80,7 +80,7 @@ class ImageData:
 
     @property
     def unseen_labels(self) -> list[str]:
-        """Labels without a training image: not a mistake, since a subset may lack them, but worth mentioning."""
+        """Labels without training images: not a mistake, since a subset may lack them, but worth mentioning."""
         if self.is_streamed or not self.has_train_labels:
             return []  # unknown
         seen = set(self.train.unique("label"))
@@ -88,7 +88,7 @@ class ImageData:
 
 
 def load_stored_images(args: ImageArguments, labels_needed: bool = True) -> ImageData:
-    """As [`load_images`], with every row checked now, and decoded if all of them fit."""
+    """As [`load_images`], with every row checked up front, and kept decoded if all of them fit."""
     splits, source = load_splits(args.dataset_name, args.dataset_config_name)
     train, evaluation, eval_split = train_and_evaluation(splits, args)
     image_column = find_image_column(train.features, args)
@@ -105,7 +105,7 @@ def load_stored_images(args: ImageArguments, labels_needed: bool = True) -> Imag
 
 
 class EvaluationData(NamedTuple):
-    """One split of checked images, in the form of [`ImageData`], whose fields these are."""
+    """One split of checked images, with fields as in [`ImageData`]."""
 
     images: Dataset
     label_names: list[str]
@@ -115,8 +115,8 @@ class EvaluationData(NamedTuple):
 
 def load_evaluation_images(args: ImageArguments, split: str | None = None) -> EvaluationData:
     """
-    The images to evaluate a finished model on. By default those that a run with these arguments evaluates on; of a
-    dataset without training images, the split that one would evaluate on, or the first.
+    The images to evaluate a finished model on. By default, those that a run with these arguments evaluates on; if the
+    dataset has no training split, its evaluation split or else its first split.
 
     Raises:
         UserError: as `load_images`, or if there is no such split.
@@ -129,7 +129,7 @@ def load_evaluation_images(args: ImageArguments, split: str | None = None) -> Ev
         if split not in splits:
             raise UserError(f"--split {split}: {args.dataset_name} has no such split; it has {', '.join(splits)}.")
         images = splits[split]
-        train = splits.get("train", images)  # it decides the ids of labels that have no names
+        train = splits.get("train", images)  # it determines the ids of labels without names
     image_column = find_image_column(images.features, args)
     label_column = find_label_column(images.features, args)
     train = train.select_columns([name for name in train.column_names if name == label_column])
@@ -150,7 +150,7 @@ def train_and_evaluation(splits: DatasetDict, args: ImageArguments) -> tuple[Dat
     else:
         if len(splits["train"]) < 2:
             raise UserError(f"{args.dataset_name} has {len(splits['train'])} images: too few to hold some out.")
-        find_image_column(splits["train"].features, args)  # to say first that these are no images
+        find_image_column(splits["train"].features, args)  # so that a lack of images is reported first
         labels = splits["train"][find_label_column(splits["train"].features, args)][:]
         kept, held_out = hold_out(labels, args.train_val_split)
         train, evaluation = splits["train"].select(kept), splits["train"].select(held_out)
@@ -160,7 +160,7 @@ def train_and_evaluation(splits: DatasetDict, args: ImageArguments) -> tuple[Dat
 
 
 def hold_out(labels: list, share: float) -> tuple[list[int], list[int]]:
-    """The rows to keep and those to hold out: of each label the same share, if there are enough images of it."""
+    """The rows to keep and those to hold out: the same share of each label, if every label has enough images."""
     held_out = max(1, round(share * len(labels)))
     counts = Counter(labels)
     is_divisible = min(counts.values()) > 1 and len(counts) <= min(held_out, len(labels) - held_out)
@@ -179,12 +179,12 @@ def find_image_column(features: Features, args: ImageArguments) -> str:
     if name is None:
         if not images:
             columns = (f"{column} ({_kind(feature)})" for column, feature in features.items())
-            raise UserError(f"{args.dataset_name} has no column of images; its columns are {', '.join(columns)}.")
+            raise UserError(f"{args.dataset_name} has no image column; its columns are {', '.join(columns)}.")
         return images[0]
     if name not in images:
         raise UserError(
             f"--image_column_name {name}: the column holds {_kind(features[name])}, not images"
-            + (f"; {', '.join(images)} does." if images else ".")
+            + (f"; images are in {', '.join(images)}." if images else ".")
         )
     return name
 
@@ -197,21 +197,21 @@ def find_label_column(features: Features, args: ImageArguments) -> str:
         labels += [column for column in ("label", "labels") if column in features]
         if not labels:
             raise UserError(
-                f"{args.dataset_name} has no column of class labels; name one with --label_column_name. "
+                f"{args.dataset_name} has no label column; name one with --label_column_name. "
                 f"Its columns are {', '.join(features)}."
             )
         name = labels[0]
     kind = _kind(features[name])
     if kind not in ("ClassLabel", "string", "large_string") and "int" not in kind:
         raise UserError(
-            f"--label_column_name {name}: the column holds {kind}; labels are class labels, strings or integers."
+            f"--label_column_name {name}: the column holds {kind}; labels must be class labels, strings or integers."
         )
     return name
 
 
 def _check_column(flag: str, name: str | None, features: Features) -> None:
     if name is not None and name not in features:
-        raise UserError(f"{flag} {name}: no such column; there are {', '.join(features)}.")
+        raise UserError(f"{flag} {name}: no such column; the columns are {', '.join(features)}.")
 
 
 def _kind(feature) -> str:
@@ -221,7 +221,7 @@ def _kind(feature) -> str:
 def with_label_ids(
     train: Dataset, evaluation: Dataset, column: str, labels_needed: bool, is_held_out: bool = False
 ) -> tuple[Dataset, Dataset, list[str]]:
-    """Both splits with ids in the label column (missing ones stay `None`), and the names of the ids."""
+    """Both splits with ids in the label column (missing ones stay `None`), and the label names."""
     if column not in train.column_names:
         if labels_needed:
             raise UserError(
@@ -235,7 +235,7 @@ def with_label_ids(
         differ = set(names) ^ set(kinds[1].names)
         if differ:
             raise UserError(
-                f"The splits' labels differ: {list_some(sorted(differ))} in one only. Training has "
+                f"The splits' labels differ: {list_some(sorted(differ))} in one split only. Training has "
                 f"{list_some(names)}, evaluation {list_some(kinds[1].names)}."
             )
         if names != kinds[1].names:
@@ -253,19 +253,19 @@ def with_label_ids(
             for split in (train, evaluation)
         )
     if len(names) < 2:
-        raise UserError(f"Column {column!r} has the one label {names}; a classifier needs two.")
+        raise UserError(f"Column {column!r} has only the labels {names}; a classifier needs at least two.")
     return train, evaluation, [str(name) for name in names]
 
 
 def _distinct_labels(train: Dataset, evaluation: Dataset, column: str, is_held_out: bool) -> list:
-    """Sorted strings or numbers: the training split's, or both splits' if one is held out of the other."""
+    """Sorted strings or numbers: the training split's, or both splits' if one is held out from the other."""
     found = [set(split.unique(column)) - {None} for split in (train, evaluation)]
     if len({type(label) for label in found[0] | found[1]}) > 1:
         kinds = [_kind(split.features[column]) for split in (train, evaluation)]
         raise UserError(f"Column {column!r} holds {kinds[0]} in one split and {kinds[1]} in the other.")
-    # A negative number stands for a missing label, and is reported with its row.
+    # A negative number means a missing label, and is reported with its row.
     found = [{label for label in labels if isinstance(label, str) or label >= 0} for labels in found]
-    # The only image of a label may happen to be held out; if two splits differ, it is a mistake.
+    # A label's only image may happen to be held out; in splits that the dataset has, a difference is a mistake.
     names = sorted(found[0] | found[1] if is_held_out else found[0] or found[1])
     unknown = sorted(found[1] - set(names))
     if unknown:
@@ -293,7 +293,7 @@ def check_split(
     max_samples: int | None,
     labels_needed: bool = True,
 ) -> Dataset:
-    """Every row's image decoded and label checked, once: `datasets` caches the result."""
+    """Decodes every row's image and checks its label, once: `datasets` caches the result."""
     if image_column not in split.column_names:
         raise UserError(
             f"Split `{split_name}` has no column {image_column!r}; it has {', '.join(split.column_names)}."
@@ -334,10 +334,10 @@ class _RowCheck:
     image_column: str
     label_column: str
     num_labels: int
-    rows: Sequence[int]  # of the whole split
+    rows: Sequence[int]  # their numbers in the whole split
     labels_needed: bool
     decode: bool
-    version: int = CHECK_VERSION  # part of the result's fingerprint, so that no older one is taken from the cache
+    version: int = CHECK_VERSION  # part of the fingerprint, so that the cache returns no results of older versions
 
     def __call__(self, batch: dict, indices: list[int]) -> dict:
         output = {column: [] for column in (CHECKED | DECODED if self.decode else CHECKED)}
@@ -351,13 +351,13 @@ class _RowCheck:
             pixels = image.tobytes()
             digest = hashlib.blake2b(pixels, digest_size=8, salt=label.to_bytes(8, "little", signed=True)).digest()
             values = label, int.from_bytes(digest, "little", signed=True), pixels, image.height, image.width
-            for column, value in zip(output.values(), values, strict=False):  # without the pixels if not kept
+            for column, value in zip(output.values(), values, strict=False):  # without the pixels if they are not kept
                 column.append(value)
         return output
 
 
 def check_label(label: int | None, num_labels: int, place: str) -> None:
-    """Raises a `UserError` that begins with the row's place if its label is missing or out of range."""
+    """Raises a `UserError` that starts with the row's location if its label is missing or out of range."""
     if label is None or label < 0:
         raise UserError(f"{place}: the label is {'missing' if label is None else label}.")
     if label >= num_labels:
@@ -365,17 +365,17 @@ def check_label(label: int | None, num_labels: int, place: str) -> None:
 
 
 def decode_checked(encoded: dict, image_column: str, place: str) -> PILImage.Image:
-    """As `decode_image`. Raises a `UserError` that begins with the row's place if that fails."""
+    """As `decode_image`. Raises a `UserError` that starts with the row's location if that fails."""
     try:
         return decode_image(encoded)
-    except Exception as error:  # PIL raises many kinds for what is not an image, or half of one
+    except Exception as error:  # PIL raises many kinds of error if a file is no image or is truncated
         raise UserError(
             f"{place}: the image in column {image_column!r} cannot be decoded ({first_line(error)})."
         ) from error
 
 
 def _mean_decoded_bytes(encoded_images: list[dict]) -> float:
-    """Bytes of an RGB image, by the headers of a sample; unreadable ones are reported when they are checked."""
+    """Mean bytes of a decoded RGB image, from the headers of a sample; unreadable ones are reported when checked."""
     sizes = []
     for encoded in encoded_images:
         with contextlib.suppress(Exception), open_image(encoded) as image:

@@ -1,12 +1,12 @@
-"""What is random in training follows from an image's seed, and from nothing else.
+"""Everything random in training follows from an image's seed, and from nothing else.
 
-The seed of an image is a function of the run's seed, the epoch and the image's place in the epoch (see `TrainSampler`
-and `StreamedBatches`). Its crop, its augmentation, how it is mixed with its neighbour, the branches that drop path
-leaves out and the patches that are dropped are functions of that seed. So they are the same whichever process, worker
-or micro batch an image comes to, and wherever a run was resumed: no generator has a state that would have to be kept.
+An image's seed is a function of the run's seed, the epoch and the image's position in the epoch (see `TrainSampler`
+and `StreamedBatches`). Its crop, its augmentation, how it is mixed with its neighbour, and which of its branches (drop
+path) and patches are dropped are functions of that seed. So they are the same whichever process, worker or micro-batch
+an image ends up in, and wherever a run was resumed: there is no generator state to save.
 
-What other networks than DeiT-Ti draw in their forward pass (dropout) comes from torch's generator, which each micro
-batch starts from the seed of its first image.
+What networks other than DeiT-Ti draw in their forward pass (dropout) comes from torch's generator, which is reseeded
+for each micro-batch with the seed of its first image.
 """
 
 import math
@@ -39,7 +39,7 @@ def mix_bits(bits: torch.Tensor) -> torch.Tensor:
 
 def random_bits(mixed_seeds: torch.Tensor, stream: int, counters: torch.Tensor) -> torch.Tensor:
     """64 random bits, as int64, for each pair of `mixed_seeds` and `counters` (int64, broadcast together)."""
-    # Seeds are mixed before: neighbours, such as dataset indices, must not give overlapping counter sequences.
+    # Seeds are mixed first: neighbouring ones, such as dataset indices, must not give overlapping counter sequences.
     return mix_bits(mixed_seeds + (counters + ((stream << 40) + 1)) * (0x9E3779B97F4A7C15 - 2**64))
 
 
@@ -50,7 +50,7 @@ def random_uniform(seeds: torch.Tensor, stream: int, *shape: int) -> torch.Tenso
 
 
 def start_generator(seed: int, device: torch.device) -> None:
-    """torch's generator starts from `seed`: the CPU's, and that of the GPU if the device is one."""
+    """Seeds torch's generators: the CPU's, and the GPU's if the device is one."""
     torch.default_generator.manual_seed(seed)  # torch.manual_seed would collect a stack trace where there is no GPU
     if device.type == "cuda":
         torch.cuda.manual_seed(seed)

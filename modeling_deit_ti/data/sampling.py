@@ -1,4 +1,4 @@
-"""Which images an epoch sees, in which order and with which random seeds; their batches, and the mixing of these."""
+"""Which images an epoch sees, in which order and with which seeds; how they are batched and mixed."""
 
 import contextlib
 import random
@@ -14,30 +14,30 @@ from ..device import to_device
 from .randomness import MIXING_STREAM, random_uniform
 
 
-# The subsets that --max_train_samples and --train_val_split take are the same in every run, whatever its --seed: runs
-# that are compared see the same images, and a fitted teacher serves them all.
+# The subsets that --max_train_samples and --train_val_split choose are the same in every run, whatever its --seed, so
+# that runs to be compared see the same images and share a fitted teacher.
 SUBSET_SEED = 0
 
 
 def random_rows(num_rows: int, size: int | None) -> Sequence[int]:
-    """So many of a split's rows, the same in every run; all of them if there are no more, or `size` is `None`."""
+    """`size` random rows of a split, the same in every run; all rows if there are no more, or if `size` is `None`."""
     if size is None or size >= num_rows:
         return range(num_rows)
-    # Shuffled: image folders come class by class. Sorted: reading goes forward through the file.
+    # Shuffled, since image folders are ordered by class; sorted, so that the file is read front to back.
     return sorted(np.random.default_rng(SUBSET_SEED).permutation(num_rows)[:size].tolist())
 
 
 class TrainSampler(torch.utils.data.Sampler):
     """
-    The keys of each epoch, for all processes together: `(index, seed)` pairs in random order. The seed is that of all
-    that is random in the image (see randomness.py).
+    The keys of each epoch, over all processes: `(index, seed)` pairs in random order. Everything random in an image
+    follows from its seed (see randomness.py).
 
     Args:
-        batch_size (`int`): images in a step of the optimizer, all processes together. Those that do not fill one are
-            left out (others each epoch); only a dataset smaller than a step is used whole.
-        seed (`int`): of the run.
-        repeats (`int`, *optional*, defaults to 1): repeated augmentation (Hoffer et al., 2020): each image comes
-            this often in a batch, differently augmented, and an epoch sees as many images as without.
+        batch_size (`int`): images per optimizer step, over all processes. Images that do not fill a step are left out
+            (different ones each epoch); only a dataset smaller than a step is used in full.
+        seed (`int`): the run's.
+        repeats (`int`, *optional*, defaults to 1): repeated augmentation (Hoffer et al., 2020): each image occurs this
+            many times in a batch, augmented differently; the length of an epoch stays the same.
     """
 
     def __init__(self, num_images: int, batch_size: int, seed: int, repeats: int = 1):
@@ -60,7 +60,7 @@ class TrainSampler(torch.utils.data.Sampler):
         order = torch.randperm(self.num_images, generator=generator).repeat_interleave(self.repeats)
         order = order[: self.num_samples]
         if self.repeats > 1:
-            # Mixup takes neighbours: the views of one image must not be each other's.
+            # Mixup pairs neighbours, so the views of an image are spread over its batch.
             batches = order.split(self.batch_size)
             order = torch.cat([batch[torch.randperm(len(batch), generator=generator)] for batch in batches])
         seeds = torch.randint(2**62, (self.num_samples,), generator=generator)
@@ -69,7 +69,7 @@ class TrainSampler(torch.utils.data.Sampler):
 
 @contextlib.contextmanager
 def seeded(seed: int) -> Iterator[None]:
-    """Python's, NumPy's and torch's CPU generators start from `seed` inside, and are restored afterwards."""
+    """Seeds Python's, NumPy's and torch's CPU generators inside, and restores them afterwards."""
     python, numpy, cpu = random.getstate(), np.random.get_state(), torch.get_rng_state()
     random.seed(seed)
     np.random.seed(seed % 2**32)
@@ -98,14 +98,14 @@ def augmented_batch(
 
 
 def collate_images(batch: dict) -> dict:
-    """For a loader of images: they come as whole batches."""
+    """A no-op for loaders: images already come as whole batches."""
     return batch
 
 
 def partners(batch_size: int) -> np.ndarray:
     """
-    Which image of a batch each is mixed with, `(B,)`: its neighbour, two by two, so that a batch may be cut into any
-    even parts. The last of an odd number has no partner but itself.
+    The index of each image's mixing partner in its batch, `(B,)`: neighbours are paired, so that a batch may be split
+    into parts of any even size. In a batch of odd size, the last image is its own partner.
     """
     return np.minimum(np.arange(batch_size) ^ 1, batch_size - 1)
 
@@ -120,8 +120,8 @@ def mix_images(
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
     """
     Mixup (Zhang et al., 2018) or CutMix (Yun et al., 2019) of each image with its partner (see [`partners`]); if both
-    are on, one of them by a fair coin, as in DeiT's code. But there a batch tosses one coin and draws one share and
-    one box for all of its images; here each image has its own (timm's mode `elem`), from its seed.
+    are on, a fair coin decides, as in DeiT's code. There, one coin, share and box serve the whole batch; here each
+    image has its own (timm's mode `elem`), from its seed.
 
     Args:
         pixel_values, labels (`torch.Tensor`): images `(B, 3, height, width)`, and label ids `(B,)`, if any.
@@ -137,14 +137,14 @@ def mix_images(
     coin, share, row, column = random_uniform(torch.from_numpy(seeds), MIXING_STREAM, 4).T.numpy()
     is_cut = (coin < 0.5) if mixup > 0 and cutmix > 0 else np.full(len(seeds), cutmix > 0)
     alpha = np.where(is_cut, cutmix, mixup)
-    share = betaincinv(alpha, alpha, share)  # the image's own, as its distribution's quantile
-    # CutMix: the partner's box has a random centre and 1 - share of the area, but for what lies outside of the image.
+    share = betaincinv(alpha, alpha, share)  # of the image itself: a quantile of the Beta distribution
+    # CutMix: the partner's box has a random centre and 1 - share of the area, and is clipped to the image.
     half = np.where(is_cut, np.sqrt(1 - share) / 2, 0)
     (top, bottom), (left, right) = (
         np.clip(np.floor(centre * length) + np.floor(half * length) * [[-1], [1]], 0, length)
         for centre, length in ((row, height), (column, width))
     )
-    outside = np.where(is_cut, 1, share)  # what an image keeps of itself there; inside, nothing
+    outside = np.where(is_cut, 1, share)  # what an image keeps of itself outside the box; inside, nothing
     share = np.where(is_cut, 1 - (bottom - top) * (right - left) / (height * width), share)
 
     device, partner = pixel_values.device, torch.from_numpy(partners(len(seeds)))

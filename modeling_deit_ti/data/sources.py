@@ -43,7 +43,7 @@ def load_splits(name: str, config_name: str | None) -> tuple[DatasetDict, str]:
         raise UserError(f"--dataset_name {name}: this is a file, not a folder.")
     with naming_the_dataset(name):
         if os.path.isfile(os.path.join(folder, "dataset_dict.json")):
-            # Through the cache: `datasets` keeps results beside the rows, so in the user's folder otherwise.
+            # Through the cache: `datasets` writes results beside the rows, which would be in the user's folder.
             saved = load_from_disk(folder).items()
             files = {split: [file["filename"] for file in rows.cache_files] for split, rows in saved}
             return _load_each("arrow", files), "local"
@@ -54,19 +54,19 @@ def load_splits(name: str, config_name: str | None) -> tuple[DatasetDict, str]:
 
 @contextlib.contextmanager
 def naming_the_dataset(name: str) -> Iterator[None]:
-    """Raises a `UserError` if `name` stands for a folder that does not exist, or loading it fails inside."""
+    """Raises a `UserError` if `name` is the path of a folder that does not exist, or if loading it fails inside."""
     if (name.startswith((".", "/", "~")) or name.count("/") > 1) and not os.path.isdir(os.path.expanduser(name)):
         raise UserError(f"--dataset_name {name}: there is no such folder.")
     try:
         yield
     except UserError:
         raise
-    except Exception as error:  # whatever the builder or the network raises, it is about what the user named
+    except Exception as error:  # whatever the builder or the network raises concerns that dataset
         raise UserError(
             f"--dataset_name {name}: the dataset is neither a readable local folder nor reachable on the Hub "
-            f"({first_line(error)}). To run offline, name a folder of Parquet files or one with a folder of images "
-            "per class, or use `--dataset_name digits`; a dataset that was loaded before is taken from the cache with "
-            "HF_HUB_OFFLINE=1."
+            f"({first_line(error)}). To run offline, name a folder of Parquet files or one with a subfolder of images "
+            "per class, or use `--dataset_name digits`; with HF_HUB_OFFLINE=1, a dataset that was loaded before is "
+            "read from the cache."
         ) from error
 
 
@@ -77,7 +77,7 @@ def _load_folder(folder: str, config_name: str | None) -> DatasetDict:
         for split, (_, expected) in class_folders.items():
             if len(splits[split]) != expected:
                 raise UserError(
-                    f"--dataset_name {folder}: of {expected} images in `{split}`, {len(splits[split])} are loaded."
+                    f"--dataset_name {folder}: {len(splits[split])} of {expected} images in `{split}` were loaded."
                 )
             names = splits[split].features["label"].names
             logger.info(f"Images: {expected:,} in {len(names)} classes ({split}): {list_some(names)}")
@@ -90,14 +90,14 @@ def _load_folder(folder: str, config_name: str | None) -> DatasetDict:
 
 def find_class_folders(folder: str) -> dict[str, tuple[str, int]] | None:
     """
-    The splits of a folder whose images lie in one folder per class, optionally below `train/`, `test/`, `validation/`
-    in any case: for each split the pattern of its files, and how many images there are. `None` for other folders.
+    The splits of a folder with one subfolder of images per class, optionally under `train/`, `test/`, `validation/`
+    (case-insensitive): the pattern of each split's files, and its number of images. `None` for other folders.
 
-    (`datasets` would guess the splits from the names of all files and folders: a class `bus stop` is then lost beside
-    the classes `train station` and `train track`.)
+    (`datasets` would guess the splits from the names of all files and folders, and lose a class `bus stop` beside the
+    classes `train station` and `train track`.)
 
     Raises:
-        UserError: if images lie at several depths, too deep, or in two folders for one split.
+        UserError: if images are at different depths, too deep, or in two folders for one split.
     """
     counts, has_metadata = Counter(), False
     for path, _, files in os.walk(folder, followlinks=True):
@@ -119,8 +119,8 @@ def find_class_folders(folder: str) -> dict[str, tuple[str, int]] | None:
     if depths != {2} or not all(top.lower() in splits for top in tops):
         example = os.path.join("", *max(counts, key=len))
         raise UserError(
-            f"--dataset_name {folder}: images have to lie in one folder per class, optionally below train/ and test/, "
-            f"but they lie at several depths, or too deep ({example})."
+            f"--dataset_name {folder}: images must be in one folder per class, optionally under train/ and test/, but "
+            f"they are at different depths, or too deep ({example})."
         )
     if len({splits[top.lower()] for top in tops}) < len(tops):
         raise UserError(f"--dataset_name {folder}: {list_some(sorted(tops))} are two folders for one split.")
@@ -134,7 +134,7 @@ def find_class_folders(folder: str) -> dict[str, tuple[str, int]] | None:
 
 
 def _load_each(kind: str, files: dict[str, list[str]]) -> DatasetDict:
-    """Splits, one by one: loaded together, all would get the features, and so the label names, of the first file."""
+    """Loads splits one by one: together, all would get the features, and so the label names, of the first file."""
     return DatasetDict(
         {split: load_dataset(kind, data_files={split: names}, split=split) for split, names in files.items()}
     )

@@ -1,12 +1,12 @@
-"""Training images that are read while training, for datasets larger than disk and memory (`--streaming`).
+"""Training images that are read during training, for datasets larger than disk and memory (`--streaming`).
 
 The rows of a dataset lie in shards whose sizes are known before anything is read: the row groups of Parquet files, or
-the files of an image folder. So every epoch is planned before it is read: the shards are put in random order, and each
-lane gets a range of their rows, just as long as its share of the steps. Each image then comes at most once per epoch,
-and all processes take the same number of steps, whatever the sizes of the files. A run keeps its lanes; the workers of
-all processes, however many they are now, divide them among themselves.
+the files of an image folder. So every epoch is planned before it is read: the shards are shuffled, and each lane gets
+a range of their rows, exactly as long as its share of the steps. Each image then occurs at most once per epoch, and
+all processes take the same number of steps, whatever the file sizes. A run keeps its lanes; the workers of all
+processes, however many there are now, divide them among themselves.
 
-(`datasets`' own streaming assigns whole shards, so some processes get more than others, and loses what is in its
+(`datasets`' own streaming assigns whole shards, so some processes get more than others, and loses the contents of its
 shuffle buffer when it resumes.)
 """
 
@@ -53,24 +53,24 @@ from .sources import (
 )
 
 
-# A lane's shuffle buffer is filled from so many shards at a time, since files are often sorted by label.
+# A lane's shuffle buffer is filled from this many shards at a time, since files are often sorted by label.
 OPEN_SHARDS = 2
 ROWS_AT_ONCE = 16
 
 
 class UnreadableRow(UserError):
-    """A row that cannot be trained on, found in the middle of a run, and by one process only."""
+    """A row that cannot be trained on, found in the middle of a run by only one process."""
 
 
 # ---- Where rows come from ----
 
 
 class ParquetRows:
-    """The rows of Parquet files, local or on the Hub, by row groups. At first, only their footers are read."""
+    """The rows of Parquet files, local or on the Hub; each row group is a shard. At first, only footers are read."""
 
     def __init__(self, files: list[str]):
         self.files = files
-        self.shards: list[tuple[int, int, int]] = []  # file, row group, rows of the file before it
+        self.shards: list[tuple[int, int, int]] = []  # file, row group, rows before it in the file
         sizes, footers = [], hashlib.sha256()
         for number, file in enumerate(files):
             with _open(file) as opened:
@@ -85,7 +85,7 @@ class ParquetRows:
                 sizes_of_columns = [(c.total_compressed_size, c.total_uncompressed_size) for c in columns]
                 footers.update(repr((row_group.num_rows, sizes_of_columns)).encode())
             if "://" in file:
-                footers.update(file.encode())  # it holds the commit
+                footers.update(file.encode())  # it contains the commit
             if number == 0:
                 self.features = Features.from_arrow_schema(metadata.schema.to_arrow_schema())
         self.sizes = np.array(sizes, dtype=np.int64)  # rows in each shard
@@ -98,7 +98,7 @@ class ParquetRows:
                     yield batch.column(0).to_pylist()
 
     def read(self, shard: int, start: int, stop: int, columns: list[str]) -> Iterator[dict]:
-        """Rows `start` to `stop` of a shard. A row group of any size is read page by page."""
+        """Rows `start` to `stop` of a shard. Row groups of any size are read page by page."""
         number, group, _ = self.shards[shard]
         position = 0
         with _open(self.files[number]) as opened:
@@ -117,7 +117,7 @@ class ParquetRows:
 
 
 class TableRows:
-    """The rows of a `datasets.Dataset` that holds no images (an image folder's paths) or lies on disk."""
+    """The rows of a `datasets.Dataset` that holds only paths (of an image folder) or is on disk."""
 
     def __init__(self, dataset: Dataset, rows_per_shard: int, digest: str):
         self.dataset = dataset
@@ -165,22 +165,22 @@ def load_streamed_images(args: ImageArguments, labels_needed: bool = True) -> Im
     """
     As [`load_images`], but the training split is a [`StreamedSplit`], checked as it is read.
 
-    `ImageData.fingerprint` covers the labels. The images, not read yet, it identifies by the sizes of each Parquet row
-    group (on the Hub, by the commit), or by their names and sizes (image folder).
+    `ImageData.fingerprint` covers the labels. It identifies the images, which are not read yet, by the sizes of each
+    Parquet row group (on the Hub, by the commit), or by file names and sizes (image folder).
 
     Raises:
-        UserError: as `load_images`; if the dataset is neither Parquet with an evaluation split nor an image folder.
+        UserError: as `load_images`, or if the dataset is neither Parquet with an evaluation split nor an image folder.
     """
     rows, evaluation, eval_split, image_column, source = _open_splits(args)
     label_column = find_label_column(evaluation.features, args)
     features, content, found = rows.features, hashlib.sha256(rows.digest.encode()), set()
     has_labels = label_column in features
     has_names = has_labels and isinstance(features[label_column], ClassLabel)
-    if has_labels and not (has_names and source == "hub"):  # there, it would take a request per row group
+    if has_labels and not (has_names and source == "hub"):  # on the Hub, it would take a request per row group
         for values in rows.column(label_column):
             found.update(values)
             content.update(repr(values).encode())
-    # What the checks need of a split: its columns, and a row for each label that has no name yet.
+    # What the checks need of a split: its columns, and one row for each label that has no name yet.
     values = list(found) if has_labels and not has_names else []
     columns = {name: values if name == label_column else [None] * len(values) for name in features}
     train, evaluation, label_names = with_label_ids(
@@ -197,7 +197,7 @@ def load_streamed_images(args: ImageArguments, labels_needed: bool = True) -> Im
 
 
 def _open_splits(args: ImageArguments) -> tuple[ParquetRows | TableRows, Dataset, str, str, str]:
-    """The training rows, the evaluation split and its name, the column of images, and where they come from."""
+    """The training rows, the evaluation split and its name, the image column, and the source."""
     name, folder = args.dataset_name, os.path.expanduser(args.dataset_name)
     is_folder = os.path.isdir(folder)
     is_table = os.path.isfile(os.path.join(folder, "dataset_dict.json")) or (name == "digits" and not is_folder)
@@ -209,8 +209,8 @@ def _open_splits(args: ImageArguments) -> tuple[ParquetRows | TableRows, Dataset
             return *_open_parquet(args, builder), "local" if is_folder else "hub"
         if not (isinstance(builder.config, ImageFolderConfig) and is_folder):
             raise UserError(
-                f"--streaming reads Parquet files, local or on the Hub, and local image folders; {name} is "
-                f"{type(builder).__name__}. Write it as Parquet: load_dataset(...).push_to_hub(...), or to_parquet."
+                f"--streaming reads Parquet files, local or on the Hub, and local image folders, but {name} is "
+                f"{type(builder).__name__}. Convert it to Parquet: load_dataset(...).push_to_hub(...), or to_parquet."
             )
     splits, source = load_splits(name, args.dataset_config_name)
     train, evaluation, eval_split = train_and_evaluation(splits, args)
@@ -223,8 +223,9 @@ def _open_parquet(args: ImageArguments, builder: DatasetBuilder) -> tuple[Parque
     eval_split = find_eval_split(files, args.dataset_name)
     if eval_split is None or args.validation_from_train:
         raise UserError(
-            f"{args.dataset_name}: --streaming cannot hold images out of the split `train`: put some of its Parquet "
-            "files into a split of their own (test-00000.parquet, or a folder test/), without --validation_from_train."
+            f"{args.dataset_name}: --streaming cannot hold out images from the split `train`: move some of its "
+            "Parquet files to another split (test-00000.parquet, or a folder test/), and run without "
+            "--validation_from_train."
         )
     with naming_the_dataset(args.dataset_name):
         rows = ParquetRows(files["train"])
@@ -242,7 +243,7 @@ class StreamedSplit:
 
     rows: ParquetRows | TableRows
     image_column: str
-    label_column: str | None  # missing if the images have no labels
+    label_column: str | None  # `None` if the images have no labels
     ids: dict | None  # the id of each value in the label column; `None` if the values are ids
     num_labels: int
 
@@ -254,7 +255,7 @@ class StreamedSplit:
         return ["image"] if self.label_column is None else ["image", "label"]
 
     def label_ids(self) -> np.ndarray:
-        """`(rows,)`, without those that are missing or out of range: they are reported when they are read."""
+        """`(rows,)`, without those that are missing or out of range, which are reported when they are read."""
         values = chain.from_iterable(self.rows.column(self.label_column))
         ids = (value if self.ids is None else self.ids[value] for value in values)
         return np.array([label for label in ids if label is not None and 0 <= label < self.num_labels])
@@ -264,11 +265,11 @@ class StreamedSplit:
         try:
             yield from self.rows.read(shard, start, stop, columns)
         except (OSError, pa.ArrowException) as error:
-            place = f"Split `train`, {self.rows.place(shard, start)} or after"
-            raise UnreadableRow(f"{place}: it cannot be read ({first_line(error)}).") from error
+            place = f"Split `train`, {self.rows.place(shard, start)} or later"
+            raise UnreadableRow(f"{place}: cannot be read ({first_line(error)}).") from error
 
     def first_images(self, count: int) -> list[PILImage.Image]:
-        """RGB images, fewer if there are no more. Raises an `UnreadableRow` if one of them cannot be had."""
+        """RGB images, fewer if there are no more. Raises an `UnreadableRow` if one of the rows is unusable."""
         rows = (
             (shard, number, row)
             for shard, size in enumerate(self.rows.sizes.tolist())
@@ -277,7 +278,7 @@ class StreamedSplit:
         return [self.decode(*row)[0] for row in islice(rows, count)]
 
     def decode(self, shard: int, number: int, row: dict) -> tuple[PILImage.Image, int | None]:
-        """The RGB image and the label id of a row. Raises an `UnreadableRow` if one of them cannot be had."""
+        """The RGB image and the label id of a row. Raises an `UnreadableRow` if either is unusable."""
         place = f"Split `train`, {self.rows.place(shard, number)}"
         encoded, label = row[self.image_column], None
         path = f", {encoded['path']}" if encoded and encoded["bytes"] is None else ""
@@ -310,7 +311,7 @@ class _Range:
 
 @dataclasses.dataclass
 class StreamedImages:
-    """Training images of a split that is read while training."""
+    """Training images of a split that is read during training."""
 
     split: StreamedSplit
     transform: Callable[[PILImage.Image], torch.Tensor]  # RGB image to `pixel_values`
@@ -331,16 +332,16 @@ class StreamedBatches(torch.utils.data.IterableDataset):
     """
     One process's batches of an epoch, as `augmented_batch` makes them, for a `DataLoader` with `batch_size=None`.
 
-    The lanes take turns at `division.together` images each, from a part of the rows and a shuffle buffer of their own.
-    So what is in a step follows from the seed, the epoch and the lanes, and not from who reads them. Each lane has one
-    reader: a worker of a process. As with `TrainSampler`, images that do not fill a step are left out, others each
-    epoch.
+    The lanes take turns of `division.together` images, each from its own part of the rows and its own shuffle buffer.
+    So the contents of a step follow from the seed, the epoch and the lanes, not from which process reads them. Each
+    lane has one reader: one worker of one process. As with `TrainSampler`, images that do not fill a step are left
+    out, different ones each epoch.
 
     Args:
-        step_size (`int`): images in a step of the optimizer, all processes together.
+        step_size (`int`): images per optimizer step, over all processes.
         batch_size (`int`): images in a batch of this process, a multiple of `division.together`.
-        seed (`int`): of the run.
-        num_workers (`int`): of the loader, at most.
+        seed (`int`): the run's.
+        num_workers (`int`): the maximum number of the loader's workers.
 
     Raises:
         UserError: if there are fewer images than one step takes.
@@ -362,39 +363,40 @@ class StreamedBatches(torch.utils.data.IterableDataset):
         self.division = division
         self.batch_size = batch_size
         self.seed = seed
-        self.repeats = images.repeats  # an image comes this often, in one turn or two that follow each other
+        self.repeats = images.repeats  # occurrences of an image, in one turn or two consecutive ones
         self.process_index = process_index
         self.num_processes = num_processes
         num_steps = len(images) // step_size
         if num_steps == 0:
             raise UserError(
-                f"--streaming: {len(images)} training images are fewer than one step of all processes takes "
-                f"({step_size}): use a smaller --per_device_train_batch_size, or leave it out."
+                f"--streaming: {len(images)} training images are too few for one step over all processes "
+                f"({step_size}): use a smaller --per_device_train_batch_size, or leave out --streaming."
             )
         self.num_batches = num_steps * step_size // (batch_size * num_processes)
-        self.num_turns = num_steps * step_size // division.together  # of all lanes
+        self.num_turns = num_steps * step_size // division.together  # over all lanes
         # The workers take this process's batches in turn. When all lanes have had their turns, the next batch must be
-        # the first worker's again, or two would read the same lanes.
+        # the first worker's again, or two workers would read the same lanes.
         cycle = division.lanes * division.together // (batch_size * num_processes)
         self.num_workers = max(number for number in range(1, max(1, num_workers) + 1) if cycle % number == 0)
-        # The epoch; in which epoch how many batches are skipped. Shared: persistent workers have copies of the rest.
+        # The epoch; the epoch in which batches are skipped, and their number. Shared, since persistent workers have
+        # copies of everything else.
         self._progress = torch.zeros(3, dtype=torch.int64).share_memory_()
 
     def __len__(self) -> int:
         return self.num_batches
 
     def loader(self, args: DistillationTrainingArguments) -> DataLoader:
-        """A loader of these batches, which are this process's own: they need not be dealt out."""
+        """A loader of these batches, which are already this process's own: no further sharding is needed."""
         loader = DataLoader(
             self,
             batch_size=None,
-            collate_fn=collate_images,  # torch's default would make tensors of the seeds
+            collate_fn=collate_images,  # torch's default would turn the seeds into tensors
             num_workers=min(args.dataloader_num_workers, self.num_workers),
             pin_memory=args.dataloader_pin_memory,
             persistent_workers=args.dataloader_persistent_workers,
             prefetch_factor=args.dataloader_prefetch_factor,
         )
-        # Declared as one process, so that accelerate neither reads all images in each nor reads in the first for all.
+        # Declared as one process: otherwise, accelerate would have each process read all images, or the first for all.
         return prepare_data_loader(
             loader,
             args.device,
@@ -409,7 +411,7 @@ class StreamedBatches(torch.utils.data.IterableDataset):
         self._progress[0] = epoch
 
     def skip(self, epoch: int, num_batches: int) -> None:
-        """The first batches of that epoch come empty, `{}`: nothing is read, decoded or augmented for them."""
+        """Leaves the first batches of that epoch empty, `{}`: nothing is read, decoded or augmented for them."""
         self._progress[1:] = torch.tensor([epoch, num_batches])
 
     def __iter__(self) -> Iterator[dict]:
@@ -421,7 +423,7 @@ class StreamedBatches(torch.utils.data.IterableDataset):
         turns_skipped = skipped * self.num_processes * turns_of_batch
         shards = self._shards(epoch)
         lanes: dict[int, Iterator[tuple[PILImage.Image, int | None]]] = {}
-        for number in range(worker, self.num_batches, self.num_workers):  # as the loader takes them in turn
+        for number in range(worker, self.num_batches, self.num_workers):  # the loader takes the workers in turn
             if number < skipped:
                 yield {}
                 continue
@@ -438,11 +440,11 @@ class StreamedBatches(torch.utils.data.IterableDataset):
                 images, labels = zip(*views, strict=True)
                 yield augmented_batch(images, None if labels[0] is None else labels, seeds, self.images.transform)
             except UnreadableRow as error:
-                yield {"error": str(error)}  # a loader would add a worker's traceback to what is raised
+                yield {"error": str(error)}  # if raised, the loader would add the worker's traceback
                 return
 
     def _apart(self, views: list) -> list:
-        """With repeated augmentation, no image is its own partner (see `sampling.partners`) if there are others."""
+        """With repeated augmentation, avoids pairing views of the same image (see `sampling.partners`) if possible."""
         if self.repeats == 1:
             return views
         half = len(views) // 2
@@ -452,7 +454,7 @@ class StreamedBatches(torch.utils.data.IterableDataset):
     def _views(
         self, epoch: int, lane: int, shards: tuple[np.ndarray, np.ndarray], turns_skipped: int
     ) -> Iterator[tuple[PILImage.Image, int | None]]:
-        """Images and labels of a lane, each repeated, without those of the first turns of all lanes."""
+        """A lane's images and labels, each repeated, without those of the first `turns_skipped` turns of all lanes."""
         samples_skipped = len(range(lane, turns_skipped, self.division.lanes)) * self.division.together
         rows = self._rows(epoch, lane, shards, samples_skipped // self.repeats)
         views = (view for row in rows for view in repeat(self.split.decode(*row), self.repeats))
@@ -461,7 +463,7 @@ class StreamedBatches(torch.utils.data.IterableDataset):
     def _rows(
         self, epoch: int, lane: int, shards: tuple[np.ndarray, np.ndarray], skipped: int
     ) -> Iterator[tuple[int, int, dict]]:
-        """A lane's rows in shuffled order, from number `skipped` on: (shard, row in the shard, content)."""
+        """A lane's rows in shuffled order, without the first `skipped`: (shard, row in the shard, content)."""
         turns = (self.num_turns - np.arange(self.division.lanes) - 1) // self.division.lanes + 1
         counts = -(-turns * self.division.together // self.repeats)
         start, count = int(counts[:lane].sum()), int(counts[lane])
@@ -472,7 +474,7 @@ class StreamedBatches(torch.utils.data.IterableDataset):
         buffer: list[tuple[int, int, dict | None]] = []
         for emitted in range(count):
             if emitted == skipped and skipped:
-                # The order of rows is known without reading; now come those that an uninterrupted run would hold.
+                # So far, only the order was followed; now read the rows that an uninterrupted run would hold.
                 buffer = self._read_again(buffer)
             while len(buffer) < self.division.lane_buffer_size:
                 opened += islice(ranges, OPEN_SHARDS - len(opened))
@@ -489,7 +491,7 @@ class StreamedBatches(torch.utils.data.IterableDataset):
                 yield row
 
     def _shards(self, epoch: int) -> tuple[np.ndarray, np.ndarray]:
-        """The shards in the epoch's order, and the number of its rows at the end of each; the same for all readers."""
+        """The shards in the epoch's order, and their cumulative numbers of rows; the same for all readers."""
         sizes = self.split.rows.sizes
         order = np.random.default_rng([self.seed, epoch]).permutation(len(sizes))
         return order, np.cumsum(sizes[order])

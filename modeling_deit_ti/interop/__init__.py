@@ -1,9 +1,9 @@
-"""DeiT-Ti to and from transformers' own classes and timm, and to ONNX; and a page that runs it.
+"""Converts DeiT-Ti to and from transformers' own classes and timm, and to ONNX; makes Spaces and a page for browsers.
 
-Every export predicts what the model predicts, to float32 rounding. One-token models are plain ViTs. Two-token models
-that read out both heads are transformers' `DeiTForImageClassificationWithTeacher` and timm's
+Float32 exports predict the same as the model, up to rounding. One-token models become plain ViTs. Two-token models
+that read out both heads become transformers' `DeiTForImageClassificationWithTeacher` and timm's
 `VisionTransformerDistilled`, which average them. Those that read out one head put its token first, where both
-libraries' single head sits; the other token stays in the sequence without a head (timm calls that a register).
+libraries' single head reads; the other token stays in the sequence without a head (timm calls that a register).
 
     python -m modeling_deit_ti.interop RUN --to transformers
 """

@@ -1,4 +1,4 @@
-"""The command that converts a finished run: `python -m modeling_deit_ti.interop RUN --to timm`."""
+"""Converts a finished run: `python -m modeling_deit_ti.interop RUN --to timm`."""
 
 import argparse
 import os
@@ -13,10 +13,10 @@ def convert(folder: str, to: str, output: Path | None = None) -> str:
     """Converts a finished run; returns how to load it. Raises a `UserError`."""
     if output is None:
         if not os.path.isdir(folder):
-            raise UserError(f"{folder} is not a folder on this machine: name an --output.")
+            raise UserError(f"{folder} is not a folder on this machine: set --output.")
         output = Path(folder, "transformers/onnx" if to == "onnx" else to)
     if output.exists():
-        raise UserError(f"{output} exists already: move it away, or name another --output.")
+        raise UserError(f"{output} already exists: move it, or choose another --output.")
     model, image_processor = load_run(folder, "FOLDER")
     if to == "transformers":
         save_transformers(model, image_processor, output)
@@ -31,7 +31,7 @@ def convert(folder: str, to: str, output: Path | None = None) -> str:
 def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
         prog="python -m modeling_deit_ti.interop",
-        description="Converts a trained DeiT-Ti for transformers without remote code, for timm, or to ONNX.",
+        description="Converts a trained DeiT-Ti to transformers' own classes (no remote code), to timm or to ONNX.",
     )
     parser.add_argument("folder", metavar="FOLDER", help="folder of a finished run, or a Hub id")
     parser.add_argument("--to", required=True, choices=("transformers", "timm", "onnx"))

@@ -1,4 +1,4 @@
-"""A page on which a browser runs the model, without a server: a static Space, or a folder on any web server."""
+"""A page that runs the model in the browser: a static Space, or a folder on any web server."""
 
 import json
 import os
@@ -18,7 +18,7 @@ from .space import space_metadata
 
 TEMPLATES = Path(__file__).with_name("page")
 TRANSFORMERS_JS = "4.3.2"
-ONNXRUNTIME_WEB = "1.31.0-dev.20260914-8d85527a0"  # the one that transformers.js was built with
+ONNXRUNTIME_WEB = "1.31.0-dev.20260914-8d85527a0"  # the version that transformers.js was built with
 # Where the page's script finds the two packages: on a CDN, or beside it.
 CDN = "https://cdn.jsdelivr.net/npm"
 ON_CDN = {
@@ -40,28 +40,28 @@ def write_static_space(
     node_modules: str | os.PathLike | None = None,
 ) -> None:
     """
-    Writes a static Space: a page on which one shows the model a picture, which does not leave the browser.
+    Writes a static Space: a page that labels pictures, which never leave the browser.
 
     Args:
         model_folder (`str` or `os.PathLike`): a finished run. If it has no ONNX files, they are made for the page.
         folder (`str` or `os.PathLike`): a new or empty folder.
-        title (`str`): of the page.
-        node_modules (`str` or `os.PathLike`, *optional*): where npm has installed `@huggingface/transformers`, to copy
-            it for a page that needs no other server than its own. By default, browsers fetch it from a CDN.
+        title (`str`): the page's title.
+        node_modules (`str` or `os.PathLike`, *optional*): where npm has installed `@huggingface/transformers`, which
+            is copied so that the page needs no server but its own. By default, browsers fetch it from a CDN.
 
     Raises:
-        UserError: if there is no DeiT-Ti in `model_folder`, no transformers.js in `node_modules`, or a file in
-            `folder`; or if ONNX files have to be made and the packages for it are missing.
+        UserError: if there is no DeiT-Ti in `model_folder` or no transformers.js in `node_modules`, if `folder` is not
+            empty, or if ONNX files have to be made and packages for that are missing.
     """
     model_folder, folder = Path(model_folder), Path(folder)
     if folder.exists() and any(folder.iterdir()):
-        raise UserError(f"{folder} is not empty: move it away, or name another folder.")
+        raise UserError(f"{folder} is not empty: choose another folder.")
     vendored = [] if node_modules is None else [Path(node_modules, file) for file in VENDORED_FILES]
     for file in vendored:
         if not file.is_file():
             raise UserError(
-                f"There is no {file}: name the node_modules of `npm install --ignore-scripts "
-                f"@huggingface/transformers@{TRANSFORMERS_JS}`."
+                f"There is no {file}: --node_modules must be the folder that `npm install --ignore-scripts "
+                f"@huggingface/transformers@{TRANSFORMERS_JS}` makes."
             )
     model, image_processor = load_run(str(model_folder), "MODEL")
 
@@ -86,7 +86,7 @@ def write_static_space(
         "metadata": space_metadata(title, [record] if record else [], sdk="static").to_yaml(),
         "labels": label_names(model.config),
         "examples": [file.name for file in examples],
-        "precisions": {  # by transformers.js's names
+        "precisions": {  # under transformers.js's names
             "q8": f"8-bit weights, {megabytes[QUANTIZED_FILE]:.0f} MB",
             "fp32": f"float32, {megabytes[ONNX_FILE]:.0f} MB",
         },
@@ -100,7 +100,7 @@ def write_static_space(
 
 
 def run_facts(record: RunRecord) -> dict:
-    """What the page and its README say about the run: where its model is, and how often it is right."""
+    """What the page and its README say about the run: where its model is, and how accurate it is."""
     metrics = {key: percent(value) for key, value in record.metrics.items() if key.startswith("eval_accuracy")}
     return {
         "hub_model_id": record.hub_model_id,

@@ -1,4 +1,4 @@
-"""DeiT-Ti as one of transformers' own classes, as timm's network, and in ONNX."""
+"""Exports a DeiT-Ti to transformers' own classes, timm and ONNX."""
 
 import copy
 import json
@@ -33,7 +33,7 @@ def load_run(name: str, flag: str) -> tuple[DeiTTiForImageClassification, BaseIm
     The model and image processor of a finished run; the arguments are those of [`load_classifier`].
 
     Raises:
-        UserError: if they cannot be loaded, or are not of a DeiT-Ti.
+        UserError: if they cannot be loaded, or the model is not a DeiT-Ti.
     """
     model, missing = load_classifier(name, flag)
     if not isinstance(model, DeiTTiForImageClassification):
@@ -51,8 +51,8 @@ def to_transformers(model: DeiTTiForImageClassification) -> PreTrainedModel:
 
     Returns:
         `ViTForImageClassification` for a one-token model, `DeiTForImageClassificationWithTeacher` for one that reads
-        out both heads, `DeiTForImageClassification` for a two-token model that reads out one; the token of that head
-        comes first, as what transformers calls the class token. On the model's device, in its dtype, in `eval()`.
+        out both heads, `DeiTForImageClassification` for a two-token model that reads out one, whose token then comes
+        first, as transformers' class token. On the model's device, in its dtype, in `eval()` mode.
     """
     config = model.config
     architecture = DeiTForImageClassificationWithTeacher if config.readout == "both" else DeiTForImageClassification
@@ -78,14 +78,14 @@ def save_transformers(
 
 def timm_arguments(config: DeiTTiConfig) -> dict:
     """
-    The arguments of `timm.create_model` for the same network; with `checkpoint_path` it is the model.
+    The arguments of `timm.create_model` for the same network; `checkpoint_path` adds its weights.
 
     Raises:
         UserError: if timm has no such network.
     """
     for field, value in (("hidden_act", "gelu"), ("layer_norm_eps", 1e-6)):  # fixed in timm's own definition
         if getattr(config, field) != value:
-            raise UserError(f"timm's DeiT has {field} {value}, the model has {getattr(config, field)}.")
+            raise UserError(f"timm's DeiT has {field} {value}, but the model has {getattr(config, field)}.")
     mlp_ratio = config.intermediate_size / config.hidden_size
     if int(config.hidden_size * mlp_ratio) < config.intermediate_size:  # timm rounds their product down
         mlp_ratio = math.nextafter(mlp_ratio, math.inf)
@@ -110,8 +110,8 @@ def timm_arguments(config: DeiTTiConfig) -> dict:
 
 def to_timm(model: DeiTTiForImageClassification) -> VisionTransformer:
     """
-    The same network as timm's, on the model's device, in its dtype, in `eval()`: `deit_tiny_distilled_patch16_224`
-    where both heads are read out, otherwise `deit_tiny_patch16_224`, with a token that is not read out as a register.
+    The same network in timm, on the model's device, in its dtype, in `eval()` mode: `deit_tiny_distilled_patch16_224`
+    if both heads are read out, otherwise `deit_tiny_patch16_224`, where a token that is not read out is a register.
 
     Raises:
         UserError: if timm has no such network.
@@ -165,7 +165,7 @@ def save_timm(
 
 
 def timm_preprocessing(image_processor: BaseImageProcessor, image_size: int) -> dict:
-    """What the image processor of a run does, in the words of timm's `pretrained_cfg`."""
+    """What a run's image processor does, in the terms of timm's `pretrained_cfg`."""
     shortest_edge = image_processor.size["shortest_edge"]
     crop_pct = image_size / shortest_edge
     if int(image_size / crop_pct) < shortest_edge:  # timm rounds the quotient down
@@ -180,7 +180,7 @@ ONNX_FILE, QUANTIZED_FILE = "model.onnx", "model_quantized.onnx"  # transformers
 
 
 class _NamedLogits(nn.Module):
-    """The model with a tuple of its named logits as output, since ONNX has no `ModelOutput`."""
+    """Returns the model's named logits as a tuple, since ONNX has no `ModelOutput`."""
 
     def __init__(self, model: DeiTTiForImageClassification, names: list[str]):
         super().__init__()
@@ -196,16 +196,16 @@ def export_onnx(
 ) -> list[str]:
     """
     Writes the model as one ONNX file. Its input `pixel_values` is (B, C, image_size, image_size), normalised float32
-    images; its outputs are (B, num_labels). Its metadata has the labels (`id2label`, JSON).
+    images; its outputs are (B, num_labels). Its metadata holds the labels (`id2label`, as JSON).
 
     Args:
         image_size (`int`, *optional*, defaults to the model's): height and width of the images, in pixels.
 
     Returns:
-        `list[str]`: the outputs: `logits`, and where there are two heads `class_logits` and `distillation_logits`.
+        `list[str]`: the outputs: `logits` and, with two heads, `class_logits` and `distillation_logits`.
 
     Raises:
-        UserError: if the model's patches do not divide `image_size`.
+        UserError: if the model's patch size does not divide `image_size`.
         ImportError: if `onnx` or `onnxscript` is not installed.
     """
     config = model.config
@@ -215,7 +215,7 @@ def export_onnx(
     names = ["logits", "class_logits", "distillation_logits"] if len(config.tokens) == 2 else ["logits"]
     network = _NamedLogits(copy.deepcopy(model).to("cpu", torch.float32), names).eval()
     network.model.set_attn_implementation("sdpa")
-    # Two images: torch.export takes a batch of one for a constant.
+    # Two images: torch.export would treat a batch size of one as a constant.
     images = torch.zeros(2, config.num_channels, image_size, image_size)
     program = torch.onnx.export(
         network,
@@ -233,8 +233,8 @@ def export_onnx(
 
 def quantize_onnx(file: str | os.PathLike, quantized: str | os.PathLike) -> None:
     """
-    Writes an ONNX file again with int8 weights in its matrix products; what they are multiplied with is rounded to
-    8 bits in each call.
+    Writes a copy of an ONNX file with int8 weights in its matrix products; what they are multiplied with is rounded
+    to 8 bits at run time.
 
     Raises:
         ImportError: if `onnxruntime` is not installed.
@@ -244,8 +244,8 @@ def quantize_onnx(file: str | os.PathLike, quantized: str | os.PathLike) -> None
 
     with tempfile.TemporaryDirectory() as folder:
         prepared = Path(folder, "model.onnx")
-        quant_pre_process(str(file), str(prepared))  # the shapes that quantization asks for
-        # In the products of attention, without weights, rounding loses accuracy and gains no time.
+        quant_pre_process(str(file), str(prepared))  # adds the shapes that quantization needs
+        # The products inside attention have no weights: rounding them loses accuracy and saves no time.
         only_weights = {"op_types_to_quantize": ["MatMul", "Gemm"], "extra_options": {"MatMulConstBOnly": True}}
         quantize_dynamic(prepared, quantized, **only_weights)
 
@@ -253,7 +253,7 @@ def quantize_onnx(file: str | os.PathLike, quantized: str | os.PathLike) -> None
 def save_onnx(model: DeiTTiForImageClassification, folder: str | os.PathLike) -> None:
     """
     Saves what transformers.js looks for in the folder `onnx` beside the files of [`save_transformers`]: `model.onnx`
-    in float32, and `model_quantized.onnx` in int8. `preprocessing.js` is for images of other sizes than the model's.
+    in float32 and `model_quantized.onnx` in int8. `preprocessing.js` is for images of any size but the model's.
 
     Raises:
         UserError: if `onnx`, `onnxruntime` or `onnxscript` is not installed.
@@ -265,6 +265,6 @@ def save_onnx(model: DeiTTiForImageClassification, folder: str | os.PathLike) ->
         quantize_onnx(folder / ONNX_FILE, folder / QUANTIZED_FILE)
     except ImportError as error:
         raise UserError(
-            f"ONNX needs packages that are missing ({error}): pip install onnx onnxruntime onnxscript."
+            f"ONNX needs packages that are not installed ({error}): pip install onnx onnxruntime onnxscript."
         ) from error
     shutil.copy(Path(__file__).parent / "page" / "preprocessing.js", folder)

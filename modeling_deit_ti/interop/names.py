@@ -1,4 +1,4 @@
-"""What our tensors are called in transformers and in timm, and how they are laid out there."""
+"""The names and layout of our tensors in transformers and timm."""
 
 import re
 
@@ -12,7 +12,7 @@ from ..modeling_deit_ti import DeiTTiForImageClassification
 StateDict = dict[str, torch.Tensor]
 
 POSITIONS = "deit_ti.embeddings.position_embeddings"
-# What we, transformers and timm call the modules; {} is the number of a block.
+# The names of the modules here, in transformers and in timm; {} is the index of a block.
 MODULES = (
     ("deit_ti.embeddings.patch_projection", "embeddings.patch_embeddings.projection", "patch_embed.proj"),
     (POSITIONS, "embeddings.position_embeddings", "pos_embed"),
@@ -30,17 +30,17 @@ SHARED_FIELDS = (
     *(*SIZE_FIELDS, "image_size", "patch_size", "qkv_bias", "hidden_act", "layer_norm_eps", "initializer_range"),
     *("hidden_dropout_prob", "attention_probs_dropout_prob"),
 )
-# What an export's config.json says about the model it came from, beside its own fields.
+# Extra fields in an export's config.json, about the model it came from.
 RECORD_FIELDS = ("distill_mode", "tokens", "readout")
 
 
 def token_order(config: DeiTTiConfig) -> list[str]:
-    """The model's tokens with the one that a single head reads first."""
+    """The model's tokens; if only one is read out, that one comes first."""
     return sorted(config.tokens, key=lambda token: config.readout not in ("both", token))
 
 
 def transformers_names(config: DeiTTiConfig) -> dict[str, str]:
-    """Our modules and parameters, and what they are called in transformers' class for such a model."""
+    """Maps our module and parameter names to those in transformers' class for such a model."""
     base = "vit" if len(config.tokens) == 1 else "deit"
     modules = {ours: f"{base}.{theirs}" for ours, theirs, _ in MODULES}
     tokens = (f"{base}.embeddings.cls_token", f"{base}.embeddings.distillation_token")
@@ -49,7 +49,7 @@ def transformers_names(config: DeiTTiConfig) -> dict[str, str]:
 
 
 def timm_names(config: DeiTTiConfig) -> dict[str, str]:
-    """Our modules and parameters, and what they are called in timm."""
+    """Maps our module and parameter names to timm's."""
     modules = {ours: theirs for ours, _, theirs in MODULES}
     second, heads = ("dist_token", ("head", "head_dist")) if config.readout == "both" else ("reg_token", ("head",))
     return _all_names(config, modules, ("cls_token", second), heads)
@@ -58,14 +58,14 @@ def timm_names(config: DeiTTiConfig) -> dict[str, str]:
 def _all_names(config: DeiTTiConfig, modules: dict[str, str], tokens: tuple, heads: tuple) -> dict[str, str]:
     layers, order = range(config.num_hidden_layers), token_order(config)
     names = {ours.format(layer): theirs.format(layer) for ours, theirs in modules.items() for layer in layers}
-    # Not strict: there may be one token, and no head for the second.
+    # Not strict: there may be only one token, or no head for the second.
     names |= zip([f"deit_ti.embeddings.{token}_token" for token in order], tokens, strict=False)
     names |= zip([f"{token}_head" for token in order], heads, strict=False)
     return names
 
 
 def _rename(state: StateDict, names: dict[str, str]) -> StateDict:
-    """The tensors under other names, given by module or parameter."""
+    """Renames the tensors; `names` may name modules or single parameters."""
     renamed = {}
     for key, tensor in state.items():
         known = next((name for name in names if f"{key}.".startswith(f"{name}.")), None)
@@ -76,7 +76,7 @@ def _rename(state: StateDict, names: dict[str, str]) -> StateDict:
 
 
 def split_qkv(state: StateDict) -> StateDict:
-    """One (3 D, D) product of queries, keys and values into the three (D, D) that transformers has."""
+    """Splits each (3 D, D) projection to queries, keys and values into the three (D, D) that transformers has."""
     split = {}
     for key, tensor in state.items():
         parts = zip(QKV, tensor.chunk(3), strict=True) if ".qkv." in key else [("qkv", tensor)]
@@ -95,13 +95,13 @@ def fuse_qkv(state: StateDict) -> StateDict:
 
 
 def _reorder_positions(positions: torch.Tensor, old: list[str], new: list[str]) -> torch.Tensor:
-    """Moves the learned tokens' rows of (1, N, D) position embeddings from one order of the tokens to another."""
+    """Reorders the learned tokens' rows of (1, N, D) position embeddings from one order of the tokens to another."""
     rows = [old.index(token) for token in new]
     return torch.cat((positions[:, rows], positions[:, len(rows) :]), dim=1)
 
 
 def export_state(model: DeiTTiForImageClassification, names: dict[str, str]) -> StateDict:
-    """The model's tensors under other names, positions in [`token_order`], without the head that is not read out."""
+    """The model's tensors, renamed, with positions in [`token_order`] and without a head that is not read out."""
     config, state = model.config, model.state_dict()
     state[POSITIONS] = _reorder_positions(state[POSITIONS], config.tokens, token_order(config))
     if config.readout != "both":
@@ -110,10 +110,10 @@ def export_state(model: DeiTTiForImageClassification, names: dict[str, str]) -> 
 
 
 def import_state(state: StateDict, names: dict[str, str], config: DeiTTiConfig) -> StateDict:
-    """The inverse of [`export_state`]. Raises a `UserError` if a DeiT-Ti of that config has no such tensors."""
+    """The inverse of [`export_state`]. Raises a `UserError` if a DeiT-Ti with that config has no such tensors."""
     state = _rename(state, {theirs: ours for ours, theirs in names.items()})
     found, expected = state[POSITIONS].shape[1], len(config.tokens) + (config.image_size // config.patch_size) ** 2
     if found != expected:
-        raise UserError(f"it has {found} position embeddings, a DeiT-Ti has {expected}.")
+        raise UserError(f"it has {found} position embeddings, but a DeiT-Ti has {expected}.")
     state[POSITIONS] = _reorder_positions(state[POSITIONS], token_order(config), config.tokens)
     return state

@@ -1,4 +1,4 @@
-"""A Space: a folder with the page, the code and the models that it needs, for the Hub or any machine."""
+"""A Space: a folder with the page, its code and its models, for the Hub or any machine."""
 
 import importlib.metadata
 import os
@@ -18,12 +18,12 @@ from ..hub import retrying
 
 PACKAGE = Path(__file__).resolve().parents[1]
 MODELS_FOLDER = "models"
-# What the package and the page import, beside the standard library and what these bring along.
+# What the package and the page import, other than the standard library and the dependencies of these.
 REQUIREMENTS = (
     *("accelerate", "datasets", "evaluate", "gradio", "huggingface_hub", "jinja2", "matplotlib", "numpy", "pillow"),
     *("pyyaml", "safetensors", "scikit-learn", "scipy", "timm", "torch", "torchvision", "tqdm", "transformers"),
 )
-# Of a model's folder. Neither checkpoints nor the arguments of the run, and no code: the package is its code.
+# Copied from a model's folder: no checkpoints, no training arguments and no code, which is in the package.
 MODEL_FILES = (
     *("config.json", "preprocessor_config.json", "*.safetensors", "*.safetensors.index.json"),
     *(RECORD_FILE, "example*.png"),
@@ -32,12 +32,12 @@ MODEL_FILES = (
 
 def write_space(models: dict[str, str], folder: Path, app_file: Path, title: str) -> None:
     """
-    Writes a Gradio Space that shows the models. `python app.py` in the folder runs it, on any machine that has the
-    packages of its `requirements.txt`.
+    Writes a Gradio Space for the models. `python app.py` in the folder runs it, on any machine that has the packages
+    in its `requirements.txt`.
 
     Args:
         models (`dict`): folders of the models, by their names on the page.
-        folder (`Path`): a new one.
+        folder (`Path`): a new folder.
         app_file (`Path`): the page, which finds the models in `models/`.
 
     Raises:
@@ -45,7 +45,7 @@ def write_space(models: dict[str, str], folder: Path, app_file: Path, title: str
     """
     for path in models.values():
         if not os.path.isdir(path):
-            raise UserError(f"--to_space copies models from folders, and {path} is none: download it first.")
+            raise UserError(f"--to_space copies models from local folders, and {path} is not one: download it first.")
     folder.mkdir(parents=True, exist_ok=True)
     shutil.copy(app_file, folder / "app.py")
     shutil.copytree(PACKAGE, folder / PACKAGE.name, ignore=shutil.ignore_patterns("__pycache__"))
@@ -61,12 +61,12 @@ def write_space(models: dict[str, str], folder: Path, app_file: Path, title: str
 
 
 def _public_version(package: str) -> str:
-    """Without the build, as in 2.14.1+cpu, which package indexes do not have."""
+    """The version without its build (2.14.1, not 2.14.1+cpu), which package indexes do not have."""
     return importlib.metadata.version(package).partition("+")[0]
 
 
 def _card(models: dict[str, str], title: str) -> SpaceCard:
-    """The Space's README.md, with the front matter that the Hub wants."""
+    """The Space's README.md, with the front matter that the Hub expects."""
     records = {name: RunRecord.load(path) for name, path in models.items() if Path(path, RECORD_FILE).is_file()}
     data = space_metadata(
         title,
@@ -75,7 +75,7 @@ def _card(models: dict[str, str], title: str) -> SpaceCard:
         sdk_version=_public_version("gradio"),
         python_version=f"{sys.version_info.major}.{sys.version_info.minor}",
         app_file="app.py",
-        short_description="Labels for your pictures, and where the model looks",
+        short_description="Labels your pictures and shows where the model looks",
     )
     parts = [f"## {text(name)}\n\n{facts(record)}\n" for name, record in records.items()]
     text_parts = "\n".join(["# " + text(title), "Try the model on pictures of your own.\n", *parts])
@@ -83,7 +83,7 @@ def _card(models: dict[str, str], title: str) -> SpaceCard:
 
 
 def space_metadata(title: str, records: Collection[RunRecord], **kind) -> SpaceCardData:
-    """The front matter of a Space that shows the models of some runs; `kind` are the fields that only some have."""
+    """The front matter of a Space for the models of some runs; `kind` holds the fields that only some Spaces have."""
     licenses = {record.license for record in records} - {"unknown"}
     return SpaceCardData(
         title=clean(title),
@@ -100,23 +100,23 @@ def space_metadata(title: str, records: Collection[RunRecord], **kind) -> SpaceC
 
 def push_space(folder: Path, repo_id: str) -> str:
     """
-    Pushes a folder as a Space, of the kind that its card names; returns its address.
+    Pushes a folder as a Space of the kind that its card names; returns its URL.
 
     Raises:
-        UserError: if the Hub cannot be reached or refuses, or the card is not what it wants.
+        UserError: if the Hub cannot be reached, or refuses the push or the card.
     """
     api, card = HfApi(), SpaceCard.load(folder / "README.md")
 
     def push() -> str:
         card.validate(repo_type="space")
         url = api.create_repo(repo_id, repo_type="space", space_sdk=card.data.sdk, exist_ok=True)
-        api.upload_folder(repo_id=url.repo_id, repo_type="space", folder_path=folder, commit_message="The page")
+        api.upload_folder(repo_id=url.repo_id, repo_type="space", folder_path=folder, commit_message="Upload the page")
         return str(url)
 
     try:
         return retrying(push)
     except Exception as error:  # of the network, the Hub or the token's file
         raise UserError(
-            f"--to_space {repo_id}: it cannot be pushed ({first_line(error)}). Log in by `hf auth login`, or set "
-            "HF_TOKEN to a token that may write; --dry_run FOLDER only writes the folder."
+            f"--to_space {repo_id}: the push failed ({first_line(error)}). Log in with `hf auth login`, or set "
+            "HF_TOKEN to a token with write access; --dry_run FOLDER only writes the folder."
         ) from error

@@ -36,7 +36,7 @@ from .names import (
 
 PATCH_WEIGHT = "deit_ti.embeddings.patch_projection.weight"
 FLAG = "--model_name_or_path"
-# Of transformers' classes, in our terms.
+# Of transformers' classes, under our names.
 TOKENS_AND_READOUT = {
     ViTForImageClassification: ((CLASS_TOKEN,), CLASS_TOKEN),
     DeiTForImageClassification: (TOKENS, CLASS_TOKEN),
@@ -45,7 +45,7 @@ TOKENS_AND_READOUT = {
 
 
 def is_vit(config: PreTrainedConfig) -> bool:
-    """Whether a student could start from a model with this config, as far as its kind is concerned."""
+    """Whether a model with this config is of a kind that a student can start from."""
     if isinstance(config, TimmWrapperConfig):
         return timm.model_entrypoint(config.architecture).__module__.endswith((".vision_transformer", ".deit"))
     return config.model_type in ("deit_ti", "deit", "vit")
@@ -55,23 +55,23 @@ def load_student(
     name_or_path: str | os.PathLike, config: DeiTTiConfig
 ) -> tuple[DeiTTiForImageClassification, list[str]]:
     """
-    A student that starts from the weights of a DeiT-Ti of this project, a ViT or DeiT of transformers, or timm's
-    DeiT. Only safetensors are read, and no remote code runs. The exports of this package come back as what they were.
+    A student that starts from the weights of this project's DeiT-Ti, transformers' ViT or DeiT, or timm's DeiT. Only
+    safetensors are read, and no remote code runs. This package's exports are turned back into the original model.
 
-    What source and student have in common is taken over. Position embeddings are interpolated to the student's grid,
-    the patch projection is resampled to its patch size (FlexiViT, Beyer et al., 2023). A head is taken over where both
-    have the same label names, its rows in the student's order. The rest is new.
+    What source and student have in common is copied. Position embeddings are interpolated to the student's grid, and
+    the patch projection is resampled to its patch size (FlexiViT, Beyer et al., 2023). A head is copied if both have
+    the same label names, with its rows in the student's order. The rest is newly initialised.
 
     Args:
-        name_or_path (`str` or `os.PathLike`): folder, Hub id or timm architecture, with or without its tag.
+        name_or_path (`str` or `os.PathLike`): folder, Hub id, or timm architecture with or without a tag.
         config (`DeiTTiConfig`): the student's, except for `layer_norm_eps` and `hidden_act`, which are the source's.
 
     Returns:
-        The student, in float32, and one sentence for each part that is new, was changed, or was left behind.
+        The student, in float32, and one sentence for each part that is new, changed or not used.
 
     Raises:
-        UserError: if the source cannot be read, is incomplete, is no DeiT or ViT, or has another width, depth or
-            number of channels.
+        UserError: if the source cannot be read, is incomplete, is not a DeiT or ViT, or has a different width, depth
+            or number of channels.
     """
     name = str(name_or_path)
     model, missing = load_classifier(name, FLAG, dtype=torch.float32)
@@ -83,21 +83,21 @@ def load_student(
         for field in (*SIZE_FIELDS, "qkv_bias"):
             ours, theirs = getattr(config, field), getattr(source, field)
             if ours != theirs:
-                raise UserError(f"its {field} is {theirs}, the student's {ours}: the weights do not fit.")
+                raise UserError(f"its {field} is {theirs}, but the student's is {ours}: the weights do not fit.")
     except UserError as error:
         raise UserError(f"{FLAG} {name}: {error}") from error
     config = copy.deepcopy(config)
     config.layer_norm_eps, config.hidden_act = source.layer_norm_eps, source.hidden_act
     student = DeiTTiForImageClassification(config)
     fresh, report = student.state_dict(), []
-    # The token of a one-token model is the token of another, whatever it learned from.
+    # With one token each, the student's starts from the source's, whatever that one learned from.
     if len(source.tokens) == len(config.tokens) == 1 and source.tokens != config.tokens:
         report.append(f"The {config.tokens[0]} token and its head start from the source's {source.tokens[0]} token.")
         state = {key.replace(f"{source.tokens[0]}_", f"{config.tokens[0]}_"): value for key, value in state.items()}
         source.tokens = config.tokens
     for token in source.tokens:
         if token not in config.tokens:
-            report.append(f"The source's {token} token and its head are left behind.")
+            report.append(f"The source's {token} token and its head are not used.")
             state = {key: value for key, value in state.items() if f"{token}_" not in key}
     old, new = source.patch_size, config.patch_size
     if old != new:
@@ -113,7 +113,7 @@ def load_student(
 
 
 def _as_deit_ti(model: PreTrainedModel, state: StateDict) -> tuple[DeiTTiConfig, StateDict]:
-    """A model's config in our terms, and its tensors under our names."""
+    """A model's config as a [`DeiTTiConfig`], and its tensors under our names."""
     if isinstance(model, DeiTTiForImageClassification):
         return model.config, state
     if isinstance(model, TimmWrapperForImageClassification):
@@ -125,13 +125,13 @@ def _as_deit_ti(model: PreTrainedModel, state: StateDict) -> tuple[DeiTTiConfig,
         source = _make_config(model.config, *TOKENS_AND_READOUT[type(model)], fields)
         return source, import_state(fuse_qkv(state), transformers_names(source), source)
     kind = model.config.model_type
-    raise UserError(f"it is a {kind}, not a deit_ti, a deit or vit of transformers, or timm's DeiT.")
+    raise UserError(f"it is a {kind}, not a deit_ti, transformers' deit or vit, or timm's DeiT.")
 
 
 def _config_of_timm(model: TimmWrapperForImageClassification) -> DeiTTiConfig:
     network = model.timm_model
     if not isinstance(network, VisionTransformer) or network.global_pool != "token":
-        raise UserError(f"timm's {model.config.architecture} is no DeiT.")
+        raise UserError(f"timm's {model.config.architecture} is not a DeiT.")
     block = network.blocks[0]
     fields = {
         "hidden_size": network.embed_dim,
@@ -150,12 +150,12 @@ def _config_of_timm(model: TimmWrapperForImageClassification) -> DeiTTiConfig:
 
 
 def _make_config(config: PreTrainedConfig, tokens: tuple[str, ...], readout: str, fields: dict) -> DeiTTiConfig:
-    """A source's config in our terms. Tokens and readout are the recorded ones where it is an export of ours."""
+    """A source's config as a [`DeiTTiConfig`]. An export of ours has its tokens and read-out recorded in it."""
     for field in ("image_size", "patch_size"):
         size = fields[field]
         sides = {size} if isinstance(size, int) else set(size)
         if len(sides) != 1:
-            raise UserError(f"its {field} is {size}, a DeiT-Ti takes squares only.")
+            raise UserError(f"its {field} is {size}, but a DeiT-Ti only accepts squares.")
         fields[field] = sides.pop()
     fields |= {"tokens": tokens, "readout": readout, "id2label": dict(enumerate(label_names(config)))}
     return DeiTTiConfig(
@@ -179,15 +179,15 @@ def _fit_positions(
 
 
 def _fit_head(state: StateDict, head: str, source: DeiTTiConfig, config: DeiTTiConfig, report: list[str]) -> None:
-    """Puts the head into the student's order of labels, or takes it out of the state; adds to the report."""
+    """Reorders the head's rows to the student's labels, or removes it from the state; adds to the report."""
     title, keys = head.replace("_", " "), (f"{head}.weight", f"{head}.bias")
     theirs, ours = label_names(source), label_names(config)
     if keys[0] not in state:
         report.append(f"The {title} is newly initialised: the source has none.")
     elif sorted(theirs) != sorted(ours):
-        report.append(f"The {title} is newly initialised: the source has other labels ({len(theirs)} of them).")
+        report.append(f"The {title} is newly initialised: the source has different labels ({len(theirs)} of them).")
         for key in keys:
             del state[key]
     elif theirs != ours:
-        report.append(f"The {title} is put into the dataset's order of labels: the source has them in another.")
+        report.append(f"The {title} is reordered to the dataset's labels: the source has them in a different order.")
         state |= {key: state[key][[theirs.index(label) for label in ours]] for key in keys}

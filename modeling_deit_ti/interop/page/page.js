@@ -1,25 +1,25 @@
-// The page: a picture comes in by file, drop, clipboard or camera, and the model says what is on it.
+// The page: labels a picture from a file, drag and drop, the clipboard or the camera.
 
 import { pythonProcessor } from "./model/onnx/preprocessing.js";
 
-const LONGEST_SIDE = 4096; // of the canvas; some phones allow no larger one
+const LONGEST_SIDE = 4096; // of the canvas, in pixels; some phones allow no more
 const [target, file, invitation, picture, video, camera, dtype, status, answers] = [
   "target", "file", "invitation", "picture", "video", "camera", "dtype", "status", "answers",
 ].map((id) => document.getElementById(id));
 
 let model = loadModel();
-let latest = 0; // the picture whose answer is shown, if several are under way
+let latest = 0; // number of the latest picture; answers for earlier ones are not shown
 
 // ---- The model ----
 
-/** The pipeline of transformers.js, in the precision that is chosen on the page. */
+/** The transformers.js pipeline, in the precision chosen on the page. */
 async function loadModel() {
   say("Loading the model …");
   try {
     const { env, pipeline, Tensor } = await import("@huggingface/transformers");
-    env.allowLocalModels = true; // those of this page
+    env.allowLocalModels = true; // the page's own
     env.allowRemoteModels = false;
-    env.useBrowserCache = false; // it would keep a model that the page has replaced
+    env.useBrowserCache = false; // it would keep serving a model that the page has replaced
     const runtime = (ending) => import.meta.resolve(`onnxruntime-web/ort-wasm-simd-threaded.${ending}`);
     env.backends.onnx.wasm.wasmPaths = { mjs: runtime("mjs"), wasm: runtime("wasm") };
     const classify = await pipeline("image-classification", "./model", { dtype: dtype.value, device: "wasm" });
@@ -58,7 +58,7 @@ function say(text, isError = false) {
 
 // ---- Pictures ----
 
-/** Shows a picture, upright and as its first frame, and classifies it. `source`: a Blob, or a video that plays. */
+/** Shows a picture, upright and only its first frame, and classifies it. `source`: a Blob, or a video that plays. */
 async function take(source, name) {
   const number = ++latest;
   answers.replaceChildren();
@@ -84,7 +84,7 @@ async function take(source, name) {
   await classifyPicture();
 }
 
-/** Shows one of the three in the frame; the camera is only on where it is seen. */
+/** Shows one of the three in the frame; the camera is only on while it is shown. */
 function show(element) {
   for (const other of [invitation, picture, video]) other.hidden = other !== element;
   if (element === video || !video.srcObject) return;
@@ -113,7 +113,7 @@ document.addEventListener("drop", (event) => {
   takeFirst(event.dataTransfer.files, "That is not a file: save the picture first, then drop the file.");
 });
 document.addEventListener("paste", (event) => {
-  takeFirst(event.clipboardData.files, "There is no picture in the clipboard.");
+  takeFirst(event.clipboardData.files, "There is no picture on the clipboard.");
 });
 for (const example of document.querySelectorAll(".example")) {
   example.addEventListener("click", async () => take(await (await fetch(example.firstChild.src)).blob(), "The example"));
@@ -125,7 +125,7 @@ dtype.addEventListener("change", () => {
 
 // ---- The camera ----
 
-camera.hidden = !navigator.mediaDevices; // browsers offer it over HTTPS and on this machine alone
+camera.hidden = !navigator.mediaDevices; // browsers only offer it over HTTPS and on localhost
 camera.addEventListener("click", async () => {
   if (video.srcObject) return take(video, "The camera's picture");
   try {

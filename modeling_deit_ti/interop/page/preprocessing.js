@@ -1,13 +1,13 @@
-// Prepares images for the model as its image processor does in Python. transformers.js has code of its own for this: in
-// a browser it leaves the resizing to the canvas, elsewhere to sharp, and neither smooths what it shrinks.
+// Prepares images for the model as its image processor does in Python. transformers.js's own code leaves resizing to
+// the canvas in a browser and to sharp elsewhere, and neither smooths images that it shrinks.
 //
 //     const classify = await pipeline("image-classification", MODEL);
 //     classify.processor = pythonProcessor(classify.processor.image_processor.config, Tensor);
 
 /**
  * @param config the content of preprocessor_config.json
- * @param Tensor the class of transformers.js
- * @returns from RawImages, which have `data`, `width`, `height` and `channels`, to `pixel_values` (N, 3, height, width)
+ * @param Tensor transformers.js's class
+ * @returns a function from RawImages (`data`, `width`, `height`, `channels`) to `pixel_values` (N, 3, height, width)
  */
 export function pythonProcessor(config, Tensor) {
   const { height, width } = config.crop_size;
@@ -27,7 +27,7 @@ export function pythonProcessor(config, Tensor) {
   };
 }
 
-/** The centre of an RGB image whose shorter edge is resized. */
+/** Resizes the shorter edge of an RGB image, and crops the centre. */
 export function resizeAndCrop(image, shortestEdge, height, width) {
   const { width: oldWidth, height: oldHeight } = image;
   const newLength = (length) => Math.floor((shortestEdge * length) / Math.min(oldWidth, oldHeight));
@@ -41,10 +41,10 @@ function centre(items, length) {
   return items.slice(start, start + length);
 }
 
-/** For each of the pixels of a new length: the first of the old pixels that it is made of, and their weights. */
+/** For each pixel of the new length: the first of the old pixels that it is made from, and their weights. */
 function windows(oldLength, newLength) {
   const scale = oldLength / newLength;
-  const blur = Math.max(scale, 1); // an image that shrinks is smoothed
+  const blur = Math.max(scale, 1); // images are smoothed when they shrink
   return Array.from({ length: newLength }, (_, index) => {
     const centre = (index + 0.5) * scale;
     const start = Math.max(Math.floor(centre - 2 * blur + 0.5), 0);
@@ -62,9 +62,9 @@ function cubic(x) {
   return d < 2 ? ((d - 5) * d + 8) * d * a - 4 * a : 0;
 }
 
-/** Resizes the rows of an RGB image, and turns them into columns: after a second call they are rows again. */
+/** Resizes the rows of an RGB image and turns them into columns; a second call turns them back into rows. */
 function resizeAndTranspose({ data, width, height }, windows) {
-  const resized = new Uint8ClampedArray(windows.length * height * 3); // it rounds what it is given
+  const resized = new Uint8ClampedArray(windows.length * height * 3); // it rounds what is assigned
   for (let y = 0; y < height; y++) {
     windows.forEach(({ start, weights }, x) => {
       let red = 0, green = 0, blue = 0;
