@@ -24,8 +24,8 @@ from PIL import Image
 from transformers import BaseImageProcessor, PreTrainedModel
 from transformers.utils import ModelOutput
 
-from modeling_deit_ti.attention import attention_maps, draw_attention, learned_tokens, seen_picture
-from modeling_deit_ti.card import RunRecord, example_files, shown_names
+from modeling_deit_ti.attention import attention_maps, draw_attention, learned_tokens, network_view
+from modeling_deit_ti.card import RunRecord, display_names, example_files
 from modeling_deit_ti.card.facts import facts
 from modeling_deit_ti.card.markdown import text
 from modeling_deit_ti.card.record import RECORD_FILE
@@ -33,7 +33,7 @@ from modeling_deit_ti.data.decoding import decode_image, open_image
 from modeling_deit_ti.errors import UserError, exit_code
 from modeling_deit_ti.interop.browser import write_static_space
 from modeling_deit_ti.interop.space import MODELS_FOLDER, push_space, write_space
-from modeling_deit_ti.prediction import head_logits, load_for_prediction, taking_images
+from modeling_deit_ti.prediction import head_logits, load_for_prediction, reporting_image_errors
 
 
 MAX_SIDE = 20_000  # pixels: browsers show no larger pictures, and resizing one takes gigabytes
@@ -83,7 +83,7 @@ def find_models(name: str) -> dict[str, str]:
     if not os.path.isdir(name):
         return {name: name}  # a Hub id, or a timm architecture
     if Path(name, "config.json").is_file():
-        return {shown_names([name])[0]: name}
+        return {display_names([name])[0]: name}
     models = {}
     for parent, folders, files in os.walk(name):
         folders.sort()
@@ -168,7 +168,7 @@ class Models:
         try:
             image, remark = read_picture(picture)
             model, image_processor, tokens = self.load(name)
-            with taking_images(name), torch.no_grad():
+            with reporting_image_errors(name), torch.no_grad():
                 pixel_values = image_processor(images=image, return_tensors="pt")["pixel_values"]
                 asked = {"output_attentions": True} if tokens else {}
                 output = model(pixel_values=pixel_values.to(model.device, model.dtype), **asked)
@@ -178,7 +178,7 @@ class Models:
         if tokens:
             shares = attention_maps(output.attentions[BLOCKS[blocks]], tokens)
             maps = {token: shares[token][0] for token in tokens}
-            pictures, words = draw_attention(seen_picture(image, image_processor), maps)
+            pictures, words = draw_attention(network_view(image, image_processor), maps)
         by = f" Predicted by {text(name)}. " if len(self.names) > 1 else " "
         drawn = [gr.update(value=picture, label=title, visible=True) for title, picture in pictures.items()]
         return [
@@ -328,7 +328,7 @@ def run(options: argparse.Namespace) -> None:
         raise UserError("--node_modules needs --static.")
     own_models = Path(__file__).with_name(MODELS_FOLDER)  # in a Space
     if options.compare:
-        chosen = shown_names(options.compare)
+        chosen = display_names(options.compare)
         names = dict(zip(chosen, options.compare, strict=True))
     elif options.model or own_models.is_dir():
         names = find_models(options.model or str(own_models))

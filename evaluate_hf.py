@@ -29,11 +29,11 @@ from modeling_deit_ti.card import (
     Report,
     compare,
     confidence_interval,
+    display_names,
     draw_report,
     make_report,
     report_section,
     scale_temperature,
-    shown_names,
     verdict,
 )
 from modeling_deit_ti.card.markdown import percent, text
@@ -42,7 +42,12 @@ from modeling_deit_ti.data import EvaluationData, load_evaluation_images
 from modeling_deit_ti.data.decoding import read_image
 from modeling_deit_ti.device import autocast
 from modeling_deit_ti.errors import UserError, check_writable, exit_code, list_some, storing
-from modeling_deit_ti.prediction import add_prediction_flags, chosen_precision, load_for_prediction, taking_images
+from modeling_deit_ti.prediction import (
+    add_prediction_flags,
+    chosen_precision,
+    load_for_prediction,
+    reporting_image_errors,
+)
 from modeling_deit_ti.teacher import match_labels
 
 
@@ -108,8 +113,8 @@ def predict(name: str, flag: str, data: EvaluationData, options: argparse.Namesp
     prepare = functools.partial(prepare_batch, image_processor=image_processor)
     loader = DataLoader(data.images, options.batch_size, num_workers=options.num_workers, collate_fn=prepare)
     predicted, confidence, kept = [], [], []
-    progress = tqdm(total=len(data.images), unit="image", desc=shown_names([name])[0], disable=None)
-    with taking_images(f"{flag} {name}"), progress:
+    progress = tqdm(total=len(data.images), unit="image", desc=display_names([name])[0], disable=None)
+    with reporting_image_errors(f"{flag} {name}"), progress:
         for pixel_values in loader:
             with autocast(model.device, precision):
                 logits = model(pixel_values=pixel_values.to(model.device, model.dtype)).logits
@@ -181,7 +186,7 @@ def run(options: argparse.Namespace) -> None:
     """Evaluates and writes the reports. Raises a `UserError`, or a `StorageError` if the disk is full."""
     check_at_least(options, batch_size=1, num_workers=0)
     names = {"MODEL": options.model} | ({"OTHER_MODEL": options.other} if options.other else {})
-    called, (dataset,) = shown_names(list(names.values())), shown_names([options.dataset_name])
+    called, (dataset,) = display_names(list(names.values())), display_names([options.dataset_name])
     folder = options.output_dir or Path("outputs", "reports", re.sub(r"[^\w.-]+", "-", "-".join([*called, dataset])))
     for file in (REPORT_FILE, COMPARISON_FILE):
         if (folder / file).exists():

@@ -30,7 +30,7 @@ from modeling_deit_ti.prediction import (
     chosen_precision,
     head_logits,
     load_for_prediction,
-    taking_images,
+    reporting_image_errors,
 )
 
 
@@ -116,7 +116,7 @@ def predict(
             batch = files[start : start + batch_size]
             images = dict(read_images(batch))
             if images:
-                with taking_images("MODEL"):
+                with reporting_image_errors("MODEL"):
                     found = predict_batch(model, image_processor, list(images.values()), top_k, precision)
                 predictions += [{"file": str(file), **row} for file, row in zip(images, found, strict=True)]
             progress.update(len(batch))

@@ -41,14 +41,14 @@ from modeling_deit_ti.outcome import push, summary
 from modeling_deit_ti.parsing import parse_stages
 from modeling_deit_ti.progress import quiet_libraries
 from modeling_deit_ti.runs import (
-    begin_with_steps,
     build_network,
     build_trainer,
+    continue_steps,
     evaluation_images,
-    go_on_with_steps,
-    own_accelerator_state,
+    isolated_accelerator_state,
     resume_precision,
     resume_steps,
+    resume_steps_without_checkpoint,
     run_settings,
     train_and_save,
 )
@@ -69,7 +69,7 @@ def main() -> None:
     for number, args in enumerate(stages, start=1):
         if earlier and args.training.process_index == 0:
             print(f"Stage {number} of {len(stages)}: {args.training.output_dir}", flush=True)
-        with own_accelerator_state():
+        with isolated_accelerator_state():
             train(args, is_last=args is last)
     PartialState().destroy_process_group()  # otherwise torch may abort distributed processes at exit
 
@@ -90,9 +90,9 @@ def train(args: Arguments, is_last: bool = True) -> None:
     if data.unseen_labels and is_main:
         print(f"Images: no training image is labelled {list_some(data.unseen_labels)}")
     if checkpoint is None and args.earlier_stages:
-        go_on_with_steps(args, args.earlier_stages[-1])
+        continue_steps(args, args.earlier_stages[-1])
     elif checkpoint is None and training.resume_from_checkpoint == "auto":
-        note = begin_with_steps(args, data)
+        note = resume_steps_without_checkpoint(args, data)
         if note and is_main:
             print(f"Student: starting over; {note}", flush=True)
     if checkpoint is not None:

@@ -21,7 +21,7 @@ from PIL import Image
 
 from benchmarks.report import render
 from modeling_deit_ti.arguments import ImageArguments
-from modeling_deit_ti.attention import attention_maps, learned_tokens, overlay, seen_picture
+from modeling_deit_ti.attention import attention_maps, learned_tokens, network_view, overlay
 from modeling_deit_ti.card import RunRecord
 from modeling_deit_ti.data import load_images
 from modeling_deit_ti.data.decoding import read_image
@@ -103,7 +103,7 @@ def main() -> None:
         torch.manual_seed(0)
         for maps in look(type(model)(model.config), pixel_values).values():
             untrained += [measure(maps, where)[place] for place in where]
-    draw([seen_picture(picture, processor, 128) for picture in pictures[:SHOWN]], drawn, DOCS / "attention.png")
+    draw([network_view(picture, processor, 128) for picture in pictures[:SHOWN]], drawn, DOCS / "attention.png")
     noise = max(abs(share - 1) for share in untrained)
     text = render("attention.md", rows=table, num_images=len(pictures), noise=noise)
     (DOCS / "attention.md").write_text(text, encoding="utf-8")

@@ -84,19 +84,19 @@ class ResizedImages(nn.Module):
         return self.classifier(F.interpolate(pixel_values, size, mode="bicubic", antialias=True))
 
 
-def load_peers_teacher(args: Arguments, of_timm: bool = False) -> nn.Module:
+def load_peers_teacher(args: Arguments, as_timm_model: bool = False) -> nn.Module:
     """The teacher as a transformers or timm model, with the student's images resized to its own size."""
     teacher = load_teacher(args)
     name = args.teacher.teacher_model_name_or_path
     image_size, *_ = input_format(teacher.config, name, "--teacher_model_name_or_path")
-    classifier = teacher.timm_model if of_timm else teacher
+    classifier = teacher.timm_model if as_timm_model else teacher
     return classifier if image_size == args.model.image_size else ResizedImages(classifier, image_size)
 
 
 # ---- Ours ----
 
 
-def trainer_of_ours(args: Arguments, data: ImageData, with_cache: bool = True) -> DistillationTrainer:
+def make_our_trainer(args: Arguments, data: ImageData, with_cache: bool = True) -> DistillationTrainer:
     """Our trainer, as train_hf.py builds it."""
     student, image_processor, _ = build_network(args, data)
     teacher, _, _ = prepare_teacher(args, data, image_processor)
@@ -104,7 +104,7 @@ def trainer_of_ours(args: Arguments, data: ImageData, with_cache: bool = True) -
     return build_trainer(args, data, student, image_processor, teacher, cache)
 
 
-def train_watched(trainer: Trainer, clock: Clock) -> None:
+def train_with_clock(trainer: Trainer, clock: Clock) -> None:
     clock.watch(trainer.model, trainer.teacher)
     trainer.add_callback(clock)
     trainer.remove_callback(PrinterCallback)
@@ -112,7 +112,7 @@ def train_watched(trainer: Trainer, clock: Clock) -> None:
 
 
 def train_ours(args: Arguments, data: ImageData, clock: Clock) -> None:
-    train_watched(trainer_of_ours(args, data), clock)
+    train_with_clock(make_our_trainer(args, data), clock)
 
 
 def train_bare(args: Arguments, data: ImageData, clock: Clock) -> None:
@@ -121,7 +121,7 @@ def train_bare(args: Arguments, data: ImageData, clock: Clock) -> None:
     on one synthetic batch: no data loading, no logging, nothing else.
     """
     training, device, size = args.training, args.training.device, args.model.image_size
-    trainer = trainer_of_ours(args, data, with_cache=False)
+    trainer = make_our_trainer(args, data, with_cache=False)
     student, teacher, optimizer = trainer.model.train(), trainer.training_teacher, trainer.create_optimizer()
     clock.watch(student, trainer.teacher)
     options = trainer.accelerator.state.dynamo_plugin.to_kwargs()
@@ -212,7 +212,7 @@ def train_timm(args: Arguments, data: ImageData, clock: Clock, own_defaults: boo
     ).to(training.device)
     task = TokenDistillationTask(
         student,
-        load_peers_teacher(args, of_timm=True).to(training.device),
+        load_peers_teacher(args, as_timm_model=True).to(training.device),
         criterion=SoftTargetCrossEntropy() if is_mixed else LabelSmoothingCrossEntropy(smoothing),
         device=training.device,
         **loss_options,
@@ -285,13 +285,13 @@ class TwoHeadedGuideTrainer(GuideTrainer):
         return (1 - alpha) * label_loss + alpha * teacher_loss
 
 
-def deit_ti_of_transformers(args: Arguments, data: ImageData) -> DeiTConfig:
+def make_deit_config(args: Arguments, data: ImageData) -> DeiTConfig:
     tiny = {"hidden_size": 192, "num_hidden_layers": 12, "num_attention_heads": 3, "intermediate_size": 768}
     sizes = {"image_size": args.model.image_size, "patch_size": args.model.patch_size}
     return DeiTConfig(**tiny, **sizes, **label_maps(data.label_names))
 
 
-def arguments_of_any_trainer(args: Arguments, *names: str, **options) -> TrainingArguments:
+def plain_training_arguments(args: Arguments, *names: str, **options) -> TrainingArguments:
     """What a plain Trainer takes from our arguments: `names`, the device, the precision and the output settings."""
     names += ("use_cpu", "fp16", "bf16", "disable_tqdm")
     names += ("output_dir", "save_strategy", "report_to", "logging_strategy")
@@ -319,12 +319,12 @@ def train_transformers(args: Arguments, data: ImageData, clock: Clock) -> None:
     recipe += ("label_smoothing_factor", "torch_compile", "dataloader_num_workers", "dataloader_pin_memory")
     trainer = TwoHeadedGuideTrainer(
         load_peers_teacher(args),
-        model=DeiTForImageClassificationWithTeacher(deit_ti_of_transformers(args, data)),
-        args=arguments_of_any_trainer(args, *recipe, dataloader_drop_last=True, remove_unused_columns=False),
+        model=DeiTForImageClassificationWithTeacher(make_deit_config(args, data)),
+        args=plain_training_arguments(args, *recipe, dataloader_drop_last=True, remove_unused_columns=False),
         train_dataset=data.train.with_transform(preprocess),
         data_collator=collate,
     )
-    train_watched(trainer, clock)
+    train_with_clock(trainer, clock)
 
 
 def train_as_the_guide(args: Arguments, data: ImageData, clock: Clock) -> None:
@@ -340,11 +340,11 @@ def train_as_the_guide(args: Arguments, data: ImageData, clock: Clock) -> None:
     ]
     trainer = GuideTrainer(
         load_peers_teacher(args),
-        model=DeiTForImageClassification(deit_ti_of_transformers(args, data)),
-        args=arguments_of_any_trainer(args, num_train_epochs=30),
+        model=DeiTForImageClassification(make_deit_config(args, data)),
+        args=plain_training_arguments(args, num_train_epochs=30),
         train_dataset=rows,
     )
-    train_watched(trainer, clock)
+    train_with_clock(trainer, clock)
 
 
 # ---- The published baseline ----

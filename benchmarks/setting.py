@@ -88,7 +88,7 @@ def parse_setting(kind: type[Setting], argv: list[str], description: str) -> Set
     return HfArgumentParser(kind, description=description).parse_args_into_dataclasses(argv)[0]
 
 
-def in_own_process(function: Callable[..., Any], *args, environment: dict[str, str]) -> Any:
+def run_in_subprocess(function: Callable[..., Any], *args, environment: dict[str, str]) -> Any:
     """
     Calls the function in a fresh process with these environment variables, so that start-up and peak memory are its
     own, and returns its result. Raises what the function raises, or `BrokenProcessPool` if the process was killed.
@@ -102,7 +102,7 @@ def attempt(function: Callable[..., dict], setting: Setting, *args) -> dict:
     """What the function returns in a fresh process, or `{"failed": why}`."""
     threads = {"OMP_NUM_THREADS": str(setting.threads), "MKL_NUM_THREADS": str(setting.threads)}
     try:
-        return in_own_process(function, setting, *args, environment=threads)
+        return run_in_subprocess(function, setting, *args, environment=threads)
     except Exception as error:  # from any library, or the process was killed
         traceback.print_exc()
         return {"failed": first_line(error)[:200]}

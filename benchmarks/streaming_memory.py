@@ -22,7 +22,7 @@ import torch
 from datasets import ClassLabel, Dataset, Features, Image
 
 from benchmarks.report import render
-from benchmarks.setting import describe_machine, in_own_process
+from benchmarks.setting import describe_machine, run_in_subprocess
 from benchmarks.step_clock import host_bytes
 from modeling_deit_ti import DeiTTiConfig, DeiTTiForImageClassification
 from modeling_deit_ti.data import load_images
@@ -104,7 +104,7 @@ def main() -> None:
                 rows.append({"images": num_images, "parquet_bytes": parquet_bytes, "streaming": streaming})
                 with tempfile.TemporaryDirectory() as cache:
                     environment = {"HF_HOME": cache, "HF_HUB_OFFLINE": "1"}
-                    rows[-1] |= in_own_process(train, folder, streaming, environment=environment)
+                    rows[-1] |= run_in_subprocess(train, folder, streaming, environment=environment)
                 print(rows[-1], flush=True)
     settings = {"threads": torch.get_num_threads(), "shuffle_buffer_size": BUFFER_SIZE, "dataloader_num_workers": 0}
     result = {**describe_machine("cpu", "pyarrow"), **settings, "rows": rows}

@@ -191,7 +191,7 @@ def measure(setting: ThroughputSetting, work_dir: str, row: str, started: float)
     train(args, load_images(args.images), clock)
     report = clock.report() | {"precision": precision_of(args)}
     if contender == BARE:
-        report |= step_flops(**clock.networks, args=args) | {"product_flops_per_second": product_rate(args, clock)}
+        report |= step_flops(**clock.networks, args=args) | {"product_flops_per_second": matmul_rate(args, clock)}
     print(f"{row}: {report['images_per_second']:.1f} images/s", flush=True)
     return report
 
@@ -210,7 +210,7 @@ def step_flops(student: torch.nn.Module, teacher: torch.nn.Module, args: Argumen
     return {"student_flops": of_student.get_total_flops(), "teacher_flops": of_teacher.get_total_flops()}
 
 
-def product_rate(args: Arguments, clock: StepClock) -> float:
+def matmul_rate(args: Arguments, clock: StepClock) -> float:
     """
     Floating-point operations per second of the student's largest matrix product alone: a step's tokens, from 192 to
     768 channels, in the step's precision. Median over at least a second.

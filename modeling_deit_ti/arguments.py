@@ -62,7 +62,7 @@ def check_at_least(group, **limits: float) -> None:
         check(group, name, lambda value, least=least: value >= least, f"at least {least}")
 
 
-MORE_PROCESSES = 8  # a streamed run can resume with up to this many times the processes it started with
+MAX_PROCESS_GROWTH = 8  # a streamed run can resume with up to this many times the processes it started with
 
 
 @dataclass(frozen=True)
@@ -397,7 +397,7 @@ class DistillationTrainingArguments(TrainingArguments):
         )
         check_at_least(self, per_device_train_batch_size=1, per_device_eval_batch_size=1, eval_accumulation_steps=1)
         check_at_least(self, gradient_accumulation_steps=1, dataloader_num_workers=0, learning_rate=0, max_grad_norm=0)
-        self.given_accumulation = self.gradient_accumulation_steps
+        self.requested_accumulation = self.gradient_accumulation_steps
         check_at_least(self, seed=0, data_seed=0, early_stopping_patience=1)
         check(self, "seed", lambda seed: seed < 2**32, "below 2**32, as NumPy requires")
         check(self, "ema_decay", lambda decay: 0 < decay < 1, "above 0 and below 1")
@@ -420,8 +420,8 @@ class DistillationTrainingArguments(TrainingArguments):
         if self.dataloader_persistent_workers and self.dataloader_num_workers == 0:
             raise UserError("--dataloader_persistent_workers needs --dataloader_num_workers to be at least 1.")
         precision = os.environ.get("ACCELERATE_MIXED_PRECISION", "no")  # the launcher always sets it, if only to "no"
-        is_unsaid = self.fp16 is None and self.bf16 is None
-        if is_unsaid and precision in HALF_DTYPES:  # DeepSpeed's config must agree with these
+        is_precision_unset = self.fp16 is None and self.bf16 is None
+        if is_precision_unset and precision in HALF_DTYPES:  # DeepSpeed's config must agree with these
             self.fp16, self.bf16 = precision == "fp16", precision == "bf16"
         if self.ddp_find_unused_parameters is None:
             # A head that no term of the loss reaches gets no gradient. Otherwise, looking for one only costs time.
@@ -436,10 +436,10 @@ class DistillationTrainingArguments(TrainingArguments):
             muon_options(self.optim_args)
             self.optim = self.default_optim  # transformers only accepts its own
         super().__post_init__()
-        self.has_automatic_precision = is_unsaid and precision == "no" and self.deepspeed_plugin is None
+        self.has_automatic_precision = is_precision_unset and precision == "no" and self.deepspeed_plugin is None
         if self.has_automatic_precision:
             self.mixed_precision = automatic_precision(self.device)
-        elif not (is_unsaid or self.fp16 or self.bf16):  # turned off, whatever the launcher says
+        elif not (is_precision_unset or self.fp16 or self.bf16):  # turned off, whatever the launcher says
             self.mixed_precision = "no"
         if is_muon:
             self.optim = "muon"
@@ -509,7 +509,7 @@ class DistillationTrainingArguments(TrainingArguments):
         """Images in one optimizer step over all processes: the global batch size."""
         return self.images_per_process * self.world_size
 
-    def share_steps(self, batch_size: int, division: Division) -> None:
+    def divide_steps(self, batch_size: int, division: Division) -> None:
         """
         Divides a step of `batch_size` images equally among the processes there are now, in batches of at most
         `--per_device_train_batch_size`.
@@ -530,16 +530,16 @@ class DistillationTrainingArguments(TrainingArguments):
         self.gradient_accumulation_steps = share // self.per_device_train_batch_size
         self.division = division
 
-    def keep_accumulation(self) -> None:
+    def restore_accumulation(self) -> None:
         """
-        After `share_steps`, restores the gradient accumulation that was asked for, if it divides the share of a
+        After `divide_steps`, restores the gradient accumulation that was asked for, if it divides the share of a
         process, however large the batches get. A batch norm, which sees the batches of all processes at once, then
         sees the same number of images with any number of processes.
         """
         share = self.images_per_process
-        if share % (self.given_accumulation * self.division.together) == 0:
-            self.per_device_train_batch_size = share // self.given_accumulation
-            self.gradient_accumulation_steps = self.given_accumulation
+        if share % (self.requested_accumulation * self.division.together) == 0:
+            self.per_device_train_batch_size = share // self.requested_accumulation
+            self.gradient_accumulation_steps = self.requested_accumulation
 
     @property
     def order_seed(self) -> int:
@@ -585,7 +585,7 @@ class Arguments(NamedTuple):
             is_mixed = augmentation.mixup > 0 or augmentation.cutmix > 0
             return Division(processes, 1 if not is_mixed else 2 if batch_size % 2 == 0 else batch_size)
         parts = 1  # of a batch, each from its own lane
-        while parts * training.gradient_accumulation_steps < MORE_PROCESSES and batch_size % (4 * parts) == 0:
+        while parts * training.gradient_accumulation_steps < MAX_PROCESS_GROWTH and batch_size % (4 * parts) == 0:
             parts *= 2
         lanes = parts * training.gradient_accumulation_steps * max(1, training.dataloader_num_workers)
         return Division(

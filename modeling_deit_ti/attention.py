@@ -62,7 +62,7 @@ def attention_maps(attentions: tuple[torch.Tensor, ...], tokens: list[str]) -> d
 # ---- Pictures ----
 
 
-def seen_picture(image: PILImage.Image, image_processor: BaseImageProcessor, pixels: int = 384) -> PILImage.Image:
+def network_view(image: PILImage.Image, image_processor: BaseImageProcessor, pixels: int = 384) -> PILImage.Image:
     """The part of an image that the network sees, at least `pixels` wide rather than at the network's input size."""
     crop = image_processor.crop_size if getattr(image_processor, "do_center_crop", False) else image_processor.size
     factor = math.ceil(pixels / min(dict(crop).values()))

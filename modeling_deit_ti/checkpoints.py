@@ -26,7 +26,7 @@ def seal(checkpoint: str | Path) -> None:
     os.replace(unfinished, checkpoint / CHECKSUMS_FILE)
 
 
-def flaw_of(checkpoint: str | Path) -> str | None:
+def why_unusable(checkpoint: str | Path) -> str | None:
     """
     Why a run cannot resume from this checkpoint, or `None` if it is as it was when sealed.
 
@@ -101,7 +101,7 @@ def delete_older(latest: str | Path, limit: int, best: str | None) -> None:
 
 def last_complete(folder: str | Path) -> str | None:
     """The last complete and undamaged checkpoint of a run, or `None`."""
-    return next((str(path) for path in checkpoints_of(folder) if flaw_of(path) is None), None)
+    return next((str(path) for path in checkpoints_of(folder) if why_unusable(path) is None), None)
 
 
 def _digest(path: Path) -> str:

@@ -32,7 +32,7 @@ MAX_NUMBERS = {
     re.compile(r"^size$|^(image|img|input|crop)_size$|^(height|width|shortest_edge|longest_edge)$"): 8_192,
 }
 # Arguments of timm's create_model that make it read other files, which older versions of timm unpickle.
-READING_ARGS = ("checkpoint_path", "pretrained", "pretrained_cfg", "pretrained_cfg_overlay", "cache_dir")
+FILE_READING_ARGS = ("checkpoint_path", "pretrained", "pretrained_cfg", "pretrained_cfg_overlay", "cache_dir")
 
 
 def label_maps(label_names: list[str]) -> dict:
@@ -85,7 +85,9 @@ def load_classifier(
     Raises:
         UserError: if it cannot be loaded.
     """
-    with _explain(name, flag, "image classifier that AutoModelForImageClassification can load from safetensors"):
+    with _explaining_errors(
+        name, flag, "image classifier that AutoModelForImageClassification can load from safetensors"
+    ):
         source = _source(name)
         config = _load_config(source, trust_remote_code)
         if isinstance(config, TimmWrapperConfig) and config.model_args:
@@ -99,13 +101,13 @@ def load_classifier(
 
 def load_config(name: str, flag: str, trust_remote_code: bool = False) -> PreTrainedConfig:
     """The config of a classifier; arguments and errors as in [`load_classifier`]."""
-    with _explain(name, flag, "config that AutoConfig can load"):
+    with _explaining_errors(name, flag, "config that AutoConfig can load"):
         return _load_config(_source(name), trust_remote_code)
 
 
 def load_image_processor(name: str, flag: str, trust_remote_code: bool = False) -> BaseImageProcessor:
     """The image processor of a classifier, tried on a picture; arguments and errors as in [`load_classifier`]."""
-    with _explain(name, flag, "image processor that AutoImageProcessor can load"):
+    with _explaining_errors(name, flag, "image processor that AutoImageProcessor can load"):
         processor = _load(AutoImageProcessor, _source(name), trust_remote_code=trust_remote_code)
         _check_numbers(processor.to_dict())
         pixel_values = processor(PILImage.new("RGB", (32, 32)), return_tensors="pt")["pixel_values"]
@@ -131,7 +133,7 @@ def _load_config(source: str, trust_remote_code: bool) -> PreTrainedConfig:
     if isinstance(config, TimmWrapperConfig):
         if not timm.is_model(config.architecture):
             raise UserError(f"its config names an architecture, {config.architecture!r}, that timm does not have.")
-        for key in READING_ARGS:
+        for key in FILE_READING_ARGS:
             if key in (config.model_args or {}):
                 raise UserError(f"its config has model_args with {key}, which names files to read: remove it.")
     return config
@@ -155,7 +157,7 @@ def _source(name: str) -> str:
 
 
 @contextlib.contextmanager
-def _explain(name: str, flag: str, what: str) -> Iterator[None]:
+def _explaining_errors(name: str, flag: str, what: str) -> Iterator[None]:
     """Turns any error inside into a `UserError` that says what was looked for, where, and what to do instead."""
     try:
         yield
@@ -238,7 +240,7 @@ def new_timm_classifier(
     return model
 
 
-def fine_tunable_classifier(
+def pretrained_with_new_head(
     name: str, flag: str, label_names: list[str], image_processor: DeiTImageProcessor, trust_remote_code: bool = False
 ) -> PreTrainedModel:
     """
@@ -266,7 +268,7 @@ def freeze_backbone(model: PreTrainedModel) -> None:
         parameter.requires_grad_(parameter not in backbone)
 
 
-def check_takes_images(model: PreTrainedModel, name: str, image_size: int, batch_size: int) -> None:
+def check_accepts_images(model: PreTrainedModel, name: str, image_size: int, batch_size: int) -> None:
     """
     Tries a copy, in training mode, on zeros: timm does not say which sizes a network accepts, and batch norm may
     reject a batch of one.

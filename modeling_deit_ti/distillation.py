@@ -97,8 +97,8 @@ def resolve_mode(
             raise ValueError(f"single_token is only for the modes class and distill, not for {name}.")
         if alpha is not None:
             raise ValueError(f"distillation_alpha does not apply to {setting}: its loss has a single term.")
-        targets, alpha_alone = (None, 0.0) if name == "class" else (mode.teacher_targets, 1.0)
-        mode = replace(mode, tokens=(mode.readout,), teacher_targets=targets, alpha=alpha_alone)
+        targets, single_token_alpha = (None, 0.0) if name == "class" else (mode.teacher_targets, 1.0)
+        mode = replace(mode, tokens=(mode.readout,), teacher_targets=targets, alpha=single_token_alpha)
     if mode.teacher_targets is None:
         for option, value in given.items():
             if value is not None:
@@ -106,9 +106,9 @@ def resolve_mode(
     if teacher_targets not in (None, *TEMPERATURES):
         raise ValueError(f"teacher_targets must be one of {', '.join(TEMPERATURES)}, not {teacher_targets!r}.")
     if teacher_targets not in (None, mode.teacher_targets):
-        fitting_mode = "hard" if teacher_targets == "hard" else "soft"
-        if name in ("soft", "hard") and name != fitting_mode:
-            raise ValueError(f"teacher_targets {teacher_targets} contradicts mode {name}: use mode {fitting_mode}.")
+        matching_mode = "hard" if teacher_targets == "hard" else "soft"
+        if name in ("soft", "hard") and name != matching_mode:
+            raise ValueError(f"teacher_targets {teacher_targets} contradicts mode {name}: use mode {matching_mode}.")
         mode = replace(mode, teacher_targets=teacher_targets, temperature=TEMPERATURES[teacher_targets])
     if alpha is not None:
         if not 0 <= alpha <= 1:
@@ -211,15 +211,15 @@ def distillation_loss(
         label_smoothing (`float`): smoothing of the true labels.
         class_weights (`torch.Tensor` of shape `(K,)`, *optional*): weight of each label in the label term.
     """
-    on_labels = label_loss(class_logits, labels, label_smoothing, class_weights) if mode.needs_labels else None
+    label_term = label_loss(class_logits, labels, label_smoothing, class_weights) if mode.needs_labels else None
     if not mode.has_teacher:
-        return LossParts(on_labels, on_labels, None)
+        return LossParts(label_term, label_term, None)
     student_logits = class_logits if distillation_logits is None else distillation_logits
     if mode.teacher_targets == "hard":
-        on_teacher = hard_distillation_loss(student_logits, teacher_logits)
+        teacher_term = hard_distillation_loss(student_logits, teacher_logits)
     else:
         loss = soft_distillation_loss if mode.teacher_targets == "soft" else standardized_distillation_loss
-        on_teacher = loss(student_logits, teacher_logits, mode.temperature)
-    if on_labels is None:
-        return LossParts(on_teacher, None, on_teacher)
-    return LossParts((1 - mode.alpha) * on_labels + mode.alpha * on_teacher, on_labels, on_teacher)
+        teacher_term = loss(student_logits, teacher_logits, mode.temperature)
+    if label_term is None:
+        return LossParts(teacher_term, None, teacher_term)
+    return LossParts((1 - mode.alpha) * label_term + mode.alpha * teacher_term, label_term, teacher_term)

@@ -21,12 +21,12 @@ from .arguments import Arguments, TeacherArguments
 from .card import TeacherRecord
 from .checkpoints import checkpoints_of, last_complete, save_settings
 from .classifiers import (
-    fine_tunable_classifier,
     input_format,
     is_timm_architecture,
     label_maps,
     label_names,
     load_classifier,
+    pretrained_with_new_head,
     timm_hub_id,
 )
 from .configuration_deit_ti import DeiTTiConfig
@@ -37,10 +37,10 @@ from .interop import load_student
 from .runs import (
     build_network,
     build_trainer,
-    own_accelerator_state,
+    check_classifier,
+    isolated_accelerator_state,
     resume_precision,
     run_settings,
-    settle_classifier,
     train_and_save,
 )
 from .teacher import Teacher, match_labels, teacher_folder_name
@@ -52,7 +52,7 @@ logger = logging.getLogger(__name__)
 FITTING_VERSION = 4
 RECIPE_FILE = "teacher_recipe.json"
 FLAG = "--teacher_model_name_or_path"
-SHOWN_OF_RECIPE = (
+RECIPE_IN_CARD = (
     "num_train_epochs",
     "optim",
     "learning_rate",
@@ -88,7 +88,7 @@ def prepare_teacher(args: Arguments, data: ImageData, image_processor) -> tuple[
     if label_order is None and is_untrained and model is not None:
         fitted, label_order = "untrained", list(range(len(data.label_names)))
         set_seed(args.fitting.training.seed)
-        model = _with_labels(model, path, data.label_names, image_processor, options).eval()
+        model = _with_new_head(model, path, data.label_names, image_processor, options).eval()
     if label_order is None:
         fitted = "scratch" if model is None else "pretrained"
         path = str(_fit(args, model, path, data, image_processor))
@@ -112,7 +112,7 @@ def prepare_teacher(args: Arguments, data: ImageData, image_processor) -> tuple[
         fitted=fitted,
         image_size=image_size,
         num_parameters=sum(parameter.numel() for parameter in model.parameters()),
-        hyperparameters={key: facts[key] for key in SHOWN_OF_RECIPE if key in facts},
+        hyperparameters={key: facts[key] for key in RECIPE_IN_CARD if key in facts},
     )
     return teacher, record, path
 
@@ -147,7 +147,7 @@ def _fit(args: Arguments, pretrained: PreTrainedModel | None, source: str, data:
     folder = Path(args.teacher.teacher_output_dir) / teacher_folder_name(name, data.name, recipe)
     run.training.output_dir = str(folder)
     folder.mkdir(parents=True, exist_ok=True)
-    with _alone(folder) if is_main else contextlib.nullcontext():
+    with _locked(folder) if is_main else contextlib.nullcontext():
         # One process decides for all: another machine may see a different folder.
         (is_fitted,) = broadcast_object_list([_is_fitted(folder, recipe)])
         if is_fitted:
@@ -158,16 +158,17 @@ def _fit(args: Arguments, pretrained: PreTrainedModel | None, source: str, data:
                 network, *_ = build_network(run, data)
             else:
                 set_seed(run.training.seed)
-                network = _with_labels(pretrained, source, data.label_names, image_processor, args.teacher)
-                settle_classifier(run, data, network, name)
+                network = _with_new_head(pretrained, source, data.label_names, image_processor, args.teacher)
+                check_classifier(run, data, network, name)
             if is_main:
-                save_settings(args.training.output_dir, run_settings(args, data))  # see `runs.begin_with_steps`
+                # For `runs.resume_steps_without_checkpoint`.
+                save_settings(args.training.output_dir, run_settings(args, data))
                 (folder / "all_results.json").unlink(missing_ok=True)  # from another recipe, or none
             (checkpoint,) = broadcast_object_list([last_complete(folder)])
             if checkpoint is not None:
                 logger.info(f"Teacher: an earlier run was interrupted while fitting it; resuming from {checkpoint}")
             resume_precision(run.training, checkpoint)
-            with own_accelerator_state():
+            with isolated_accelerator_state():
                 trainer = build_trainer(run, data, network, image_processor, name="Teacher")
                 if is_main:
                     (folder / RECIPE_FILE).write_text(json.dumps(recipe, indent=2, default=str) + "\n")
@@ -185,7 +186,7 @@ def _fit(args: Arguments, pretrained: PreTrainedModel | None, source: str, data:
 
 
 @contextlib.contextmanager
-def _alone(folder: Path) -> Iterator[None]:
+def _locked(folder: Path) -> Iterator[None]:
     """One process at a time, until it ends or is killed."""
     with FileLock(f"{folder}.lock"):
         yield
@@ -201,7 +202,7 @@ def _is_fitted(folder: Path, recipe: dict) -> bool:
     return (folder / "all_results.json").is_file() and fitted == json.loads(json.dumps(recipe, default=str))
 
 
-def _with_labels(
+def _with_new_head(
     pretrained: PreTrainedModel, source: str, label_names: list[str], image_processor, options: TeacherArguments
 ) -> PreTrainedModel:
     """The classifier with a new head for these labels."""
@@ -209,4 +210,4 @@ def _with_labels(
         # With only a class token, whatever it had: it is fitted without a teacher, so no other head would learn.
         size = {name: getattr(pretrained.config, name) for name in ("image_size", "patch_size")}
         return load_student(source, DeiTTiConfig(**size, **label_maps(label_names)))[0]
-    return fine_tunable_classifier(source, FLAG, label_names, image_processor, options.trust_remote_code)
+    return pretrained_with_new_head(source, FLAG, label_names, image_processor, options.trust_remote_code)

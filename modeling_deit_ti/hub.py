@@ -16,10 +16,10 @@ Answer = TypeVar("Answer")
 WAITS = (1, 4, 16)  # seconds
 MAX_WAIT = 300  # seconds that the Hub may ask us to wait: the window of its rate limits
 # Too many requests, or the Hub's own trouble. A full quota, an expired token or a missing repository will not pass.
-PASSING_STATUS = (408, 429, 500, 502, 503, 504)
+RETRYABLE_STATUS = (408, 429, 500, 502, 503, 504)
 # By name: huggingface_hub's client is httpx, or httpx2 from 2.0 on. Failures to connect are not retried: offline,
 # waiting does not help.
-CUT_CONNECTION = ("ReadError", "WriteError", "ReadTimeout", "WriteTimeout", "RemoteProtocolError")
+DROPPED_CONNECTION = ("ReadError", "WriteError", "ReadTimeout", "WriteTimeout", "RemoteProtocolError")
 
 
 def retrying(call: Callable[[], Answer]) -> Answer:
@@ -49,8 +49,8 @@ def _wait_after(error: BaseException | None, wait: int) -> int | None:
         if isinstance(error, HfHubHTTPError):
             asked = error.response.headers.get("Retry-After", "")
             asked = min(int(asked), MAX_WAIT) if asked.isdecimal() else 0
-            return max(wait, asked) if error.response.status_code in PASSING_STATUS else None
-        if type(error).__name__ in CUT_CONNECTION:
+            return max(wait, asked) if error.response.status_code in RETRYABLE_STATUS else None
+        if type(error).__name__ in DROPPED_CONNECTION:
             return wait
         error = error.__cause__ or error.__context__
     return None

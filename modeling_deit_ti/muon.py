@@ -153,12 +153,12 @@ class Muon(torch.optim.AdamW):
 def _orthogonal_updates(means: list[torch.Tensor], steps: int) -> list[torch.Tensor]:
     """Orthogonalises matrices or convolutions of one shape. If FSDP2 has sharded their rows, gathers them first."""
     matrices = torch.stack([mean.flatten(1) for mean in means])
-    is_spread = isinstance(matrices, DTensor)
+    is_sharded = isinstance(matrices, DTensor)
     on_slow_cpu = matrices.device.type == "cpu" and not cpu_is_fast_in_bfloat16()
     dtype = torch.float32 if on_slow_cpu else torch.bfloat16
-    updates = orthogonalize(matrices.full_tensor() if is_spread else matrices, steps, dtype)
+    updates = orthogonalize(matrices.full_tensor() if is_sharded else matrices, steps, dtype)
     updates = [update.reshape(mean.shape) for update, mean in zip(updates, means, strict=True)]
-    if not is_spread:
+    if not is_sharded:
         return updates
     mesh = matrices.device_mesh
     return [

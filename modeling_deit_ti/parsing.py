@@ -40,13 +40,13 @@ MAX_YAML_NODES = 10_000  # in a recipe
 # The tools that --report_to calls by the name of the package that they need.
 TRACKERS = ("tensorboard", "trackio", "wandb", "mlflow")
 # What --teacher_config may not set.
-NOT_THE_TEACHERS = {
+FORBIDDEN_IN_TEACHER_CONFIG = {
     *("distill_mode", "teacher_targets", "single_token", "distillation_alpha", "distillation_temperature"),
     *("output_dir", "resume_from_checkpoint", "push_to_hub", "export"),
     *(entry.name for group in (ImageArguments, TeacherArguments) for entry in dataclasses.fields(group)),
 }
 # What the stages of a recipe may not set, since it is the same for all.
-NOT_A_STAGES = {
+FORBIDDEN_IN_STAGES = {
     *("output_dir", "resume_from_checkpoint", "model_name_or_path", "single_token", "push_to_hub", "export"),
     *(entry.name for entry in dataclasses.fields(ImageArguments)),
 }
@@ -159,7 +159,7 @@ def parse_stages(argv: list[str], description: str | None = None) -> list[Argume
         raise UserError(f"--config {config}: stages must be a list of entries with `flag: value` lines.")
     for stage in stages:
         parser.check_keys("--config", f"{config}, stages", stage)
-        for key in stage.keys() & NOT_A_STAGES:
+        for key in stage.keys() & FORBIDDEN_IN_STAGES:
             raise UserError(f"--config {config}: {key} must be the same for all stages: set it outside them.")
     shared = parser.flags(recipe)
     final = _parse_run(parser, [*shared, *parser.flags(stages[-1]), *argv], argv)
@@ -260,7 +260,7 @@ def _own_recipe(teacher: TeacherArguments, parser: _Parser) -> dict:
     file = teacher.teacher_config
     recipe = {} if file is None else parser.read_recipe("--teacher_config", file)
     for key in recipe:
-        if key in NOT_THE_TEACHERS:
+        if key in FORBIDDEN_IN_TEACHER_CONFIG:
             raise UserError(
                 f"--teacher_config {file}: {key} cannot be set here: a teacher is fitted to its student's images, "
                 "with their labels, in --teacher_output_dir."

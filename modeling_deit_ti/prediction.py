@@ -54,7 +54,7 @@ def load_for_prediction(
         model.to(device)
     except (RuntimeError, AssertionError) as error:
         raise UserError(f"--device {device}: {first_line(error)}.") from error
-    with taking_images(f"{flag} {name}"), torch.no_grad():
+    with reporting_image_errors(f"{flag} {name}"), torch.no_grad():
         pixel_values = image_processor(images=Image.new("RGB", (32, 32)), return_tensors="pt")["pixel_values"]
         if not model(pixel_values=pixel_values.to(model.device, model.dtype)).logits.isfinite().all():
             raise UserError(f"{flag} {name}: its logits are not finite.")
@@ -62,7 +62,7 @@ def load_for_prediction(
 
 
 @contextlib.contextmanager
-def taking_images(name: str) -> Iterator[None]:
+def reporting_image_errors(name: str) -> Iterator[None]:
     """Turns errors inside into a `UserError`: the model `name`, or its image processor, does not accept the images."""
     try:
         yield

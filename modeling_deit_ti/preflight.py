@@ -11,7 +11,7 @@ from transformers import PreTrainedModel, Trainer, get_scheduler
 from transformers.integrations import get_reporting_integration_callbacks
 
 from .arguments import Arguments, DistillationTrainingArguments
-from .checkpoints import changed_settings, checkpoints_of, flaw_of, last_complete, settings_of
+from .checkpoints import changed_settings, checkpoints_of, last_complete, settings_of, why_unusable
 from .errors import UserError, check_writable, first_line
 from .hub import retrying
 from .muon import make_muon
@@ -45,7 +45,7 @@ def checkpoint_to_resume(args: DistillationTrainingArguments) -> str | None:
         resume = _pushed_checkpoint(args)
     if not os.path.isdir(resume):
         raise UserError(f"--resume_from_checkpoint {resume}: there is no such folder.")
-    flaw = flaw_of(resume) if args.process_index == 0 else None
+    flaw = why_unusable(resume) if args.process_index == 0 else None
     if flaw is not None:
         raise UserError(f"--resume_from_checkpoint {resume}: this is not a complete checkpoint; {flaw}.")
     return resume

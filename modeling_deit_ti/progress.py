@@ -52,7 +52,7 @@ class RunProgress(TrainerCallback):
 
     def on_train_begin(self, args, state, control, **kwargs):
         self.is_training, self._evaluated, self._facts = True, 0, []
-        self._started = self._went_on = state.global_step, time.monotonic()
+        self._started = self._last_logged = state.global_step, time.monotonic()
         logged = [entry["eval_accuracy"] for entry in state.log_history if "eval_accuracy" in entry]
         self.accuracy = logged[-1] if logged else None
         if _has_bar(args, state):
@@ -81,7 +81,7 @@ class RunProgress(TrainerCallback):
     def on_log(self, args, state, control, logs, **kwargs):
         if "loss" not in logs:
             return
-        (step, since), now = self._went_on, time.monotonic()
+        (step, since), now = self._last_logged, time.monotonic()
         images = (state.global_step - step) * args.total_train_batch_size
         self._facts = [f"loss {logs['loss']:.4g}", f"{images / (now - since):,.0f} images/s"]
         if not control.should_evaluate:
@@ -129,7 +129,7 @@ class RunProgress(TrainerCallback):
         if state.is_world_process_zero and args.disable_tqdm:
             place = _place(args, state, f"{round(state.epoch, 2):g}")
             print(f"{self.name}: {', '.join([place, *self._facts])}", flush=True)
-        self._facts, self._went_on = [], (state.global_step, now)
+        self._facts, self._last_logged = [], (state.global_step, now)
 
 
 def _has_bar(args: TrainingArguments, state: TrainerState) -> bool:

@@ -15,13 +15,13 @@ from .batch_norm import has_batch_norms, synchronise_batch_norms
 from .card import TeacherRecord
 from .checkpoints import changed_settings, save_settings, settings_of
 from .classifiers import (
-    check_takes_images,
-    fine_tunable_classifier,
+    check_accepts_images,
     freeze_backbone,
     input_format,
     label_maps,
     load_config,
     new_timm_classifier,
+    pretrained_with_new_head,
 )
 from .configuration_deit_ti import DeiTTiConfig
 from .data import ImageData
@@ -65,9 +65,9 @@ def build_network(args: Arguments, data: ImageData) -> tuple[PreTrainedModel, De
         if is_classifier := not is_vit(source):
             _, mean, std = input_format(source, name, FLAG)
             image_processor = make_image_processor(model, args.augmentation, mean, std)
-            network = fine_tunable_classifier(name, FLAG, data.label_names, image_processor)
+            network = pretrained_with_new_head(name, FLAG, data.label_names, image_processor)
     if is_classifier:
-        settle_classifier(args, data, network, name)
+        check_classifier(args, data, network, name)
         return network, image_processor, []
     config = DeiTTiConfig(
         image_size=model.image_size,
@@ -139,7 +139,7 @@ def _shared_recipe(args: Arguments) -> dict:
     return recipe
 
 
-def begin_with_steps(args: Arguments, data: ImageData) -> str | None:
+def resume_steps_without_checkpoint(args: Arguments, data: ImageData) -> str | None:
     """
     [`resume_steps`] for a run that ended before its first checkpoint, for example while its teacher was fitted. Any
     other run starts as its flags say.
@@ -168,7 +168,7 @@ def resume_steps(args: Arguments, before: dict) -> str | None:
         known = {entry.name: before.get(f"{prefix}{entry.name}") for entry in fields(Division)}
         batch_size, share = before[f"{prefix}batch_size"], run.training.images_per_process
         if batch_size in (share * training.world_size, share * known["processes"]):  # else it is a different run
-            run.training.share_steps(batch_size, Division(**known | {"processes": batch_size // share}))
+            run.training.divide_steps(batch_size, Division(**known | {"processes": batch_size // share}))
     if training.total_train_batch_size == given:
         return None
     factors = training.world_size, training.gradient_accumulation_steps, training.per_device_train_batch_size
@@ -176,7 +176,7 @@ def resume_steps(args: Arguments, before: dict) -> str | None:
     return f"the global batch of {training.total_train_batch_size} is now {sizes} (processes x accumulation x batch)"
 
 
-def go_on_with_steps(args: Arguments, earlier_stage: str) -> None:
+def continue_steps(args: Arguments, earlier_stage: str) -> None:
     """
     Gives a stage the global batch size that it would have in as many processes as the previous stage started with,
     however many there are now.
@@ -186,17 +186,17 @@ def go_on_with_steps(args: Arguments, earlier_stage: str) -> None:
     """
     processes = settings_of(earlier_stage).get("processes", args.training.world_size)
     for run in filter(None, (args, args.fitting)):
-        run.training.share_steps(run.training.images_per_process * processes, run.division(processes))
+        run.training.divide_steps(run.training.images_per_process * processes, run.division(processes))
 
 
-def settle_classifier(args: Arguments, data: ImageData, network: PreTrainedModel, name: str) -> None:
+def check_classifier(args: Arguments, data: ImageData, network: PreTrainedModel, name: str) -> None:
     """
     Checks that the classifier, which the user calls `name`, accepts the images. Unless the user chose a precision,
     also picks the one that suits the network as well as the device.
     """
     training = args.training
     batch_size = min(training.train_batch_size * training.world_size, len(data.train))
-    check_takes_images(network, name, args.model.image_size, batch_size)
+    check_accepts_images(network, name, args.model.image_size, batch_size)
     if training.has_automatic_precision:
         training.mixed_precision = automatic_precision(training.device, network)
 
@@ -211,7 +211,7 @@ def resume_precision(training: DistillationTrainingArguments, checkpoint: str | 
 
 
 @contextlib.contextmanager
-def own_accelerator_state() -> Iterator[None]:
+def isolated_accelerator_state() -> Iterator[None]:
     """For one of several runs in a process: otherwise accelerate would keep the settings of the first Trainer."""
     distributed_type = PartialState().distributed_type  # not yet FSDP or DeepSpeed, which a Trainer sets
     yield
@@ -255,7 +255,7 @@ def build_trainer(
     if args.model.freeze_backbone:
         freeze_backbone(network)
     if has_batch_norms(network):
-        training.keep_accumulation()
+        training.restore_accumulation()
     if training.world_size > 1:
         synchronise_batch_norms(network, training.device)
     if training.device.type == "cpu":
@@ -298,7 +298,7 @@ class _LatestEvaluation(TrainerCallback):
     def on_evaluate(self, args, state, control, metrics, **kwargs):
         self.metrics, self.step = metrics, state.global_step
 
-    def holds_for(self, trainer: DistillationTrainer) -> bool:
+    def is_valid_for(self, trainer: DistillationTrainer) -> bool:
         """Whether another evaluation, after training, would measure the same weights in the same precision."""
         args = trainer.args
         is_changed = args.load_best_model_at_end or args.fp16_full_eval or args.bf16_full_eval
@@ -320,7 +320,7 @@ def train_and_save(
     trainer.add_callback(latest)
     train = trainer.train(resume_from_checkpoint=checkpoint).metrics
     images = evaluation_images(trainer, data)
-    if images is trainer.eval_dataset and latest.holds_for(trainer):
+    if images is trainer.eval_dataset and latest.is_valid_for(trainer):
         evaluation = latest.metrics
         trainer.log(evaluation)  # the log ends with the results, whether or not they were measured in training
     else:

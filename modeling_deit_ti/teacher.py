@@ -119,7 +119,7 @@ def check_better_than_chance(accuracy: float, labels: list[int], name: str) -> N
         )
 
 
-def digest_of(recipe: dict) -> str:
+def recipe_digest(recipe: dict) -> str:
     """A hash that identifies a recipe."""
     return hashlib.sha256(json.dumps(recipe, sort_keys=True, default=str).encode()).hexdigest()
 
@@ -127,4 +127,4 @@ def digest_of(recipe: dict) -> str:
 def teacher_folder_name(teacher: str, dataset: str, recipe: dict) -> str:
     """The folder name for a teacher, a dataset and a recipe: both names, made safe for file systems, and a hash."""
     parts = (re.sub(r"[^\w.-]+", "-", Path(part).name) for part in (teacher, dataset))
-    return f"{'-'.join(parts)}-{digest_of(recipe)[:12]}"
+    return f"{'-'.join(parts)}-{recipe_digest(recipe)[:12]}"

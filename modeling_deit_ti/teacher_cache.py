@@ -34,7 +34,7 @@ from .data import ImageData
 from .data.sampling import TrainSampler, partners
 from .device import HostCopy, teacher_dtype, to_device
 from .errors import UserError, first_line
-from .teacher import Teacher, digest_of, teacher_folder_name
+from .teacher import Teacher, recipe_digest, teacher_folder_name
 
 
 logger = logging.getLogger(__name__)
@@ -71,8 +71,8 @@ class TeacherCache:
         self.is_static, self.mixes = is_static, mixes
         self.num_read = self.num_computed = 0  # images, by this process
         self._record = np.dtype([("checksum", "<u4"), ("tag", "<i8"), ("logits", "<f2", (num_labels,))])
-        self._salt = zlib.crc32(digest_of(recipe).encode())
-        self._is_off = False
+        self._salt = zlib.crc32(recipe_digest(recipe).encode())
+        self._is_disabled = False
         self._opened: tuple[TrainSampler | None, int] = None, -1
         # Rows of the open file, their tags, a mask of their images in the batch, and the logits of the whole batch.
         self._unwritten: list[tuple[np.ndarray, np.ndarray, np.ndarray, HostCopy]] = []
@@ -95,7 +95,7 @@ class TeacherCache:
         """
         stored = np.zeros((len(seeds), *self._record["logits"].shape), dtype=np.float16)
         is_stored = np.zeros(len(seeds), dtype=bool)
-        if not self._is_off:
+        if not self._is_disabled:
             try:
                 self._open_epoch(sampler)
                 rows, tags = self._locate(seeds)
@@ -103,7 +103,7 @@ class TeacherCache:
                 is_stored = (records["tag"] == tags) & (records["checksum"] == self._checksums(records))
                 stored[is_stored] = records["logits"][is_stored]
             except (OSError, ValueError) as error:
-                self._turn_off(error)
+                self._disable(error)
         missing = ~is_stored
         self.num_read += int(is_stored.sum())
         self.num_computed += int(missing.sum())
@@ -114,7 +114,7 @@ class TeacherCache:
             exact = teacher(pixel_values)
             logits = exact.half()
             fits = logits.isfinite().all()
-            if not self._is_off:
+            if not self._is_disabled:
                 self._unwritten.append((rows[missing], tags[missing], missing, HostCopy(logits)))
             if is_stored.any():
                 # Stored logits win: all runs use the same numbers, whichever batch computes them again.
@@ -129,7 +129,7 @@ class TeacherCache:
         while self._unwritten and (wait or self._unwritten[0][-1].is_there):
             rows, tags, missing, copy = self._unwritten.pop(0)
             logits = copy.read().numpy()
-            if not self._is_off and np.isfinite(logits).all():
+            if not self._is_disabled and np.isfinite(logits).all():
                 self._store(rows, tags, logits[missing])
 
     def _open_epoch(self, sampler: TrainSampler) -> None:
@@ -182,10 +182,10 @@ class TeacherCache:
                 self._file.seek(row * self._record.itemsize)
                 self._file.write(record.tobytes())
         except OSError as error:
-            self._turn_off(error)
+            self._disable(error)
 
-    def _turn_off(self, error: Exception) -> None:
-        self._is_off = True  # except for the rounding: the rest of the run must not depend on the disk
+    def _disable(self, error: Exception) -> None:
+        self._is_disabled = True  # except for the rounding: the rest of the run must not depend on the disk
         logger.warning(
             f"Teacher: cannot store its logits in {self.folder} ({first_line(error)}); training continues without them"
         )
@@ -233,7 +233,7 @@ def _recipe(args: Arguments, teacher: Teacher, data: ImageData, image_processor)
     package = Path(__file__).parent
     compilation = TorchDynamoPlugin(training.torch_compile_backend, training.torch_compile_mode)  # flags or launcher
     recipe = {
-        "teacher": _digest_of_teacher(teacher),
+        "teacher": _teacher_digest(teacher),
         "images": data.fingerprint,
         "image_size": image_size,
         "image_mean": list(image_processor.image_mean),
@@ -252,7 +252,7 @@ def _recipe(args: Arguments, teacher: Teacher, data: ImageData, image_processor)
     return recipe
 
 
-def _digest_of_teacher(teacher: Teacher) -> str:
+def _teacher_digest(teacher: Teacher) -> str:
     """A hash of the teacher's network, its weights, and how it maps the student's images and labels."""
     config = {name: value for name, value in teacher.model.config.to_dict().items() if not name.startswith("_")}
     facts = [type(teacher.model).__name__, config, teacher.image_size]

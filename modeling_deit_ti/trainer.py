@@ -95,7 +95,7 @@ class _RunCallback(TrainerCallback):
 
     def on_step_end(self, args, state, control, **kwargs):
         if self.trainer.average is not None:
-            self.trainer.average.update(self.trainer.bare_model, state.global_step)
+            self.trainer.average.update(self.trainer.unwrapped_model, state.global_step)
         at_epoch_end = float(state.epoch).is_integer() or state.global_step >= state.max_steps
         if self._is_told_to_stop():
             control.should_training_stop = control.should_save = True
@@ -281,11 +281,11 @@ class DistillationTrainer(Trainer):
                 f"{checkpoint} has been written."
             )
         if self.average is not None:
-            self.bare_model.load_state_dict(self.average.module.state_dict())
+            self.unwrapped_model.load_state_dict(self.average.module.state_dict())
         return output
 
     @property
-    def bare_model(self) -> PreTrainedModel:
+    def unwrapped_model(self) -> PreTrainedModel:
         """The model without the wrappers of accelerate and torch."""
         return self.accelerator.unwrap_model(self.model, keep_torch_compile=False)
 
@@ -295,12 +295,12 @@ class DistillationTrainer(Trainer):
         if self.average is None:
             yield
             return
-        latest = {name: value.clone() for name, value in self.bare_model.state_dict().items()}
-        self.bare_model.load_state_dict(self.average.module.state_dict())
+        latest = {name: value.clone() for name, value in self.unwrapped_model.state_dict().items()}
+        self.unwrapped_model.load_state_dict(self.average.module.state_dict())
         try:
             yield
         finally:
-            self.bare_model.load_state_dict(latest)
+            self.unwrapped_model.load_state_dict(latest)
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model=None) -> None:
         super()._load_from_checkpoint(resume_from_checkpoint, model)
@@ -452,7 +452,7 @@ class DistillationTrainer(Trainer):
     def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
         """Like `Trainer`'s, but in float32 and under the model's own class. Called by all processes."""
         output_dir = output_dir or self.args.output_dir
-        model = self.bare_model
+        model = self.unwrapped_model
         if self.is_deepspeed_enabled:
             state_dict = _float32_weights(model, state_dict)
         its_class = type(model)

@@ -12,8 +12,8 @@ from modeling_deit_ti.attention import (
     attention_rollout,
     draw_attention,
     learned_tokens,
+    network_view,
     overlay,
-    seen_picture,
 )
 from modeling_deit_ti.interop import to_transformers
 
@@ -73,7 +73,7 @@ def test_a_deit_that_is_no_export_has_both_tokens():
 def test_the_seen_picture_is_what_the_processor_hands_to_the_network_but_larger(processor):
     pixels = np.random.default_rng(0).integers(0, 256, (8, 16, 3), dtype=np.uint8)
     image = Image.fromarray(pixels).resize((128, 64), Image.Resampling.BICUBIC)
-    seen = seen_picture(image, processor, 100)
+    seen = network_view(image, processor, 100)
     assert seen.size == (128, 128)
     network = processor(images=image, do_normalize=False, do_rescale=False, return_tensors="np")["pixel_values"][0]
     shrunk = np.asarray(seen.resize((32, 32), Image.Resampling.BOX), dtype=float).transpose(2, 0, 1)

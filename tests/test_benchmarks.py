@@ -355,12 +355,12 @@ def test_a_teacher_with_images_of_its_own_size_is_asked_the_same_by_all(time_fla
     data = load_images(args.images)
     time_to_accuracy.check_teacher(args, data)
     images = torch.randn(2, 3, 32, 32)
-    expected = contenders.trainer_of_ours(args, data, with_cache=False).teacher(images)
+    expected = contenders.make_our_trainer(args, data, with_cache=False).teacher(images)
     with torch.no_grad():
-        of_timm = contenders.load_peers_teacher(args, of_timm=True)(images)
+        as_timm_model = contenders.load_peers_teacher(args, as_timm_model=True)(images)
         of_transformers = contenders.load_peers_teacher(args)(pixel_values=images).logits
         at_the_wrong_size = contenders.load_teacher(args)(images).logits
-    assert torch.allclose(of_timm, expected, atol=1e-5) and torch.allclose(of_transformers, expected, atol=1e-5)
+    assert torch.allclose(as_timm_model, expected, atol=1e-5) and torch.allclose(of_transformers, expected, atol=1e-5)
     assert not torch.allclose(at_the_wrong_size, expected, atol=1e-2)
     for row in ("timm", "transformers"):
         assert len(time_to_accuracy.measure(setting, row, limit_minutes=60)["curve"]) == 1

@@ -16,7 +16,7 @@ from transformers import (
 )
 
 from modeling_deit_ti.classifiers import (
-    check_takes_images,
+    check_accepts_images,
     input_format,
     label_maps,
     label_names,
@@ -197,7 +197,7 @@ def test_a_timm_transformer_is_made_for_the_image_size():
 def test_batches_that_a_network_cannot_be_trained_on_are_refused():
     model = new_timm_classifier("test_resnet", DIGITS, 32, image_processor(32))
     before = {key: value.clone() for key, value in model.state_dict().items()}
-    check_takes_images(model, "test_resnet", 32, 64)
+    check_accepts_images(model, "test_resnet", 32, 64)
     with pytest.raises(UserError, match="^test_resnet cannot be trained on batches of 1 images of 8x8 pixels"):
-        check_takes_images(model, "test_resnet", 8, 1)
+        check_accepts_images(model, "test_resnet", 8, 1)
     assert all(torch.equal(value, before[key]) for key, value in model.state_dict().items())

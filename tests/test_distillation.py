@@ -44,7 +44,7 @@ def computed(mode, labels=LABELS, smoothing=0.1):
 @pytest.mark.parametrize("labels", [LABELS, MIXED], ids=["labels", "mixed labels"])
 @pytest.mark.parametrize("smoothing", [0.0, 0.1])
 @pytest.mark.parametrize(
-    ("name", "alpha", "on_teacher"),
+    ("name", "alpha", "teacher_term"),
     [
         ("none", 0.0, None),
         ("soft", 0.1, lambda: kl(TEACHER, CLASS, 3.0)),
@@ -54,13 +54,13 @@ def computed(mode, labels=LABELS, smoothing=0.1):
         ("both", 0.5, lambda: cross_entropy(DISTILLATION, TEACHER.argmax(-1))),
     ],
 )
-def test_each_modes_loss_is_the_papers(name, alpha, on_teacher, labels, smoothing):
-    on_labels = cross_entropy(CLASS, labels, smoothing)
-    expected = (1 - alpha) * on_labels + (alpha * on_teacher() if on_teacher else 0)
+def test_each_modes_loss_is_the_papers(name, alpha, teacher_term, labels, smoothing):
+    label_term = cross_entropy(CLASS, labels, smoothing)
+    expected = (1 - alpha) * label_term + (alpha * teacher_term() if teacher_term else 0)
     loss, label_part, teacher_part = computed(MODES[name], labels, smoothing)
     assert loss == pytest.approx(expected, rel=1e-6)
-    assert label_part == pytest.approx(on_labels, rel=1e-6)
-    assert teacher_part == (pytest.approx(on_teacher(), rel=1e-6) if on_teacher else None)
+    assert label_part == pytest.approx(label_term, rel=1e-6)
+    assert teacher_part == (pytest.approx(teacher_term(), rel=1e-6) if teacher_term else None)
 
 
 @pytest.mark.parametrize("name", ["class", "distill", "both"])
@@ -201,7 +201,7 @@ def test_options_that_mean_nothing_in_a_mode_are_refused(name, options, message)
 def test_class_weights_count_each_share_of_a_label_and_smoothing_spreads_what_they_make_of_it():
     weights = np.array([0.5, 4.0, 1.0, 1.0, 0.0, 2.0])
     for labels, shares in ((LABELS, np.eye(6)[LABELS]), (MIXED, MIXED)):
-        on_labels = np.mean(
+        label_term = np.mean(
             [
                 sum(weights[k] * image[k] * cross_entropy(logits[None], np.array([k]), 0.1) for k in range(6))
                 for image, logits in zip(shares, CLASS, strict=True)
@@ -209,7 +209,7 @@ def test_class_weights_count_each_share_of_a_label_and_smoothing_spreads_what_th
         )
         arguments = [torch.tensor(values) for values in (CLASS, DISTILLATION, labels, TEACHER)]
         parts = distillation_loss(MODES["both"], *arguments, 0.1, torch.tensor(weights))
-        assert parts.label_loss.item() == pytest.approx(on_labels, rel=1e-5)
+        assert parts.label_loss.item() == pytest.approx(label_term, rel=1e-5)
         assert parts.distillation_loss.item() == pytest.approx(
             cross_entropy(DISTILLATION, TEACHER.argmax(-1)), rel=1e-5
         )

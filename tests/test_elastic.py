@@ -19,7 +19,13 @@ from modeling_deit_ti.data import load_images
 from modeling_deit_ti.data.inputs import make_image_processor
 from modeling_deit_ti.errors import UserError
 from modeling_deit_ti.interruption import Interrupted
-from modeling_deit_ti.runs import begin_with_steps, build_network, build_trainer, resume_steps, run_settings
+from modeling_deit_ti.runs import (
+    build_network,
+    build_trainer,
+    resume_steps,
+    resume_steps_without_checkpoint,
+    run_settings,
+)
 from modeling_deit_ti.teacher_cache import make_teacher_cache
 
 
@@ -146,7 +152,7 @@ def test_before_its_first_checkpoint_the_same_run_keeps_the_images_of_a_step(
     save_settings(tmp_path, run_settings(begun, data))
     now = arguments(**flags, learning_rate=learning_rate)
     monkeypatch.setattr(type(now.training), "world_size", 2)
-    note = begin_with_steps(now, data)
+    note = resume_steps_without_checkpoint(now, data)
     for run in (now, now.fitting):
         assert run.training.per_device_train_batch_size == batch
     assert bool(note) == (batch == 4)
@@ -171,7 +177,7 @@ def test_a_process_takes_its_share_of_a_step_in_the_largest_batches_that_its_fla
     monkeypatch.setattr(type(training), "world_size", processes)
     if shares is None:
         with pytest.raises(UserError, match=f"^{processes} processes cannot share the 16 images .* one of 1, 2, 4"):
-            training.share_steps(16, Division(1, together))
+            training.divide_steps(16, Division(1, together))
         return
-    training.share_steps(16, Division(1, together))
+    training.divide_steps(16, Division(1, together))
     assert (training.per_device_train_batch_size, training.gradient_accumulation_steps) == shares

@@ -11,7 +11,7 @@ from huggingface_hub import HfApi
 from transformers import ViTConfig, ViTForImageClassification, ViTImageProcessor
 
 from modeling_deit_ti import hub as hub_calls
-from modeling_deit_ti.checkpoints import flaw_of, seal
+from modeling_deit_ti.checkpoints import seal, why_unusable
 from modeling_deit_ti.classifiers import load_classifier, load_image_processor
 from modeling_deit_ti.errors import StorageError, UserError, first_line
 from modeling_deit_ti.outcome import push
@@ -174,7 +174,7 @@ def test_a_pushed_checkpoint_is_fetched_from_a_hub_that_fails_once(operation, on
     api.upload_folder(repo_id=REPO, folder_path=tmp_path / "pushed", path_in_repo="last-checkpoint")
     online.fail_next(operation)
     args = arguments(tmp_path / "run", online, resume_from_checkpoint="last-checkpoint", process_index=0)
-    assert flaw_of(checkpoint_to_resume(args)) is None
+    assert why_unusable(checkpoint_to_resume(args)) is None
 
 
 @pytest.mark.parametrize("file", ["optimizer_0/.metadata", "global_step4/mp_rank_00_model_states.pt"])

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 from real_command import Run, run, start_together
 
-from modeling_deit_ti.checkpoints import SETTINGS_FILE, checkpoints_of, delete_older, flaw_of, last_complete, seal
+from modeling_deit_ti.checkpoints import SETTINGS_FILE, checkpoints_of, delete_older, last_complete, seal, why_unusable
 
 
 # Everything random is on, and checkpoints are written within the epochs (of six steps) as well as at their ends.
@@ -148,7 +148,7 @@ def kill_and_resume(folder: Path, moments: dict) -> list[str]:
         fault = {"function": function, "call": call, "moment": when}
         killed = run(*FLAGS, *places(folder), fault=fault)
         assert killed.returncode == -signal.SIGKILL, f"{moment}: {killed.stderr}"
-        incomplete = [path for path in checkpoints_of(folder / "run") if flaw_of(path) is not None]
+        incomplete = [path for path in checkpoints_of(folder / "run") if why_unusable(path) is not None]
         assert incomplete or moments is FITTING or "a checkpoint" not in moment, moment
         said.append(killed.stdout)
     ended = resume(folder)
@@ -305,7 +305,7 @@ def test_told_to_stop_while_the_teacher_is_fitted(reference, tmp_path):
     assert stopped.returncode == 75 and "stopped by SIGTERM after step 20 of 48" in stopped.stderr
     assert [path.name for path in (tmp_path / "run").iterdir()] == [SETTINGS_FILE]
     (checkpoint,) = (tmp_path / "teachers").glob("*/checkpoint-20")
-    assert flaw_of(checkpoint) is None
+    assert why_unusable(checkpoint) is None
 
 
 @pytest.mark.parametrize("signum", [signal.SIGTERM, signal.SIGINT], ids=["SIGTERM", "Ctrl-C"])
@@ -363,11 +363,11 @@ def checkpoint(tmp_path) -> Path:
 
 
 def test_a_sealed_checkpoint_has_no_flaw(checkpoint):
-    assert "was being written" in flaw_of(checkpoint)
+    assert "was being written" in why_unusable(checkpoint)
     seal(checkpoint)
-    assert flaw_of(checkpoint) is None
+    assert why_unusable(checkpoint) is None
     seal(checkpoint)  # written again under the same name
-    assert flaw_of(checkpoint) is None
+    assert why_unusable(checkpoint) is None
 
 
 @pytest.mark.parametrize("file", ["model.safetensors", "global_step4/shard.pt", "trainer_state.json"])
@@ -375,17 +375,17 @@ def test_a_flipped_bit_a_cut_and_a_lost_file_are_found(checkpoint, file):
     seal(checkpoint)
     whole = (checkpoint / file).read_bytes()
     (checkpoint / file).write_bytes(bytes([whole[0] ^ 1]) + whole[1:])
-    assert flaw_of(checkpoint) == f"its {file} is damaged"
+    assert why_unusable(checkpoint) == f"its {file} is damaged"
     (checkpoint / file).write_bytes(whole[:-1])
-    assert flaw_of(checkpoint) == f"its {file} is damaged"
+    assert why_unusable(checkpoint) == f"its {file} is damaged"
     (checkpoint / file).unlink()
-    assert flaw_of(checkpoint) == f"its {file} is missing or cannot be read"
+    assert why_unusable(checkpoint) == f"its {file} is missing or cannot be read"
 
 
 def test_damaged_checksums_are_no_checksums(checkpoint):
     for content in ("", "[]", '{"model', "3"):
         (checkpoint / "checksums.json").write_text(content)
-        assert flaw_of(checkpoint) == "its checksums.json is damaged"
+        assert why_unusable(checkpoint) == "its checksums.json is damaged"
 
 
 @pytest.mark.parametrize(

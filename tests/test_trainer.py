@@ -23,7 +23,7 @@ from transformers import TrainerCallback, TrainingArguments
 
 from modeling_deit_ti import DeiTTiForImageClassification
 from modeling_deit_ti.arguments import ImageArguments
-from modeling_deit_ti.checkpoints import flaw_of
+from modeling_deit_ti.checkpoints import why_unusable
 from modeling_deit_ti.data import inputs, load_images
 from modeling_deit_ti.data.decoding import read_image
 from modeling_deit_ti.device import is_faster_in_eager_attention
@@ -569,7 +569,7 @@ def test_told_to_stop_in_the_last_evaluation_a_run_without_checkpoints_writes_on
     with pytest.raises(Interrupted, match="stopped by SIGTERM after step 4 of 4; .*checkpoint-4 has been written"):
         trainer.train()
     assert signal.getsignal(signal.SIGTERM) == before
-    assert flaw_of(tmp_path / "checkpoint-4") is None
+    assert why_unusable(tmp_path / "checkpoint-4") is None
     resumed = make_trainer(digits, tmp_path, **recipe)
     resumed.train(resume_from_checkpoint=str(tmp_path / "checkpoint-4"))
     assert_same(weights(trainer), weights(resumed))

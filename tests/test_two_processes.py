@@ -16,7 +16,7 @@ import torch
 from real_command import REPOSITORY, free_port, run, start_together
 from safetensors.torch import load_file
 
-from modeling_deit_ti.checkpoints import flaw_of
+from modeling_deit_ti.checkpoints import why_unusable
 
 
 FLAGS = (
@@ -162,7 +162,7 @@ def test_the_teacher_is_fitted_once_by_two_processes_then_one_then_two_and_a_sig
         assert process.returncode == 75
         assert "train_hf.py: stopped by SIGTERM after step 5 of 72" in process.stderr
     (checkpoint,) = (tmp_path / "teachers").glob("*/checkpoint-*")
-    assert checkpoint.name == "checkpoint-5" and flaw_of(checkpoint) is None
+    assert checkpoint.name == "checkpoint-5" and why_unusable(checkpoint) is None
     alone = run(*flags, fault={"function": STEP, "call": 7, "signum": signal.SIGTERM})
     assert "Student: starting over; the global batch of 16 is now 1 x 2 x 8" in alone.stdout
     assert alone.returncode == 75 and "train_hf.py: stopped by SIGTERM after step 12 of 72" in alone.stderr

@@ -13,10 +13,10 @@ from .record import (
     TeacherRecord,
     describe_cores,
     describe_hardware,
+    display_names,
     folder_name,
     library_versions,
     processor_facts,
-    shown_names,
 )
 from .report import (
     REPORT_FILE,
@@ -57,7 +57,7 @@ __all__ = [
     "processor_facts",
     "report_section",
     "scale_temperature",
-    "shown_names",
+    "display_names",
     "verdict",
     "write_model_card",
 ]

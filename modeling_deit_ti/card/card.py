@@ -184,22 +184,22 @@ def report_section(folder: str | os.PathLike) -> str:
 def loss_equation(mode: DistillMode, has_class_weights: bool = False) -> str:
     """The training loss of a mode, with its alpha and temperature filled in. `class`, `distillation` and `teacher` are
     logits, `y` labels, `w` class weights; `z` standardises logits."""
-    on_labels = "w(y) CE(class, y)" if has_class_weights else "CE(class, y)"
+    label_term = "w(y) CE(class, y)" if has_class_weights else "CE(class, y)"
     if not mode.has_teacher:
-        return f"loss = {on_labels}"
+        return f"loss = {label_term}"
     teacher, head = "teacher", "distillation" if "distillation" in mode.tokens else "class"
     if mode.teacher_targets == "standardized":
         teacher, head = f"z({teacher})", f"z({head})"
     if mode.teacher_targets == "hard":
-        on_teacher = f"CE({head}, argmax teacher)"
+        teacher_term = f"CE({head}, argmax teacher)"
     elif mode.temperature == 1:
-        on_teacher = f"KL(softmax({teacher}) || softmax({head}))"
+        teacher_term = f"KL(softmax({teacher}) || softmax({head}))"
     else:
         t = f"{mode.temperature:g}"
-        on_teacher = f"{t}^2 KL(softmax({teacher} / {t}) || softmax({head} / {t}))"
+        teacher_term = f"{t}^2 KL(softmax({teacher} / {t}) || softmax({head} / {t}))"
     if not mode.needs_labels:
-        return f"loss = {on_teacher}"
-    return f"loss = {1 - mode.alpha:g} {on_labels} + {mode.alpha:g} {on_teacher}"
+        return f"loss = {teacher_term}"
+    return f"loss = {1 - mode.alpha:g} {label_term} + {mode.alpha:g} {teacher_term}"
 
 
 def labels_in_training(hyperparameters: dict) -> str:

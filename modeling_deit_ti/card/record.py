@@ -203,7 +203,7 @@ def folder_name(path: str | os.PathLike) -> str:
     return re.split(r"[/\\]", str(Path(path).expanduser().resolve()))[-1]
 
 
-def shown_names(names: list[str]) -> list[str]:
+def display_names(names: list[str]) -> list[str]:
     """Names for one or two models in reports and pages, which are shared: folders by the last part of their path."""
     shown = [folder_name(name) if os.path.isdir(os.path.expanduser(name)) else name for name in names]
     if len(set(shown)) < len(shown):  # outputs/a/best, outputs/b/best

@@ -165,7 +165,7 @@ def make_report(
     is_seen = support > 0
     wrong = np.flatnonzero(~is_right)
     pairs = Counter(zip(labels[wrong].tolist(), predicted[wrong].tolist(), strict=True))
-    surest = wrong[np.argsort(-predictions.confidence[wrong], kind="stable")][:MAX_MISTAKES]
+    most_confident = wrong[np.argsort(-predictions.confidence[wrong], kind="stable")][:MAX_MISTAKES]
     return Report(
         model=model,
         dataset=dataset,
@@ -187,7 +187,7 @@ def make_report(
         ],
         mistakes=[
             Mistake(row, label_names[labels[row]], label_names[predicted[row]], float(predictions.confidence[row]))
-            for row in surest.tolist()
+            for row in most_confident.tolist()
         ],
         calibration=calibration(predictions.confidence, is_right),
         temperature_scaling=temperature_scaling,

@@ -113,7 +113,7 @@ def bicubic_weights(
 
 
 @contextlib.contextmanager
-def whole_float32() -> Iterator[None]:
+def full_float32() -> Iterator[None]:
     """CUDA's matrix products inside are in full float32, regardless of `--tf32`."""
     matmul = torch.backends.cuda.matmul
     before = matmul.fp32_precision
@@ -165,7 +165,7 @@ def shifted_crop(images: torch.Tensor, offsets: torch.Tensor, padding: int, flip
 # colour beyond the edges, `(3, 1, 1)` uint8.
 
 
-def look_up(images: torch.Tensor, counts: list[int], arguments: torch.Tensor, _: torch.Tensor) -> None:
+def apply_tables(images: torch.Tensor, counts: list[int], arguments: torch.Tensor, _: torch.Tensor) -> None:
     """AutoContrast, Equalize, Posterize, Invert, Solarize, SolarizeAdd: a table per channel, and one gather."""
     pixels = images.flatten(2)
     index = pixels.long()
@@ -269,7 +269,7 @@ def rotate(images: torch.Tensor, _: list[int], degrees: torch.Tensor, fill: torc
 
 # The operations of each function, in the order in which images are sorted.
 OPERATIONS_OF = {
-    look_up: ["AutoContrast", "Equalize", "Posterize", "Invert", "Solarize", "SolarizeAdd"],
+    apply_tables: ["AutoContrast", "Equalize", "Posterize", "Invert", "Solarize", "SolarizeAdd"],
     blend: ["Brightness", "Contrast", "Color", "Sharpness"],
     slide: ["TranslateXRel", "ShearX", "ShearY", "TranslateYRel"],
     rotate: ["Rotate"],
@@ -311,10 +311,10 @@ GEOMETRIC = {
     **dict.fromkeys(("TranslateXRel", "TranslateYRel"), Operation(step=0.45, random_sign=True)),
 }
 ENHANCEMENTS = ("Color", "Contrast", "Brightness", "Sharpness")
-UNGRADED = dict.fromkeys(("AutoContrast", "Equalize", "Invert"), Operation())
+WITHOUT_MAGNITUDE = dict.fromkeys(("AutoContrast", "Equalize", "Invert"), Operation())
 # `inc1`: the larger the magnitude, the stronger the change (timm's `_RAND_INCREASING_TRANSFORMS`).
 INCREASING_OPERATIONS = {
-    **UNGRADED,
+    **WITHOUT_MAGNITUDE,
     "PosterizeIncreasing": Operation(start=4, step=-4, whole=True, lowest=0),
     "SolarizeIncreasing": Operation(start=256, step=-256, whole=True, lowest=0),
     "SolarizeAdd": Operation(step=110, whole=True, highest=128),
@@ -323,7 +323,7 @@ INCREASING_OPERATIONS = {
 }
 # `inc0`: the ranges of the first implementations (timm's `_RAND_TRANSFORMS`).
 PLAIN_OPERATIONS = {
-    **UNGRADED,
+    **WITHOUT_MAGNITUDE,
     "Posterize": Operation(step=4, whole=True, highest=8),
     "Solarize": Operation(step=256, whole=True, highest=256),
     "SolarizeAdd": Operation(step=110, whole=True, highest=128),
@@ -481,7 +481,7 @@ class BatchAugmentation:
             for name in ("mean", "std", "fill", "normal"):
                 setattr(self, name, getattr(self, name).to(images.device))
         # Autocast would compute the resize's products in 16 bits, and TF32 would cut their factors to 11.
-        with torch.autocast(images.device.type, enabled=False), whole_float32():
+        with torch.autocast(images.device.type, enabled=False), full_float32():
             images = self.crop_and_flip(images, seeds)
             if self.rand_augment is not None:
                 images = rand_augment(images, self.rand_augment, seeds, self.fill)

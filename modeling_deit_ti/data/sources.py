@@ -41,7 +41,7 @@ def load_splits(name: str, config_name: str | None) -> tuple[DatasetDict, str]:
     folder = os.path.expanduser(name)
     if os.path.isfile(folder):  # `datasets` would look for a cached dataset of that name
         raise UserError(f"--dataset_name {name}: this is a file, not a folder.")
-    with naming_the_dataset(name):
+    with explaining_dataset_errors(name):
         if os.path.isfile(os.path.join(folder, "dataset_dict.json")):
             # Through the cache: `datasets` writes results beside the rows, which would be in the user's folder.
             saved = load_from_disk(folder).items()
@@ -53,7 +53,7 @@ def load_splits(name: str, config_name: str | None) -> tuple[DatasetDict, str]:
 
 
 @contextlib.contextmanager
-def naming_the_dataset(name: str) -> Iterator[None]:
+def explaining_dataset_errors(name: str) -> Iterator[None]:
     """Raises a `UserError` if `name` is the path of a folder that does not exist, or if loading it fails inside."""
     if (name.startswith((".", "/", "~")) or name.count("/") > 1) and not os.path.isdir(os.path.expanduser(name)):
         raise UserError(f"--dataset_name {name}: there is no such folder.")

@@ -46,15 +46,15 @@ from .loading import (
 from .sampling import augmented_batch, collate_images
 from .sources import (
     check_not_empty,
+    explaining_dataset_errors,
     find_class_folders,
     find_eval_split,
     load_splits,
-    naming_the_dataset,
 )
 
 
 # A lane's shuffle buffer is filled from this many shards at a time, since files are often sorted by label.
-OPEN_SHARDS = 2
+MAX_OPEN_SHARDS = 2
 ROWS_AT_ONCE = 16
 
 
@@ -202,7 +202,7 @@ def _open_splits(args: ImageArguments) -> tuple[ParquetRows | TableRows, Dataset
     is_folder = os.path.isdir(folder)
     is_table = os.path.isfile(os.path.join(folder, "dataset_dict.json")) or (name == "digits" and not is_folder)
     if not is_table and not (is_folder and find_class_folders(folder)):
-        with naming_the_dataset(name):
+        with explaining_dataset_errors(name):
             source = folder if is_folder else name
             builder = retrying(lambda: load_dataset_builder(source, args.dataset_config_name))
         if isinstance(builder.config, ParquetConfig):
@@ -227,7 +227,7 @@ def _open_parquet(args: ImageArguments, builder: DatasetBuilder) -> tuple[Parque
             "Parquet files to another split (test-00000.parquet, or a folder test/), and run without "
             "--validation_from_train."
         )
-    with naming_the_dataset(args.dataset_name):
+    with explaining_dataset_errors(args.dataset_name):
         rows = ParquetRows(files["train"])
         evaluation = load_dataset("parquet", data_files={eval_split: files[eval_split]}, split=eval_split)
     check_not_empty(args.dataset_name, {"train": rows.sizes.sum(), eval_split: len(evaluation)})
@@ -434,7 +434,7 @@ class StreamedBatches(torch.utils.data.IterableDataset):
                     lane = turn % self.division.lanes
                     if lane not in lanes:
                         lanes[lane] = self._views(epoch, lane, shards, turns_skipped)
-                    views += self._apart(list(islice(lanes[lane], self.division.together)))
+                    views += self._separate_views(list(islice(lanes[lane], self.division.together)))
                     generator = np.random.default_rng([self.seed, epoch, turn, 1])
                     seeds += generator.integers(2**62, size=self.division.together).tolist()
                 images, labels = zip(*views, strict=True)
@@ -443,7 +443,7 @@ class StreamedBatches(torch.utils.data.IterableDataset):
                 yield {"error": str(error)}  # if raised, the loader would add the worker's traceback
                 return
 
-    def _apart(self, views: list) -> list:
+    def _separate_views(self, views: list) -> list:
         """With repeated augmentation, avoids pairing views of the same image (see `sampling.partners`) if possible."""
         if self.repeats == 1:
             return views
@@ -475,9 +475,9 @@ class StreamedBatches(torch.utils.data.IterableDataset):
         for emitted in range(count):
             if emitted == skipped and skipped:
                 # So far, only the order was followed; now read the rows that an uninterrupted run would hold.
-                buffer = self._read_again(buffer)
+                buffer = self._refill(buffer)
             while len(buffer) < self.division.lane_buffer_size:
-                opened += islice(ranges, OPEN_SHARDS - len(opened))
+                opened += islice(ranges, MAX_OPEN_SHARDS - len(opened))
                 if not opened:
                     break
                 source = generator.randrange(len(opened))
@@ -506,7 +506,7 @@ class StreamedBatches(torch.utils.data.IterableDataset):
             if range_.position < range_.stop:
                 yield range_
 
-    def _read_again(self, buffer: list[tuple[int, int, None]]) -> list[tuple[int, int, dict]]:
+    def _refill(self, buffer: list[tuple[int, int, None]]) -> list[tuple[int, int, dict]]:
         wanted: dict[int, set[int]] = {}
         for shard, number, _ in buffer:
             wanted.setdefault(shard, set()).add(number)
