@@ -1,4 +1,4 @@
-"""What a person does in a browser beyond clicking: copying a picture, and pasting it."""
+"""What a user does in a browser besides clicking: copying and pasting a picture."""
 
 import base64
 from pathlib import Path
@@ -16,7 +16,7 @@ fetch(address).then(answer => answer.blob())
 
 
 def copy_picture(chromium: webdriver.Chrome, png: Path) -> None:
-    """Puts a picture into the clipboard, which the page in the browser may then read."""
+    """Copies a picture to the clipboard, which the page in the browser may then read."""
     chromium.execute_cdp_cmd("Browser.grantPermissions", {"permissions": ["clipboardReadWrite"]})
     chromium.execute_async_script(COPY, "data:image/png;base64," + base64.b64encode(png.read_bytes()).decode())
 

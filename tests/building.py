@@ -1,4 +1,4 @@
-"""What the command builds from its flags, in sizes that tests have time for."""
+"""What the command builds from its flags, in sizes small enough for tests."""
 
 import numpy as np
 import torch
@@ -12,7 +12,7 @@ from modeling_deit_ti.parsing import parse_arguments
 from modeling_deit_ti.teacher import Teacher
 
 
-# A CNN of timm's own tests: 16 to 64 channels, real architecture, fitted in seconds.
+# A CNN from timm's own tests: 16 to 64 channels, a real architecture, fitted in seconds.
 TINY_CNN = "test_resnet"
 DIGITS = [str(digit) for digit in range(10)]
 # Four steps of the real student, which has no flag for fewer blocks.
@@ -24,7 +24,7 @@ FOUR_STEPS = (
     "--per_device_train_batch_size=32",
     "--disable_tqdm=true",
 )
-# Names that markdown, YAML, HTML, tables, formulas and templates would take for their own.
+# Names that Markdown, YAML, HTML, tables, formulas and templates would take for their own syntax.
 NASTY_LABELS = [
     "a|b",
     "*bold* __init__",
@@ -57,12 +57,12 @@ def arguments(**flags) -> Arguments:
 
 
 def image_processor(image_size: int):
-    """That of a model for images of the size, which are not cropped."""
+    """The image processor of a model for images of this size, without cropping."""
     return make_image_processor(ModelArguments(image_size=image_size), AugmentationArguments(crop="none"))
 
 
 def tiny_student(args: Arguments, num_hidden_layers: int = 2, num_labels: int = 10) -> DeiTTiForImageClassification:
-    """A DeiT-Ti of few blocks, always with the same weights."""
+    """A DeiT-Ti with few blocks, always with the same weights."""
     model = args.model
     config = DeiTTiConfig(
         image_size=model.image_size,
@@ -78,7 +78,7 @@ def tiny_student(args: Arguments, num_hidden_layers: int = 2, num_labels: int = 
 
 
 def tiny_teacher(kind: type[Teacher] = Teacher, **changes) -> Teacher:
-    """A teacher of the ten digits that has learnt nothing, always with the same weights."""
+    """An untrained teacher of the ten digits, always with the same weights."""
     torch.manual_seed(5)
     processor = image_processor(32)
     model = new_timm_classifier(TINY_CNN, DIGITS, 32, processor)

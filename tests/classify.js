@@ -1,5 +1,5 @@
-// node classify.js MODEL IMAGE...: what transformers.js says of the images, in each precision, with its own preprocessing
-// and with ours, as JSON. MODEL is a folder, or with HF_ENDPOINT and HF_HOME a repository of that Hub.
+// node classify.js MODEL IMAGE...: prints as JSON what transformers.js predicts for the images in each precision, with
+// its own preprocessing and with ours. MODEL is a folder or, with HF_ENDPOINT and HF_HOME, a repository on that Hub.
 
 import { env, pipeline, RawImage, Tensor } from "@huggingface/transformers";
 import { pythonProcessor } from "../modeling_deit_ti/interop/page/preprocessing.js";

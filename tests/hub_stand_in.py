@@ -1,11 +1,11 @@
-"""A stand-in for the Hugging Face Hub, on this machine, for tests.
+"""A local stand-in for the Hugging Face Hub, for tests.
 
 It speaks the part of the Hub's HTTP protocol that `huggingface_hub` 2.4 uses to create, fill, list and download
 repositories, and keeps them on disk. The real client, `transformers` and `Trainer` talk to it over real HTTP: nothing
 is mocked on their side. It is a stand-in, not the Hub: no pull requests, no organisations, no Xet storage, no
 `.gitignore` rules, no pagination.
 
-In a subprocess, where `HF_ENDPOINT` is read as `huggingface_hub` is imported:
+In a subprocess, which reads `HF_ENDPOINT` when it imports `huggingface_hub`:
 
     with HubStandIn(tmp_path) as hub:
         subprocess.run([sys.executable, "train_hf.py", "--push_to_hub"], env=hub.env(token=hub.token), check=True)
@@ -36,8 +36,8 @@ import pytest
 import yaml  # a dependency of huggingface_hub itself, so it is always there
 
 
-# A new repository on the Hub starts with a `.gitattributes` that names what git LFS stores: these patterns and more,
-# all of them binary, which `preupload` recognizes as well.
+# A new repository on the Hub starts with a `.gitattributes` that lists what git LFS stores: these patterns and more,
+# all of them binary files, which `preupload` also recognises.
 LFS_PATTERNS = ("*.bin", "*.ckpt", "*.h5", "*.npz", "*.onnx", "*.parquet", "*.pt", "*.pth", "*.safetensors", "*.zip")
 GITATTRIBUTES = "".join(f"{pattern} filter=lfs diff=lfs merge=lfs -text\n" for pattern in LFS_PATTERNS).encode()
 REGULAR_FILE_LIMIT = 10 * 1024 * 1024  # bytes; the Hub stores anything larger with git LFS
@@ -48,22 +48,22 @@ CLEARED_PREFIXES = ("HF_", "HUGGINGFACE_", "HUGGING_FACE_", "TRANSFORMERS_OFFLIN
 
 WRITING_ROLES = ("write", "fineGrained")
 
-_REPO_ID = re.compile(r"[\w-][\w.-]*(/[\w-][\w.-]*)?")  # no first dot: an id must not lead out of the folder
+_REPO_ID = re.compile(r"[\w-][\w.-]*(/[\w-][\w.-]*)?")  # no leading dot: an id must not lead out of the folder
 _YAML_BLOCK = re.compile(r"^\s*---\r?\n(.*?)\r?\n---[ \t]*(?:\r?\n|$)", re.DOTALL)
 
 
 @dataclass
 class Request:
-    """One request that reached the stand-in, in the order of arrival."""
+    """A request that reached the stand-in; `HubStandIn.requests` has them in order of arrival."""
 
     operation: str
-    """Name of the route (a key of `OPERATIONS`), or `"unknown"` for a path the stand-in does not speak."""
+    """Name of the route (a key of `OPERATIONS`), or `"unknown"` for a path the stand-in does not know."""
     method: str
     path: str
     authorized: bool
-    """Whether an `Authorization` header was there, valid or not."""
+    """Whether there was an `Authorization` header, valid or not."""
     status: int | None = None
-    """HTTP status of the answer; `None` when the connection was dropped instead."""
+    """HTTP status of the response; `None` if the connection was dropped instead."""
 
 
 @dataclass
@@ -84,7 +84,7 @@ class Fault:
 
 
 class Refused(Exception):
-    """An answer that says no. `code` is what the client turns into one of its error types."""
+    """A refusal. The client turns `code` into one of its error types."""
 
     def __init__(self, status: int, message: str, code: str | None = None, headers: dict[str, str] | None = None):
         super().__init__(message)
@@ -116,7 +116,7 @@ class Repo:
         self.state = json.loads(file.read_text()) if state is None else state
 
     def save(self) -> None:
-        # Written beside and renamed: a test that kills the stand-in never leaves half a file.
+        # Written to another file and renamed: a test that kills the stand-in never leaves half a file.
         self.file.parent.mkdir(parents=True, exist_ok=True)
         beside = self.file.with_suffix(".tmp")
         beside.write_text(json.dumps(self.state, indent=1))
@@ -140,7 +140,7 @@ class Repo:
     def commit(self, branch: str, title: str, description: str, files: dict[str, dict[str, Any]]) -> str:
         parent = self.state["branches"].get(branch)
         record = {"parent": parent, "title": title, "message": description, "date": _now(), "files": files}
-        # The number of commits so far keeps two equal commits in the same millisecond apart.
+        # The number of commits so far tells apart two equal commits in the same millisecond.
         seed = json.dumps([record, len(self.state["commits"])], sort_keys=True)
         commit = hashlib.sha1(seed.encode()).hexdigest()
         self.state["commits"][commit] = record
@@ -150,8 +150,8 @@ class Repo:
 
 
 class HubStandIn:
-    """The stand-in's server, started by `with` and stopped at its end. A second one on the same folder finds the
-    repositories of the first.
+    """The stand-in's server, which runs inside a `with` block. A second one on the same folder finds the repositories
+    of the first.
 
     Args:
         folder (`Path`):
@@ -166,7 +166,7 @@ class HubStandIn:
         self.token = "hf_stand_in_write"
         self.read_token = "hf_stand_in_read"
         self.tokens = {self.token: "write", self.read_token: "read"}
-        """Every valid token and its role; a test may add more, `"fineGrained"` ones too."""
+        """Every valid token and its role; a test may add more, including `"fineGrained"` ones."""
         self.requests: list[Request] = []
         self._faults: list[Fault] = []
         self._lock = threading.RLock()
@@ -193,20 +193,20 @@ class HubStandIn:
 
     @property
     def _storage(self) -> str:
-        # The Hub keeps large files on another host, to which the client must not send its token. Another name for this
-        # machine is another origin to the client, so the stand-in has that boundary as well.
+        # The Hub keeps large files on another host, to which the client must not send its token. To the client,
+        # another name for this machine is another origin, so the stand-in has that boundary too.
         return f"http://localhost:{self._server.server_port}/storage"
 
     def env(self, token: str | None = None, **extra: str) -> dict[str, str]:
-        """A whole environment for a subprocess, with an `HF_HOME` that nobody has used before."""
+        """A complete environment for a subprocess, with a fresh `HF_HOME`."""
         inherited = {name: value for name, value in os.environ.items() if not name.startswith(CLEARED_PREFIXES)}
         ours = {
             "HF_ENDPOINT": self.endpoint,
             "HF_HOME": tempfile.mkdtemp(prefix="hf-home-", dir=self.folder),
             # With `hf_xet` installed, the client uploads every large file through Xet without asking whether the
-            # repository is Xet-enabled: no answer of a server can make it choose plain LFS. Only this variable can.
+            # repository is Xet-enabled: no server response can make it choose plain LFS. Only this variable can.
             "HF_HUB_DISABLE_XET": "1",
-            # Else the client asks for a list of coding agents before its first real request.
+            # Otherwise, the client requests a list of coding agents before its first real request.
             "HF_HUB_DISABLE_TELEMETRY": "1",
             "HF_HUB_DISABLE_PROGRESS_BARS": "1",
             "NO_PROXY": "127.0.0.1,localhost",
@@ -215,7 +215,7 @@ class HubStandIn:
         return {**inherited, **ours, **({"HF_TOKEN": token} if token else {}), **extra}
 
     def files(self, repo_id: str, revision: str = "main", repo_type: str = "model") -> dict[str, bytes]:
-        """What the repository holds: path to content, `.gitattributes` included as on the Hub."""
+        """The repository's files: path to content, including `.gitattributes`, as on the Hub."""
         with self._lock:
             repo = self._find(f"{repo_type}s", repo_id)
             if repo is None:
@@ -232,12 +232,12 @@ class HubStandIn:
         drop: bool = False,
         cut: bool = False,
     ) -> None:
-        """Make coming requests fail before they have any effect.
+        """Make upcoming requests fail before they have any effect.
 
-        The client repeats some requests by itself, up to five times, if the connection is dropped or the status is
-        408, 429, 500, 502, 503 or 504: `preupload`, `lfs-batch`, `lfs-upload`, `lfs-verify`, `tree`, `commits` and the
-        HEAD of `resolve`. A push that must fail there needs a status like 507, or `times=6`. Everything else, `commit`
-        above all, is sent once.
+        The client itself retries some requests, up to five times, if the connection is dropped or the status is 408,
+        429, 500, 502, 503 or 504: `preupload`, `lfs-batch`, `lfs-upload`, `lfs-verify`, `tree`, `commits` and the HEAD
+        of `resolve`. A push that must fail there needs a status like 507, or `times=6`. Everything else, notably
+        `commit`, is sent once.
 
         Args:
             operation (`str`, *optional*, defaults to `"any"`):
@@ -249,9 +249,9 @@ class HubStandIn:
             after (`int`, *optional*, defaults to `0`):
                 How many matching requests pass first.
             drop (`bool`, *optional*, defaults to `False`):
-                Close the connection without an answer instead of sending `status`.
+                Close the connection without a response instead of sending `status`.
             cut (`bool`, *optional*, defaults to `False`):
-                Close it in the middle instead: of the upload, if the request has a body, else of the answer.
+                Close it half-way through the upload instead, or, if the request has no body, through the response.
         """
         if operation != "any" and operation not in OPERATIONS:
             raise ValueError(f"unknown operation {operation!r}: use 'any' or one of {', '.join(OPERATIONS)}")
@@ -259,7 +259,7 @@ class HubStandIn:
             self._faults.append(Fault(operation, status, times, after, drop, cut))
 
     def recover(self) -> None:
-        """Forget the failures that are still to come."""
+        """Cancel the failures that are still to come."""
         with self._lock:
             self._faults.clear()
 
@@ -294,12 +294,12 @@ class HubStandIn:
         return Repo(file) if file.exists() else None
 
     def _repo(self, call: Call, write: bool = False) -> Repo:
-        """The repository of a call, if the call's token may read, or `write`, it."""
+        """The repository of a call, if the call's token may read it (or, with `write`, write to it)."""
         kind, repo_id = call.parts.get("kind") or "models", call.parts["repo"]
         repo = self._find(kind, repo_id)
         if call.role is None and (repo is None or repo.state["private"] or write):
-            # Without a token the Hub answers 401 to all of these, and its client takes that for "repository not found"
-            # where the URL is https. This one is not, so the code has to say it.
+            # Without a token, the Hub answers all of these with 401, which its client takes for "repository not found"
+            # if the URL is https. This one is not, so the code has to say so.
             raise Refused(401, "Invalid username or password.", "RepoNotFound")
         if repo is None:
             raise Refused(404, "Repository not found", "RepoNotFound")
@@ -340,7 +340,7 @@ class HubStandIn:
             raise Refused(400, f"Invalid repository name: {repo_id}")
         url = f"{self.endpoint}/{'' if kind == 'models' else kind + '/'}{repo_id}"
         if self._find(kind, repo_id) is not None:
-            # The client reads `url` from this refusal too, if the caller said `exist_ok=True`.
+            # The client reads `url` from this refusal too, if the caller passed `exist_ok=True`.
             return Reply({"error": f"You already created this {kind[:-1]} repo: {repo_id}", "url": url}, 409)
         private = wanted.get("visibility") == "private" or bool(wanted.get("private"))
         state = {"id": repo_id, "private": private, "created": _now(), "branches": {}, "tags": {}, "commits": {}}
@@ -446,7 +446,7 @@ class HubStandIn:
     # ---------------------------------------------------------------------------------------------------- a push
 
     def validate_yaml(self, call: Call) -> Reply:
-        """The part of the Hub's check of a card that a training script can get wrong: YAML and `model-index`."""
+        """The part of the Hub's card validation that a training script can fail: YAML and `model-index`."""
         try:
             metadata = _card_metadata(call.json()["content"])
         except yaml.YAMLError as error:
@@ -458,7 +458,7 @@ class HubStandIn:
         return Reply({"errors": errors, "warnings": []}, 400 if errors else 200)
 
     def preupload(self, call: Call) -> Reply:
-        """Says for each file whether it goes into the commit itself or to LFS, and what is there already."""
+        """Tells for each file whether it goes into the commit itself or to LFS, and what is already there."""
         repo = self._repo(call, write=True)
         present = repo.files(repo.resolve(call.parts["revision"]))
         answer = []
@@ -466,7 +466,7 @@ class HubStandIn:
             large = file["size"] > REGULAR_FILE_LIMIT or b"\0" in base64.b64decode(file["sample"])
             large |= any(fnmatch.fnmatch(file["path"].split("/")[-1], pattern) for pattern in LFS_PATTERNS)
             entry = present.get(file["path"])
-            # The client leaves a file out of the commit if this is the hash of the one it has.
+            # The client leaves a file out of the commit if this is the hash of its own copy.
             oid = (entry["lfs"] or entry["oid"]) if entry else None
             mode = "lfs" if large else "regular"
             answer.append({"path": file["path"], "uploadMode": mode, "shouldIgnore": False, "oid": oid})
@@ -487,7 +487,7 @@ class HubStandIn:
         return Reply({"transfer": "basic", "objects": objects})
 
     def lfs_upload(self, call: Call) -> Reply:
-        # No token is asked for, here or in `lfs_download`: the client sends none, the Hub signs these URLs instead.
+        # No token is required, here or in `lfs_download`: the client sends none, the Hub signs these URLs instead.
         if hashlib.sha256(call.body).hexdigest() != call.parts["oid"]:
             raise Refused(400, "The content does not match the sha256 in the URL")
         self._store(call.parts["oid"], call.body)
@@ -499,7 +499,7 @@ class HubStandIn:
         return Reply({})
 
     def commit(self, call: Call) -> Reply:
-        """All of a commit or, if any line of it is refused, none."""
+        """Applies all of a commit or, if any line of it is refused, none of it."""
         repo = self._repo(call, write=True)
         branch = call.parts["revision"].removeprefix("refs/heads/")
         if "create_pr" in call.query:
@@ -553,7 +553,7 @@ class HubStandIn:
         else:
             return None
         if expand:
-            # The commit that was asked for; the Hub names the last one that changed this very path.
+            # The requested commit; the Hub names the last one that changed this path.
             record = repo.state["commits"][commit]
             answer["lastCommit"] = {"id": commit, "title": record["title"], "date": record["date"]}
         return answer
@@ -591,7 +591,7 @@ class HubStandIn:
         headers = {"X-Repo-Commit": commit}
         entry = repo.files(commit).get(call.parts["path"])
         if entry is None:
-            # With the commit, the client remembers that this file does not exist there.
+            # Given the commit, the client caches that this file does not exist in it.
             raise Refused(404, "Entry not found", "EntryNotFound", headers)
         if entry["lfs"]:
             headers |= {"X-Linked-Etag": f'"{entry["lfs"]}"', "X-Linked-Size": str(entry["size"])}
@@ -606,11 +606,11 @@ class HubStandIn:
         return _ranged(stored.read_bytes(), call.headers.get("Range"), {"ETag": f'"{call.parts["oid"]}"'})
 
 
-# An id is one or two steps of a path ("resnet18", "tester/my-model"); a revision is one, as the client quotes it.
+# An id is one or two segments of a path ("resnet18", "tester/my-model"); a revision is one, as the client quotes it.
 _API = r"/api/(?P<kind>models|datasets|spaces)/(?P<repo>[^/]+(?:/[^/]+)?)"
 _GIT = r"/(?:(?P<kind>datasets|spaces)/)?(?P<repo>[^/]+(?:/[^/]+)?)"
 
-# Operation: methods, path, what answers. The first that matches answers, so the bare `info` stands last.
+# Operation: methods, path, handler. The first match handles the request, so the bare `info` comes last.
 OPERATIONS: dict[str, tuple[str, re.Pattern[str], Callable[[HubStandIn, Call], Reply]]] = {
     operation: (methods, re.compile(pattern), answer)
     for operation, methods, pattern, answer in (
@@ -639,10 +639,10 @@ OPERATIONS: dict[str, tuple[str, re.Pattern[str], Callable[[HubStandIn, Call], R
 
 
 class _Handler(BaseHTTPRequestHandler):
-    """Reads a request, lets `HubStandIn` answer it, writes the answer."""
+    """Reads a request, has `HubStandIn` answer it, and writes the response."""
 
     protocol_version = "HTTP/1.1"  # connections are kept alive, as the client expects
-    # Headers and body leave in one packet: two would wait 40 ms for the peer's delayed acknowledgement, each time.
+    # Headers and body leave in one packet: two would wait 40 ms for the peer's delayed acknowledgement every time.
     wbufsize = -1
     disable_nagle_algorithm = True
 
@@ -663,7 +663,7 @@ class _Handler(BaseHTTPRequestHandler):
         if is_cut and length:
             self.rfile.read(length // 2)
         else:
-            # Read to the end even if the answer is no: what is left would be taken for the next request.
+            # Read to the end even if the request is refused: the rest would be taken for the next request.
             body = self._read_body()
         with hub._lock:
             hub.requests.append(request)
@@ -672,7 +672,7 @@ class _Handler(BaseHTTPRequestHandler):
                 return
             try:
                 if fault is not None and not is_cut:
-                    # Without the header the client's five retries take 1 + 2 + 4 + 8 + 8 seconds, with it one each.
+                    # Without the header, the client's five retries take 1 + 2 + 4 + 8 + 8 seconds; with it, one each.
                     raise Refused(fault.status, "The stand-in was told to fail", headers={"Retry-After": "0"})
                 if answer is None:
                     raise Refused(404, f"The stand-in does not speak {self.command} {url.path}")
@@ -686,7 +686,7 @@ class _Handler(BaseHTTPRequestHandler):
                 reply = answer(hub, Call(role, parts, parse_qs(url.query), self.headers, body))
             except Refused as refused:
                 reply = refused.reply
-            except Exception as error:  # a bug of the stand-in: let the client's error name it
+            except Exception as error:  # a bug in the stand-in: let the client's error name it
                 reply = Refused(500, f"The stand-in failed: {type(error).__name__}: {error}").reply
             request.status = None if is_cut else reply.status
         self._send(reply, is_cut)
@@ -725,7 +725,7 @@ class _Handler(BaseHTTPRequestHandler):
         self.close_connection = self.close_connection or is_cut
 
     def log_message(self, *_: object) -> None:
-        """Says nothing: `HubStandIn.requests` is the log."""
+        """Prints nothing: `HubStandIn.requests` is the log."""
 
 
 def _now() -> str:
@@ -733,12 +733,12 @@ def _now() -> str:
 
 
 def _git_sha1(content: bytes) -> str:
-    """The hash under which git, and so the client, knows a file."""
+    """The hash by which git, and so the client, identifies a file."""
     return hashlib.sha1(b"blob %d\0" % len(content) + content).hexdigest()
 
 
 def _lfs_pointer(sha256: str, size: int) -> bytes:
-    """What git itself holds in the place of a file that LFS stores."""
+    """What git itself stores in place of a file that is in LFS."""
     return f"version https://git-lfs.github.com/spec/v1\noid sha256:{sha256}\nsize {size}\n".encode()
 
 
@@ -747,7 +747,7 @@ def _is_true(values: list[str] | None) -> bool:
 
 
 def _jsonable(value: Any) -> Any:
-    """YAML reads a bare date as a date, which JSON does not know."""
+    """YAML parses a bare date as a date, which JSON does not have."""
     return json.loads(json.dumps(value, default=str))
 
 
@@ -771,7 +771,7 @@ def _card_metadata(card: str) -> Any:
 
 
 def _model_index_errors(metadata: Any) -> list[str]:
-    """What the Hub requires of the results in a model card."""
+    """Violations of what the Hub requires of the results in a model card."""
     if not isinstance(metadata, dict):
         return ["metadata must be of type object"]
     errors = []
@@ -796,8 +796,8 @@ def _model_index_errors(metadata: Any) -> list[str]:
 @pytest.fixture(name="hub")
 def hub_fixture(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[HubStandIn]:
     """A running `HubStandIn`, and the client in this process set up to talk to it: plain LFS, online, and no token but
-    the one that a call is given. A `conftest.py` gets it with `from hub_stand_in import hub_fixture`."""
-    # Constants, not variables: the client reads its environment once, as it is imported, which may be long past.
+    the one passed to a call. Import it with `from hub_stand_in import hub_fixture`."""
+    # Constants, not variables: the client reads its environment once, on import, which may be long past.
     for name, value in {
         "HF_HUB_DISABLE_XET": True,
         "HF_HUB_DISABLE_TELEMETRY": True,

@@ -1,4 +1,4 @@
-"""transformers' own tests of a model, for this project's; test_peers.py puts this file among them and runs it."""
+"""transformers' own model tests, for this project's model; test_peers.py puts this file among them and runs it."""
 
 import unittest
 
@@ -11,7 +11,7 @@ from .test_modeling_common import ModelTesterMixin, floats_tensor
 
 
 class DeiTTiModelTester:
-    """What the mixin asks of a model: a small config, and inputs for it."""
+    """What the mixin needs: a small config and inputs for it."""
 
     batch_size, num_labels = 13, 10
     image_size, patch_size, num_channels = 30, 2, 3

@@ -1,4 +1,4 @@
-"""A GPU where there is none: what it computes is right, how long it takes is up to the test, and waits are counted."""
+"""A GPU where there is none: its results are right, the test decides when copies arrive, and waits are counted."""
 
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode, unset_fake_temporarily
@@ -11,7 +11,7 @@ READS_VALUES = {torch.Tag.data_dependent_output, torch.Tag.dynamic_output_shape}
 
 
 class OnGPU(torch.Tensor):
-    """A tensor on `cuda:0`; its values are in `values`, on the CPU."""
+    """A tensor on `cuda:0`. Its values are in `values`, on the CPU."""
 
     @staticmethod
     def __new__(cls, values: torch.Tensor):
@@ -30,23 +30,23 @@ class OnGPU(torch.Tensor):
 
 class PretendedGPU(TorchDispatchMode):
     """
-    Inside, `"cuda"` is a device. Copies to the CPU that do not wait hold nonsense until `catch_up`, or until something
-    waits. Only the forward pass: torch's backward looks for the driver.
+    Inside, `"cuda"` is a device. Non-blocking copies to the CPU hold nonsense until `catch_up` is called or something
+    waits. It only supports the forward pass: torch's backward pass looks for the driver.
 
-    `waits` has the name of every operation and event that waited.
+    `waits` holds the name of every operation and event that waited.
     """
 
     def __init__(self, monkeypatch):
         super().__init__()
         self.waits: list[str] = []
-        self.queued: list[tuple[torch.Tensor, torch.Tensor]] = []  # copies to the CPU: where to, and what
+        self.queued: list[tuple[torch.Tensor, torch.Tensor]] = []  # copies to the CPU: destination and values
         self.num_done = 0
         self.pinned: set[int] = set()
-        self.kept: list[torch.Tensor] = []  # so that no other tensor gets a pinned one's id
-        self.as_if_initialized = FakeTensorMode()  # torch then does not look for the driver
+        self.kept: list[torch.Tensor] = []  # so that no other tensor gets the id of a pinned one
+        self.as_if_initialized = FakeTensorMode()  # keeps torch from looking for the driver
         monkeypatch.setattr(torch.cuda, "Event", lambda: Event(self))
         monkeypatch.setattr(torch.backends.cudnn, "enabled", False)  # its kernels do not run on the CPU
-        # Modules then get new parameters when they move; data alone cannot become an `OnGPU`.
+        # Moved modules then get new parameters; the data of an existing one cannot become an `OnGPU`.
         monkeypatch.setattr(torch.__future__, "_overwrite_module_params_on_conversion", True)
 
     def __enter__(self):
@@ -84,7 +84,7 @@ class PretendedGPU(TorchDispatchMode):
             return self.kept[-1]
         if function is aten.copy_.default:
             is_there, was_there = (isinstance(tensor, OnGPU) for tensor in args[:2])
-            assert is_there or not was_there, "write what it does, if it is used"
+            assert is_there or not was_there, "not implemented: copy_ from the GPU to the CPU"
         reads_values = bool(READS_VALUES.intersection(function.tags))
         if function in (aten.index.Tensor, aten.index_put_.default):
             reads_values = any(index is not None and index.dtype == torch.bool for index in args[1])
@@ -105,7 +105,7 @@ class PretendedGPU(TorchDispatchMode):
 
 
 class Event:
-    """In place of `torch.cuda.Event`."""
+    """Replaces `torch.cuda.Event`."""
 
     def __init__(self, gpu: PretendedGPU):
         self.gpu = gpu

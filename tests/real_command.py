@@ -1,10 +1,10 @@
 """`python train_hf.py` in a real process, without the seconds that every fresh process needs to import torch.
 
-Python's fork server imports the command once; every run is a fork of it that executes train_hf.py from its first line
-as `__main__`, with flags, folder, output and exit code of its own. A fault makes the run kill or signal itself at a
-chosen moment, to the call.
+Python's fork server imports the command once. Every run is a fork of it that executes train_hf.py from its first line
+as `__main__`, with its own flags, folder, output and exit code. A fault makes the run kill or signal itself at a
+chosen function call.
 
-As a program (`accelerate launch tests/real_command.py FAULT FLAGS...`) it is the command with a fault given as JSON.
+As a script (`accelerate launch tests/real_command.py FAULT FLAGS...`), it is the command with a fault given as JSON.
 """
 
 import functools
@@ -35,12 +35,12 @@ class Run:
     A started command.
 
     Args:
-        flags: of the command.
-        cwd: where it runs.
-        env: variables on top of the test's.
+        flags: the command's.
+        cwd: the folder it runs in.
+        env: environment variables on top of the test's.
         fault (`dict`, *optional*): arguments of [`arm`].
-        memory (`int`, *optional*): bytes of addresses that it may take, on top of those it starts with.
-        patch (`Callable`, *optional*): called first, in its process.
+        memory (`int`, *optional*): bytes of address space that it may use, on top of those it starts with.
+        patch (`Callable`, *optional*): called first in the new process.
     """
 
     def __init__(
@@ -61,7 +61,7 @@ class Run:
         self.pid = self._process.pid
 
     def kill(self) -> bool:
-        """Kills it with SIGKILL, all of its processes; `False` if it has ended already."""
+        """Kills all of its processes with SIGKILL; `False` if it has already ended."""
         if self._process.exitcode is not None:
             return False
         self.signal_group(signal.SIGKILL)
@@ -72,12 +72,12 @@ class Run:
         os.killpg(self.pid, signum)
 
     def wait_until_stopped(self) -> None:
-        """By a SIGSTOP of its own."""
+        """Waits until it has stopped itself with SIGSTOP."""
         while self._process.exitcode is None and "State:\tT" not in Path(f"/proc/{self.pid}/status").read_text():
             time.sleep(0.05)
 
     def wait(self, seconds: float = 180) -> subprocess.CompletedProcess:
-        """Its exit code (negative for a signal) and what it has written; one that hangs is killed."""
+        """Its exit code (negative for a signal) and its output; if it hangs, it is killed."""
         self._process.join(seconds)
         if self._process.exitcode is None:
             self.signal_group(signal.SIGKILL)
@@ -96,12 +96,12 @@ def run(*flags, **options) -> subprocess.CompletedProcess:
 
 
 def start_together(processes: int, *flags, env: dict | None = None, **options) -> list[Run]:
-    """The command in so many processes."""
+    """The command, in several processes that find each other."""
     return [Run(*flags, env=(env or {}) | of_rank, **options) for of_rank in environments(processes)]
 
 
 def environments(processes: int) -> list[dict[str, str]]:
-    """By rank, the variables by which the processes of a launcher find each other; none for one alone."""
+    """By rank, the variables that let a launcher's processes find each other; none for a single process."""
     if processes == 1:
         return [{}]
     shared = {"WORLD_SIZE": str(processes), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
@@ -116,14 +116,14 @@ def free_port() -> int:
 
 def arm(function: str, call: int = 1, moment: str = "before", signum: int = signal.SIGKILL, rank: int = 0) -> None:
     """
-    Sends this process a signal at a call of a function.
+    Makes this process signal itself when it calls a function.
 
     Args:
         function (`str`): its dotted name, where it is looked up.
         call (`int`): at which call, counted from 1.
-        moment (`str`): `before` or `after` the call; `half`: after it, with the file that it has written cut to half,
-            as if the signal had come while it wrote; `failing`: no signal, the call raises an error with the time.
-        rank (`int`): in which process of several.
+        moment (`str`): `before` or `after` the call; `half`: after it, with the file that it wrote cut in half, as if
+            the signal had arrived during writing; `failing`: no signal, the call raises an error that gives the time.
+        rank (`int`): the rank of the process to signal.
     """
     if int(os.environ.get("RANK", 0)) != rank:
         return
@@ -169,7 +169,7 @@ def _become_command(
     memory: int | None,
     patch: Callable[[], None] | None,
 ) -> None:
-    os.setpgid(0, 0)  # with its loader's workers
+    os.setpgid(0, 0)  # its own process group, with the loader's workers
     for target, name, mode in ((0, os.devnull, "r"), (1, f"{output}/stdout", "w"), (2, f"{output}/stderr", "w")):
         with open(name, mode) as file:
             os.dup2(file.fileno(), target)
@@ -186,11 +186,11 @@ def _become_command(
     code = run_command(flags)
     sys.stdout.flush()
     sys.stderr.flush()
-    os._exit(code)  # to take a forked interpreter down in order copies it, which takes seconds
+    os._exit(code)  # an orderly exit would copy the forked interpreter's memory, which takes seconds
 
 
 def run_command(flags: list[str]) -> int:
-    """Runs the file as the interpreter does, to the exit code."""
+    """Runs the file as the interpreter would, and returns the exit code."""
     sys.argv = [str(REPOSITORY / "train_hf.py"), *flags]
     try:
         runpy.run_path(sys.argv[0], run_name="__main__")

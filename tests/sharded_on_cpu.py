@@ -1,7 +1,7 @@
 """`train_hf.py` under FSDP2 or DeepSpeed on the CPU: `accelerate launch ... tests/sharded_on_cpu.py FAULT FLAGS...`
 
-Both run on the CPU as they do on GPUs, over gloo, but accelerate takes their plugins only where there are GPUs. Here
-it takes them anyway; everything else is real. FAULT is the arguments of `real_command.arm` as JSON, or `null`.
+Both run on the CPU as they do on GPUs, over gloo, but accelerate only accepts their plugins where there are GPUs. Here
+it accepts them anyway; everything else is real. FAULT holds the arguments of `real_command.arm` as JSON, or `null`.
 """
 
 import functools
@@ -22,7 +22,7 @@ def take_plugins_too(state, *args, fsdp_plugin=None, deepspeed_plugin=None, **kw
     take_settings(state, *args, fsdp_plugin=fsdp_plugin, deepspeed_plugin=deepspeed_plugin, **kwargs)
     if not is_new:
         return
-    # What accelerate does for GPUs.
+    # As accelerate does for GPUs.
     if fsdp_plugin is not None:
         state.distributed_type = PartialState._shared_state["distributed_type"] = DistributedType.FSDP
         if state.mixed_precision != "no":
@@ -31,10 +31,10 @@ def take_plugins_too(state, *args, fsdp_plugin=None, deepspeed_plugin=None, **kw
     if deepspeed_plugin is not None:
         from deepspeed.ops import __compatible_ops__
 
-        __compatible_ops__["deepspeed_shm_comm"] = False  # faster than gloo, but it would be compiled, for minutes
+        __compatible_ops__["deepspeed_shm_comm"] = False  # faster than gloo, but takes minutes to compile
         deepspeed_plugin.set_mixed_precision(state.mixed_precision)
         state.distributed_type = PartialState._shared_state["distributed_type"] = DistributedType.DEEPSPEED
-        state._mixed_precision = "no"  # DeepSpeed's own config has it
+        state._mixed_precision = "no"  # it is in DeepSpeed's own config
         deepspeed_plugin.select(_from_accelerator_state=True)
         state.deepspeed_plugins = deepspeed_plugin
 

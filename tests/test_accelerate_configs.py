@@ -1,8 +1,8 @@
-"""The files in accelerate_configs/, held against accelerate itself.
+"""The files in accelerate_configs/, checked against accelerate itself.
 
 Every file goes through accelerate's own config class and launch command, up to the launcher that starts processes.
 The files for GPUs stop there: their FSDP and DeepSpeed plugins are built from the environment that `accelerate launch`
-would hand to train_hf.py, which takes neither GPUs nor DeepSpeed. The files for CPUs really are launched.
+would hand to train_hf.py, which needs neither GPUs nor DeepSpeed. The files for CPUs are really launched.
 """
 
 import json
@@ -43,7 +43,7 @@ EXPECTED = {
 
 @pytest.fixture
 def launched(monkeypatch):
-    """Runs `accelerate launch` up to the launcher that it picks; gives that launcher's name and its arguments."""
+    """Runs `accelerate launch` up to the launcher that it picks; returns the launcher's name and arguments."""
     monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
 
     def run(config: str, *flags: str):
@@ -60,7 +60,7 @@ def launched(monkeypatch):
 
 @pytest.fixture
 def enter(monkeypatch):
-    """Makes an environment that `accelerate launch` prepared the one of this process."""
+    """Gives this process an environment prepared by `accelerate launch`."""
 
     def set_all(environment: dict[str, str]):
         for name, value in environment.items():
@@ -70,7 +70,7 @@ def enter(monkeypatch):
     return set_all
 
 
-def test_every_file_is_expected_here():
+def test_every_file_is_covered_here():
     assert {path.stem for path in CONFIGS.iterdir()} == set(EXPECTED)
 
 
@@ -105,7 +105,7 @@ def test_an_unknown_key_fails(config, tmp_path):
 
 @pytest.mark.parametrize("config", EXPECTED)
 def test_every_nested_key_is_a_flag_of_accelerate_launch(config):
-    """accelerate checks only a file's outer keys; a mistyped inner one it would drop without a word."""
+    """accelerate checks only a file's outer keys; it would silently drop a mistyped inner one."""
     flags = vars(launch.launch_command_parser().parse_args(["train_hf.py"]))
     values = yaml.safe_load((CONFIGS / f"{config}.yaml").read_text(encoding="utf-8"))
     nested = [key for value in values.values() if isinstance(value, dict) for key in value]
@@ -123,18 +123,18 @@ def test_accelerate_launch_accepts_the_file_and_picks_its_launcher(config, launc
 
 
 @pytest.mark.parametrize("config", EXPECTED)
-def test_accelerate_launch_falls_back_on_no_value_it_would_warn_about(config, launched, caplog):
-    """Except the CPU's thread count: no file can set it, only `--num_cpu_threads_per_process` or OMP_NUM_THREADS."""
+def test_accelerate_launch_warns_of_no_missing_value(config, launched, caplog):
+    """Except the number of CPU threads, which only `--num_cpu_threads_per_process` or OMP_NUM_THREADS can set."""
     launched(config, "--num_cpu_threads_per_process", "1")
     assert caplog.text == ""
 
 
-def test_the_command_line_wins_over_the_file(launched):
+def test_command_line_overrides_the_file(launched):
     _, args = launched("multi_gpu_fp16", "--num_processes", "8", "--mixed_precision", "no")
     assert (args.num_processes, args.mixed_precision) == (8, "no")
 
 
-def test_one_gpu_is_one_even_where_there_are_more(launched):
+def test_one_gpu_config_uses_one_gpu_even_if_there_are_more(launched):
     _, args = launched("one_gpu_fp16")
     _, environment = prepare_simple_launcher_cmd_env(args)
     assert environment["CUDA_VISIBLE_DEVICES"] == "0"
@@ -143,7 +143,7 @@ def test_one_gpu_is_one_even_where_there_are_more(launched):
 
 
 @pytest.mark.parametrize("config", ["cpu_two_processes", "multi_gpu_fp16", "fsdp2_bf16"])
-def test_one_machine_takes_any_free_port(config, launched):
+def test_one_machine_uses_any_free_port(config, launched):
     _, args = launched(config)
     prepare_multi_gpu_env(args)
     assert args.nproc_per_node == "2"
@@ -166,7 +166,7 @@ def test_fsdp2_plugin_shards_weights_and_saves_a_full_model(launched, enter, cap
     enter(prepare_multi_gpu_env(args))
     with caplog.at_level(logging.WARNING):
         plugin = FullyShardedDataParallelPlugin()
-    assert caplog.text == ""  # version 2 warns of each option of version 1 that it drops
+    assert caplog.text == ""  # version 2 warns about each version 1 option that it drops
     assert plugin.fsdp_version == 2
     assert plugin.reshard_after_forward is True
     assert plugin.state_dict_type == StateDictType.FULL_STATE_DICT  # or Trainer.save_model would write no weights
@@ -180,7 +180,7 @@ def test_fsdp2_plugin_shards_weights_and_saves_a_full_model(launched, enter, cap
 
 
 @pytest.mark.parametrize("student", ["deit_ti", "resnet18"])
-def test_fsdp2_takes_the_student_and_a_cnn_alike(launched, enter, student):
+def test_fsdp2_accepts_both_the_student_and_a_cnn(launched, enter, student):
     from building import image_processor
 
     from modeling_deit_ti import DeiTTiConfig, DeiTTiForImageClassification
@@ -217,7 +217,7 @@ def test_deepspeed_plugin_is_zero_2_in_fp16_and_leaves_the_rest_to_trainer(launc
         assert plugin.deepspeed_config[key] == "auto"
 
 
-# What a run of train_hf.py sees: TrainingArguments first, as there, then Trainer's Accelerator.
+# What train_hf.py would see: TrainingArguments come first, as they do there, then Trainer's Accelerator.
 SCRIPT = """
 import json, sys
 import torch
@@ -244,7 +244,7 @@ accelerator.end_training()
 
 
 def launch_script(config: str, folder: Path, *flags: str) -> list[dict]:
-    """`accelerate launch` of SCRIPT, one CPU thread a process; what each of its processes saw, in order of rank."""
+    """Runs SCRIPT with `accelerate launch`, one CPU thread per process; returns what each process saw, by rank."""
     (folder / "script.py").write_text(SCRIPT, encoding="utf-8")
     command = [sys.executable, "-m", "accelerate.commands.accelerate_cli", "launch"]
     command += ["--config_file", str(CONFIGS / f"{config}.yaml"), "--num_cpu_threads_per_process", "1"]
@@ -254,7 +254,7 @@ def launch_script(config: str, folder: Path, *flags: str) -> list[dict]:
     return [json.loads(path.read_text()) for path in sorted(folder.glob("*.json"))]
 
 
-def test_cpu_is_one_process_without_gpu(tmp_path):
+def test_cpu_config_is_one_process_without_a_gpu(tmp_path):
     assert launch_script("cpu", tmp_path) == [
         {
             "world_size": 1,

@@ -1,4 +1,4 @@
-"""`app.py`: its page, asked by Gradio's client and by a real browser, and the Space that it becomes."""
+"""`app.py`: its page, as used by Gradio's client and by a real browser, and the Space that it becomes."""
 
 import ast
 import contextlib
@@ -51,7 +51,7 @@ def digit_image(row: int) -> Image.Image:
 
 
 def train_on_digits(folder: Path) -> None:
-    """A small two-token model that has learned the digits but the last hundred, with the record of a run."""
+    """A small two-token model trained on all digits but the last hundred, with a run record."""
     torch.manual_seed(0)
     size = {"hidden_size": 48, "intermediate_size": 96, "num_hidden_layers": 3, "image_size": 32, "patch_size": 8}
     size |= {"drop_path_rate": 0.0}
@@ -86,7 +86,7 @@ def train_on_digits(folder: Path) -> None:
 
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory) -> Path:
-    """A folder with a model of two heads, a CNN that has learned nothing, and a model without weights."""
+    """A folder with a two-headed model, an untrained CNN, and a model without weights."""
     folder = tmp_path_factory.mktemp("page") / "runs"
     train_on_digits(folder / "both")
     torch.manual_seed(0)
@@ -99,7 +99,7 @@ def runs(tmp_path_factory) -> Path:
     return folder
 
 
-# Runs the page as the interpreter does, except that only this machine can be reached, and attempts are noted.
+# Runs the page as `python app.py` does, except that only this machine can be reached; other attempts are logged.
 WITHOUT_NETWORK = """
 import runpy, socket, sys
 connect, resolve = socket.socket.connect, socket.getaddrinfo
@@ -123,7 +123,7 @@ runpy.run_path("app.py", run_name="__main__")
 
 @contextlib.contextmanager
 def serve(*arguments, cwd: Path, log: Path) -> Iterator[str]:
-    """The address of the page in a process of its own; beside `log` it notes whom else it wants to reach."""
+    """Serves the page in a subprocess and yields its address; other hosts it tries to reach are noted beside `log`."""
     port = free_port()
     command = [sys.executable, "-c", WITHOUT_NETWORK, log.with_suffix(".hosts"), *map(str, arguments)]
     with open(log, "w") as output:
@@ -163,7 +163,7 @@ def client(page, tmp_path_factory) -> Client:
 
 
 def ask(client: Client, file: Path, model: str = "both", threshold: float = 0.0, blocks: str = ROLLOUT, **options):
-    """The verdict, the heads that are shown, by their titles, and the maps that are, with what is said about them."""
+    """The verdict, the visible heads and the visible maps, both by title, and the text about the maps."""
     picture = None if file is None else handle_file(file)
     said, *parts, words = client.predict(picture, model, threshold, blocks, **{"api_name": "/classify", **options})
     shown = {part["label"]: part["value"] for part in parts if part["visible"]}
@@ -177,17 +177,17 @@ def ask(client: Client, file: Path, model: str = "both", threshold: float = 0.0,
 
 @pytest.fixture(scope="module")
 def digit(tmp_path_factory) -> Path:
-    """A picture that the model has not learned from, of a 4."""
+    """A picture of a 4 that the model was not trained on."""
     row = next(row for row in range(1700, 1797) if load_digits().target[row] == 4)
     file = tmp_path_factory.mktemp("digit") / "four.png"
     digit_image(row).save(file)
     return file
 
 
-# ---- What the page says ----
+# ---- What the page shows ----
 
 
-def test_each_head_says_what_the_model_says(client, digit, runs):
+def test_each_head_shows_the_models_probabilities(client, digit, runs):
     said, heads, _, _ = ask(client, digit)
     assert re.match(r"## &#42;four&#42;\n\n\d\d% probable", said)
     assert list(heads) == ["class head", "distillation head", "mean of both (predicts)"]
@@ -204,7 +204,7 @@ def test_each_head_says_what_the_model_says(client, digit, runs):
             assert probability == pytest.approx(expected[LABELS.index(label)].item(), abs=1e-4)
 
 
-def test_each_token_has_a_map_and_so_has_their_difference(client, digit):
+def test_each_token_and_their_difference_have_a_map(client, digit):
     _, _, maps, words = ask(client, digit)
     _, _, last_block, _ = ask(client, digit, blocks=LAST_BLOCK)
     assert list(maps) == list(last_block) == ["class token", "distillation token", "difference"]
@@ -214,7 +214,7 @@ def test_each_token_has_a_map_and_so_has_their_difference(client, digit):
     assert (np.asarray(Image.open(last_block["class token"])) != pixels["class token"]).any()
 
 
-def test_below_the_probability_no_label_fits(client, digit):
+def test_no_label_fits_below_the_minimum_probability(client, digit):
     said, heads, maps, _ = ask(client, digit, threshold=1)
     assert re.match(r"## No label fits\n\nThe most probable is &#42;four&#42;, with \d\d%\.", said)
     assert heads and maps
@@ -226,7 +226,7 @@ def test_a_network_without_attention_has_one_head_and_no_map(client, digit):
     assert (maps, words) == ({}, "")
 
 
-def test_the_page_offers_the_models_in_the_folder_and_not_their_checkpoints(client):
+def test_the_page_offers_the_models_in_the_folder_but_not_their_checkpoints(client):
     (model,) = (
         parameter
         for parameter in client.view_api(return_format="dict")["named_endpoints"]["/classify"]["parameters"]
@@ -235,7 +235,7 @@ def test_the_page_offers_the_models_in_the_folder_and_not_their_checkpoints(clie
     assert model["type"]["enum"] == ["both", "broken", "more/cnn"]
 
 
-def test_what_is_known_about_a_model_comes_from_its_record(runs):
+def test_facts_about_a_model_come_from_its_record(runs):
     models = app.Models(app.find_models(str(runs)))
     known = models.facts("both")
     for fact in ("1,697 images of digits", "69.19 %", "on 100 images", "test_resnet", "93.12 %", "&#60;b&#62;three"):
@@ -248,7 +248,7 @@ def test_what_is_known_about_a_model_comes_from_its_record(runs):
 
 
 def huge_png() -> bytes:
-    """The beginning of 400 million pixels."""
+    """The beginning of a PNG of 400 million pixels."""
     chunks = b"IHDR" + struct.pack(">IIBBBBB", 20_000, 20_000, 8, 2, 0, 0, 0), b"IDAT"
     whole = [struct.pack(">I", len(chunk) - 4) + chunk + struct.pack(">I", zlib.crc32(chunk)) for chunk in chunks]
     return b"\x89PNG\r\n\x1a\n" + b"".join(whole)
@@ -269,18 +269,18 @@ BAD_PICTURES = {
 
 
 @pytest.mark.parametrize("name", BAD_PICTURES)
-def test_a_bad_picture_gets_one_message_and_the_server_lives_on(name, client, digit, tmp_path):
+def test_a_bad_picture_gets_one_message_and_the_server_keeps_running(name, client, digit, tmp_path):
     content, message = BAD_PICTURES[name]
     (tmp_path / name).write_bytes(content())
     said, heads, maps, words = ask(client, tmp_path / name)
     assert said.startswith("### This ")
     assert message in said
-    assert "/" not in said  # where the file lies is nobody's business
+    assert "/" not in said  # the file's location is nobody's business
     assert (heads, maps, words) == ({}, {}, "")
     assert ask(client, digit)[0].startswith("## &#42;four&#42;")
 
 
-def test_of_an_animation_the_first_picture_counts_and_the_page_says_so(client, digit, tmp_path):
+def test_animations_use_the_first_frame_and_the_page_says_so(client, digit, tmp_path):
     four, other = Image.open(digit), digit_image(0)
     four.save(tmp_path / "digits.gif", save_all=True, append_images=[other], duration=100)
     said, heads, _, _ = ask(client, tmp_path / "digits.gif")
@@ -289,7 +289,7 @@ def test_of_an_animation_the_first_picture_counts_and_the_page_says_so(client, d
     assert heads
 
 
-def test_a_model_without_weights_gets_one_message_and_the_server_lives_on(client, digit):
+def test_a_model_without_weights_gets_one_message_and_the_server_keeps_running(client, digit):
     said, heads, maps, _ = ask(client, digit, "broken")
     assert re.match(r"### MODEL \S+broken: the folder holds no image classifier .*safetensors", said)
     assert "\n" not in said
@@ -301,19 +301,19 @@ MISTAKES = {
     "no model": ([], "name a MODEL"),
     "a model and a comparison": (["runs", "--compare", "a", "b"], "cannot be combined"),
     "a folder without a model": (["empty"], "neither the folder nor any inside it holds a model"),
-    "a model that is nowhere": (["nowhere/nothing"], "there is no such folder or timm architecture"),
+    "a nonexistent model": (["nowhere/nothing"], "there is no such folder or timm architecture"),
     "a model without weights": (["runs/broken"], "safetensors"),
     "a probability above 1": (["runs/both", "--min_probability=50"], "between 0 and 1"),
-    "a dry run of nothing": (["runs/both", "--dry_run=space"], "--to_space"),
-    "a copy of nothing": (["runs/both", "--to_space=me/it", "--node_modules=."], "--node_modules needs --static"),
-    "a dry run into what is there": (["runs/both", "--to_space=me/it", "--dry_run=."], "already exists"),
-    "a Space of a Hub id": (["me/it", "--to_space=me/it", "--dry_run=space"], "download it first"),
+    "a dry run without a Space": (["runs/both", "--dry_run=space"], "--to_space"),
+    "unused node_modules": (["runs/both", "--to_space=me/it", "--node_modules=."], "--node_modules needs --static"),
+    "a dry run into an existing folder": (["runs/both", "--to_space=me/it", "--dry_run=."], "already exists"),
+    "a Space from a Hub id": (["me/it", "--to_space=me/it", "--dry_run=space"], "download it first"),
     "a push without the Hub": (["runs/both", "--to_space=me/it"], "--dry_run FOLDER only writes the folder"),
 }
 
 
 @pytest.mark.parametrize("mistake", MISTAKES)
-def test_a_mistake_is_one_message_and_exit_code_2(mistake, runs, tmp_path, monkeypatch, capsys):
+def test_mistakes_end_in_one_message_and_exit_code_2(mistake, runs, tmp_path, monkeypatch, capsys):
     arguments, message = MISTAKES[mistake]
     (tmp_path / "runs").symlink_to(runs)
     (tmp_path / "empty").mkdir()
@@ -325,7 +325,7 @@ def test_a_mistake_is_one_message_and_exit_code_2(mistake, runs, tmp_path, monke
     assert not (tmp_path / "space").exists()
 
 
-def test_a_port_that_is_taken_is_one_message(runs, capsys):
+def test_port_in_use_ends_in_one_message(runs, capsys):
     with socket.create_server(("127.0.0.1", 0)) as taken:
         port = taken.getsockname()[1]
         assert app.main([str(runs / "both"), "--no_browser", f"--port={port}"]) == 2
@@ -373,7 +373,7 @@ def verdict(chromium: webdriver.Chrome, panel: str = "classify") -> str:
 
 
 @pytest.mark.parametrize("width", [420, 1400], ids=["narrow", "wide"])
-def test_in_a_browser_an_uploaded_picture_gets_its_label_and_its_maps(width, chromium, page, digit):
+def test_a_picture_uploaded_in_a_browser_gets_its_label_and_maps(width, chromium, page, digit):
     chromium.set_window_size(width, 1000)
     chromium.get(page)
     upload = wait(chromium, lambda _: chromium.find_element(By.CSS_SELECTOR, "#picture input[type=file]"))
@@ -389,7 +389,7 @@ def test_in_a_browser_an_uploaded_picture_gets_its_label_and_its_maps(width, chr
     assert chromium.execute_script("return document.documentElement.scrollWidth") <= width
 
 
-def test_in_a_browser_a_text_file_gets_a_message_and_the_next_picture_its_label(chromium, page, digit, tmp_path):
+def test_a_text_file_in_a_browser_gets_a_message_and_the_next_picture_a_label(chromium, page, digit, tmp_path):
     (tmp_path / "notes.png").write_text("not a picture")
     chromium.get(page)
     upload = wait(chromium, lambda _: chromium.find_element(By.CSS_SELECTOR, "#picture input[type=file]"))
@@ -400,7 +400,7 @@ def test_in_a_browser_a_text_file_gets_a_message_and_the_next_picture_its_label(
     wait(chromium, lambda _: verdict(chromium).startswith("*four*"))
 
 
-def test_in_a_browser_an_example_of_the_run_can_be_chosen(chromium, page):
+def test_an_example_of_the_run_can_be_chosen_in_a_browser(chromium, page):
     chromium.set_window_size(1400, 1000)
     chromium.get(page)
     examples = wait(chromium, lambda _: chromium.find_elements(By.CSS_SELECTOR, "#examples button"))
@@ -411,7 +411,7 @@ def test_in_a_browser_an_example_of_the_run_can_be_chosen(chromium, page):
 
 
 @pytest.mark.parametrize("how", ["Ctrl-V", "Paste from clipboard"])
-def test_in_a_browser_a_picture_can_be_pasted(how, chromium, page, digit):
+def test_a_picture_can_be_pasted_in_a_browser(how, chromium, page, digit):
     chromium.get(page)
     wait(chromium, lambda _: chromium.find_element(By.CSS_SELECTOR, "#picture input[type=file]"))
     copy_picture(chromium, digit)
@@ -422,7 +422,7 @@ def test_in_a_browser_a_picture_can_be_pasted(how, chromium, page, digit):
     wait(chromium, lambda _: verdict(chromium).startswith("*four*\n"))
 
 
-def test_in_a_browser_a_picture_can_be_taken_with_the_camera(chromium, page):
+def test_a_picture_can_be_taken_with_the_camera_in_a_browser(chromium, page):
     chromium.get(page)
     for button in ("//*[@aria-label='Capture from camera']", "//button[contains(., 'Access Webcam')]"):
         wait(chromium, lambda _, button=button: chromium.find_elements(By.XPATH, button))[0].click()
@@ -432,7 +432,7 @@ def test_in_a_browser_a_picture_can_be_taken_with_the_camera(chromium, page):
     assert chromium.find_element(By.CSS_SELECTOR, "#classify-maps img").is_displayed()
 
 
-def test_the_page_needed_no_network(client, digit, log):
+def test_the_page_needs_no_network(client, digit, log):
     ask(client, digit)
     assert not log.with_suffix(".hosts").exists()
 
@@ -456,7 +456,7 @@ def test_a_space_runs_by_itself_in_a_clean_folder(space, digit, tmp_path):
     assert not (tmp_path / "space.hosts").exists()
 
 
-def test_a_space_holds_the_models_and_the_code_and_nothing_private(space):
+def test_a_space_holds_the_models_and_the_code_but_nothing_private(space):
     held = {file.relative_to(space).as_posix() for file in space.rglob("*") if file.is_file()}
     code = {file.relative_to(REPOSITORY).as_posix() for file in (REPOSITORY / "modeling_deit_ti").rglob("*.*")}
     code = {file for file in code if file.endswith((".py", ".md", ".html", ".css", ".js"))}
@@ -470,7 +470,7 @@ def test_a_space_holds_the_models_and_the_code_and_nothing_private(space):
     assert (space / "app.py").read_bytes() == (REPOSITORY / "app.py").read_bytes()
 
 
-def test_a_spaces_front_matter_is_what_the_hub_wants(space, runs):
+def test_a_spaces_front_matter_is_what_the_hub_expects(space, runs):
     card = SpaceCard.load(space / "README.md")
     assert (card.data.title, card.data.sdk, card.data.app_file) == ("digits", "gradio", "app.py")
     assert card.data.sdk_version == importlib.metadata.version("gradio")
@@ -484,7 +484,7 @@ def test_a_spaces_front_matter_is_what_the_hub_wants(space, runs):
     assert str(runs.parent) not in card.content
 
 
-def test_a_spaces_requirements_are_all_that_its_code_imports(space):
+def test_a_spaces_requirements_cover_all_that_its_code_imports(space):
     imported = set()
     for file in space.rglob("*.py"):
         for line in ast.parse(file.read_text()).body:
@@ -499,7 +499,7 @@ def test_a_spaces_requirements_are_all_that_its_code_imports(space):
     assert set(map(canonicalize_name, needed)) <= set(map(canonicalize_name, {*pinned, *brought}))
 
 
-def test_a_static_space_is_the_page_that_needs_no_server(runs, tmp_path, capsys):
+def test_a_static_space_is_a_page_that_needs_no_server(runs, tmp_path, capsys):
     folder = tmp_path / "static"
     assert app.main([str(runs / "both"), "--to_space=tester/digits", "--static", f"--dry_run={folder}"]) == 0
     assert f"python -m http.server --directory {folder}" in capsys.readouterr().out
@@ -508,7 +508,7 @@ def test_a_static_space_is_the_page_that_needs_no_server(runs, tmp_path, capsys)
     assert (folder / "index.html").is_file() and list(folder.rglob("model_quantized.onnx"))
 
 
-def test_a_space_is_pushed_and_what_the_hub_refuses_is_one_message(hub, space, runs, monkeypatch, capsys):
+def test_a_space_is_pushed_and_a_refused_push_ends_in_one_message(hub, space, runs, monkeypatch, capsys):
     monkeypatch.setattr("huggingface_hub.constants.ENDPOINT", hub.endpoint)
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_DISABLE_IMPLICIT_TOKEN", False)
     monkeypatch.setenv("HF_TOKEN", hub.token)

@@ -25,8 +25,8 @@ def maps_of(model, pixel_values: torch.Tensor) -> dict[str, torch.Tensor]:
     return attention_maps(output.attentions, learned_tokens(model))
 
 
-def test_rollout_follows_attention_through_the_blocks_with_half_of_it_in_the_residual():
-    # Token 0 looks at 1 in the second block, and 1 looks at 2 in the first, each with one head of two.
+def test_rollout_follows_attention_through_the_blocks_with_half_in_the_residual():
+    # Token 0 looks at 1 in the second block, and 1 looks at 2 in the first, each with one of two heads.
     first, second = (torch.eye(3).repeat(1, 2, 1, 1) for _ in range(2))
     first[0, 0, 1], second[0, 0, 0] = torch.tensor([0.0, 0, 1]), torch.tensor([0.0, 1, 0])
     expected = torch.tensor([[[3 / 4, 3 / 16, 1 / 16], [0, 3 / 4, 1 / 4], [0, 0, 1]]])
@@ -35,7 +35,7 @@ def test_rollout_follows_attention_through_the_blocks_with_half_of_it_in_the_res
 
 def test_maps_are_shares_of_the_patches_row_by_row():
     attention = torch.zeros(1, 1, 6, 6)
-    attention[..., 0, :] = torch.tensor([0.5, 0.1, 0.4, 0, 0, 0])  # the class token: most at itself, then top left
+    attention[..., 0, :] = torch.tensor([0.5, 0.1, 0.4, 0, 0, 0])  # the class token: mostly itself, then top left
     attention[..., 1, :] = torch.tensor([0, 0, 0, 0.3, 0, 0.1])  # the distillation token: right, top and bottom
     maps = attention_maps((attention,), ["class", "distillation"])
     torch.testing.assert_close(maps["class"], torch.tensor([[[1.0, 0], [0, 0]]]))
@@ -56,7 +56,7 @@ def test_exports_look_where_the_model_looks_whichever_token_comes_first(mode, op
         torch.testing.assert_close(exported[token], maps[token], atol=1e-5, rtol=0)
 
 
-def test_a_deit_that_is_no_export_has_both_tokens():
+def test_a_deit_that_is_not_an_export_has_both_tokens():
     small = {"hidden_size": 12, "intermediate_size": 12, "num_hidden_layers": 1, "num_attention_heads": 3}
     assert learned_tokens(DeiTForImageClassification(DeiTConfig(**small))) == ["class", "distillation"]
 
@@ -68,9 +68,9 @@ def test_a_deit_that_is_no_export_has_both_tokens():
         DeiTImageProcessor(size={"shortest_edge": 40}, crop_size={"height": 32, "width": 32}),
         ViTImageProcessor(size={"height": 32, "width": 32}),
     ],
-    ids=["the middle", "part of the middle", "all, squeezed"],
+    ids=["the centre", "part of the centre", "everything, squashed"],
 )
-def test_the_seen_picture_is_what_the_processor_hands_to_the_network_but_larger(processor):
+def test_network_view_is_what_the_processor_gives_the_network_but_larger(processor):
     pixels = np.random.default_rng(0).integers(0, 256, (8, 16, 3), dtype=np.uint8)
     image = Image.fromarray(pixels).resize((128, 64), Image.Resampling.BICUBIC)
     seen = network_view(image, processor, 100)
@@ -81,7 +81,7 @@ def test_the_seen_picture_is_what_the_processor_hands_to_the_network_but_larger(
     assert np.corrcoef(shrunk.ravel(), network.ravel())[0, 1] > 0.98
 
 
-def test_a_patch_with_more_attention_is_brighter_and_its_block_is_where_the_patch_is():
+def test_a_patch_with_more_attention_is_drawn_brighter_at_its_own_place():
     values = torch.zeros(4, 4)
     values[1, 2] = 1
     drawn = np.asarray(overlay(Image.new("RGB", (40, 40)), values, "viridis"), dtype=int).sum(-1)
@@ -91,7 +91,7 @@ def test_a_patch_with_more_attention_is_brighter_and_its_block_is_where_the_patc
     np.testing.assert_array_equal(bright, expected)
 
 
-def test_two_tokens_that_look_alike_have_a_grey_difference_and_the_words_say_how_alike():
+def test_similar_maps_have_a_grey_difference_and_the_text_says_how_similar():
     shares = torch.full((2, 2), 0.25)
     other = shares + torch.tensor([[1e-4, -1e-4], [0, 0]])
     pictures, words = draw_attention(Image.new("RGB", (8, 8)), {"class": shares, "distillation": other})

@@ -1,4 +1,4 @@
-"""Augmentation of whole batches does to an image what timm and Pillow do to one, and nothing depends on the batch."""
+"""Batch augmentation does to each image what timm and Pillow do to a single one, whatever else is in the batch."""
 
 import math
 import random
@@ -54,7 +54,7 @@ def from_pil(image: Image.Image) -> torch.Tensor:
 
 
 def photos(size: int) -> torch.Tensor:
-    """Parts of scikit-learn's two photographs, noise, and flat or nearly flat images, `(32, 3, size, size)` uint8."""
+    """Parts of scikit-learn's two photos, noise, and flat or nearly flat images, `(32, 3, size, size)` uint8."""
     images = []
     for photo in load_sample_images().images:
         photo = Image.fromarray(photo)
@@ -81,7 +81,7 @@ def augmentation(size: int = 32, **settings) -> BatchAugmentation:
 
 
 def equally_distributed(first: torch.Tensor, second: torch.Tensor) -> bool:
-    """Kolmogorov and Smirnov's test of two samples, at a level of 2e-5 (the seeds are fixed: it never flickers)."""
+    """The two-sample Kolmogorov-Smirnov test at level 2e-5. The seeds are fixed, so it is never flaky."""
     first, second = first.sort().values.contiguous(), second.sort().values.contiguous()
     points = torch.cat([first, second])
     below = [torch.searchsorted(sample, points, right=True) / len(sample) for sample in (first, second)]
@@ -98,7 +98,7 @@ def normalised(images: torch.Tensor) -> torch.Tensor:
 def test_random_bits_are_splitmix64():
     golden = 0x9E3779B97F4A7C15
     states = torch.tensor([(golden * i + 2**63) % 2**64 - 2**63 for i in (1, 2)])
-    # The first two numbers that the reference implementation gives for seed 0.
+    # The first two numbers of the reference implementation with seed 0.
     assert mix_bits(states).tolist() == [0xE220A8397B1DCDAF - 2**64, 0x6E789E6AA1B965F4]
 
 
@@ -125,8 +125,8 @@ def test_noise_has_the_quantiles_of_the_normal_distribution():
 
 
 @pytest.mark.parametrize(("source", "size"), [(32, 32), (32, 48), (64, 20), (224, 32), (32, 224)])
-def test_crop_and_resize_equal_pillows(source, size):
-    """At most 2 levels off (Pillow rounds its weights to 22 bits, we to 15), and not at all in 99 % of the pixels."""
+def test_crop_and_resize_match_pillow(source, size):
+    """Identical in 99 % of the pixels, else at most 2 levels off (Pillow rounds its weights to 22 bits, we to 15)."""
     images = photos(source)[::2, :, : source - 5].contiguous()  # height and width differ
     boxes = draw_crop_boxes(torch.arange(16), source - 5, source)
     flips = torch.arange(16) % 2 == 0
@@ -145,16 +145,16 @@ def test_a_crop_that_is_not_resized_is_exact(images):
 
 
 @pytest.mark.parametrize(("source", "size"), [(32, 32), (32, 224), (500, 32)])
-def test_a_resize_sums_exactly_so_that_no_order_of_summation_matters(source, size):
+def test_resizing_sums_exactly_so_the_order_of_summation_does_not_matter(source, size):
     boxes = draw_crop_boxes(torch.arange(64), source, source).float()
     weights = bicubic_weights(boxes[:, 1], boxes[:, 3], source, size, torch.zeros(64, dtype=torch.bool))
     assert torch.equal(weights * 2**15, (weights * 2**15).round())
-    # Every partial sum of 8-bit pixels is a multiple of 2**-15 that float32's 24 bits hold.
+    # Every partial sum of 8-bit pixels is a multiple of 2**-15 that fits into float32's 24 bits.
     assert weights.abs().sum(dim=-1).max() * 255 * 2**15 < 2**24
     assert (weights.sum(dim=-1) - 1).abs().max() < 0.4 / 255  # a flat area keeps its value
 
 
-def test_crop_boxes_are_distributed_as_timms():
+def test_crop_boxes_have_the_same_distribution_as_in_timm():
     ours = draw_crop_boxes(torch.arange(20000), 32, 40)
     random.seed(0)
     image, scale, ratio = Image.new("RGB", (40, 32)), (0.08, 1.0), (3 / 4, 4 / 3)
@@ -173,17 +173,17 @@ def test_crop_boxes_are_distributed_as_timms():
         assert equally_distributed(quantity(ours), quantity(timms))
 
 
-def test_a_very_long_image_is_cropped_at_its_centre_as_by_timm(monkeypatch):
+def test_a_very_elongated_image_is_cropped_at_its_centre_as_in_timm(monkeypatch):
     for height, width in ((20, 1000), (1000, 20)):
         boxes = draw_crop_boxes(torch.arange(200), height, width)
-        monkeypatch.setattr(random, "uniform", lambda low, high: high)  # the largest area, which never fits
+        monkeypatch.setattr(random, "uniform", lambda low, high: high)  # the largest area: never fits
         image = Image.new("RGB", (width, height))
         central = RandomResizedCropAndInterpolation.get_params(image, (0.08, 1.0), (3 / 4, 4 / 3))
         monkeypatch.undo()
         assert boxes.tolist() == [list(central)] * 200
 
 
-def test_padded_crop_equals_torchvisions(images):
+def test_padded_crop_matches_torchvision(images):
     seeds = torch.arange(32)
     found = augmentation(crop="padded", auto_augment="none", random_erasing=0.0)(images, seeds)
     padded = normalised(TF.pad(images, 4))
@@ -204,12 +204,12 @@ def test_padded_crop_equals_torchvisions(images):
     assert 5 < flips < 25
 
 
-def test_padded_crops_have_every_offset_equally_often():
+def test_padded_crops_use_every_offset_equally_often():
     position = torch.arange(16 * 16).reshape(1, 1, 16, 16).to(torch.uint8).expand(8100, 3, 16, 16).clone()
     found = augmentation(16, crop="padded", horizontal_flip=0.0, auto_augment="none", random_erasing=0.0)(
         position, torch.arange(8100)
     )
-    # The centre is in every crop, and tells where it was cut.
+    # The pixel at the centre of a crop is never padding, and shows where the crop was taken.
     centre = (found[:, 0, 8, 8] * STD[0] + MEAN[0]).mul(255).round().long()
     counts = torch.bincount(centre, minlength=256).reshape(16, 16)[6:11, 6:11]
     assert counts.sum() == 8100
@@ -237,7 +237,7 @@ def test_images_are_flipped_with_the_given_probability(images, probability):
     assert flipped.double().mean().item() == pytest.approx(probability, abs=0.03)
 
 
-def test_normalisation_equals_torchvisions_exactly(images):
+def test_normalisation_matches_torchvision_exactly(images):
     found = augmentation(crop="none", horizontal_flip=0.0, auto_augment="none", random_erasing=0.0)(
         images, torch.arange(32)
     )
@@ -250,15 +250,15 @@ def test_normalisation_equals_torchvisions_exactly(images):
 OPERATIONS = list(INCREASING_OPERATIONS | PLAIN_OPERATIONS)
 
 
-def test_the_operations_are_timms_in_timms_order():
+def test_rand_augment_has_the_same_operations_as_timm():
     for config, operations in (("rand-inc1", INCREASING_OPERATIONS), ("rand-inc0", PLAIN_OPERATIONS)):
         timms = [op.name for op in rand_augment_transform(config, {"img_mean": FILL}).ops]
         assert sorted(operations) == sorted(timms)
 
 
 @pytest.mark.parametrize("name", OPERATIONS)
-def test_operation_equals_timms(images, name):
-    """Pixel-wise ones exactly; geometric ones but for 1 level in 1 of 1000 pixels (positions are float32 here)."""
+def test_operation_matches_timm(images, name):
+    """Pixel-wise ones exactly; geometric ones up to 1 level in 1 of 1000 pixels (positions are float32 here)."""
     arguments = timm_arguments(name, magnitudes=np.linspace(0, 10, len(images)))
     expected = torch.stack(
         [
@@ -283,7 +283,7 @@ def timm_arguments(name: str, magnitudes) -> list[tuple]:
 
 @pytest.mark.parametrize("increasing", [0, 1])
 @pytest.mark.parametrize("magnitude", [0, 1, 3, 5, 9, 10])
-def test_magnitude_becomes_timms_argument(magnitude, increasing):
+def test_magnitude_becomes_the_same_argument_as_in_timm(magnitude, increasing):
     settings = RandAugment.from_string(f"rand-m{magnitude}-p1-inc{increasing}")
     chosen, arguments = draw_operations(settings, torch.arange(1000))
     for place, (name, operation) in enumerate(settings.operations.items()):
@@ -294,7 +294,7 @@ def test_magnitude_becomes_timms_argument(magnitude, increasing):
 
 
 def timm_draws(config: str, count: int) -> list[tuple[str, tuple]]:
-    """The names and arguments of what timm's RandAugment applies to `count` images."""
+    """The names and arguments of the operations that timm's RandAugment applies to `count` images."""
     augment = rand_augment_transform(config, {"img_mean": FILL, "interpolation": BICUBIC})
     applied = []
     for op in augment.ops:
@@ -307,7 +307,7 @@ def timm_draws(config: str, count: int) -> list[tuple[str, tuple]]:
 
 
 @pytest.mark.parametrize("config", [RECIPE, "rand-m7-n3-p0.8-mstd101-inc0", "rand-m9-mstd2-mmax8-inc1"])
-def test_operations_and_magnitudes_are_distributed_as_timms(config):
+def test_operations_and_magnitudes_have_the_same_distribution_as_in_timm(config):
     settings = RandAugment.from_string(config)
     count = 10000
     chosen, arguments = draw_operations(settings, torch.arange(count))
@@ -322,7 +322,7 @@ def test_operations_and_magnitudes_are_distributed_as_timms(config):
         if operation.step:
             timms = torch.tensor([drawn[0] for drawn in timms], dtype=torch.float64)
             assert equally_distributed(ours, timms), name
-    # One layer says nothing about the next.
+    # The layers are independent.
     both = (chosen[:, :2] < 15).all(dim=1).double().mean().item()
     assert both == pytest.approx(settings.probability**2, abs=0.015)
     same = (chosen[:, 0] == chosen[:, 1])[(chosen[:, :2] < 15).all(dim=1)].double().mean().item()
@@ -333,7 +333,7 @@ def test_operations_and_magnitudes_are_distributed_as_timms(config):
     "config",
     ["rand", RECIPE, "rand-m9-n3-mstd0.5", "rand-inc1-p0.25-m3", "rand-mstd1000-mmax15-inc0", "rand-m9-mmax0"],
 )
-def test_configuration_is_read_as_by_timm(config):
+def test_configuration_is_parsed_as_in_timm(config):
     settings = RandAugment.from_string(config)
     timms = rand_augment_transform(config, {"img_mean": FILL})
     assert settings.layers == timms.num_layers
@@ -348,7 +348,7 @@ def test_configuration_is_read_as_by_timm(config):
     "config",
     ["original-mstd0.5", "rand-m9-tweights-inc1", "rand-m9-w0", "rand-m9.5", "rand-m", "rand--m9"],
 )
-def test_configuration_that_cannot_be_followed_is_named(config):
+def test_the_error_for_an_unsupported_configuration_quotes_it(config):
     with pytest.raises(ValueError, match=f"auto_augment='{re.escape(config)}': only RandAugment"):
         augmentation(auto_augment=config)
 
@@ -356,7 +356,7 @@ def test_configuration_that_cannot_be_followed_is_named(config):
 # --- Random erasing --------------------------------------------------------------------------------------------------
 
 
-def test_erasing_replaces_the_box_by_normal_noise_and_nothing_else():
+def test_erasing_fills_the_box_with_normal_noise_and_changes_nothing_else():
     images = torch.full((6, 3, 40, 40), 7.0)
     boxes = torch.tensor([[0, 0, 40, 39], [3, 5, 1, 1], [10, 0, 30, 40], [1, 2, 3, 4], [39, 39, 1, 1], [0, 7, 39, 30]])
     erased = torch.tensor([True, True, True, False, True, True])
@@ -373,7 +373,7 @@ def test_erasing_replaces_the_box_by_normal_noise_and_nothing_else():
     assert correlation.abs().max() < 5 / math.sqrt(channels.shape[1])
 
 
-def test_erased_boxes_are_distributed_as_timms():
+def test_erased_boxes_have_the_same_distribution_as_in_timm():
     count, size = 5000, 32
     boxes, erased = draw_erasing_boxes(torch.arange(count), size, 0.25)
     assert erased.double().mean().item() == pytest.approx(0.25, abs=0.025)
@@ -397,7 +397,7 @@ def test_erased_boxes_are_distributed_as_timms():
         assert equally_distributed(quantity(boxes), quantity(timms))
 
 
-def test_erasing_follows_normalisation(images):
+def test_erasing_comes_after_normalisation(images):
     clean = augmentation(auto_augment="none", random_erasing=0.0)(images, torch.arange(32))
     found = augmentation(auto_augment="none", random_erasing=1.0)(images, torch.arange(32))
     boxes, _ = draw_erasing_boxes(torch.arange(32), 32, 1.0)
@@ -413,8 +413,8 @@ def test_erasing_follows_normalisation(images):
 # --- All of it -------------------------------------------------------------------------------------------------------
 
 
-def test_a_batch_equals_timms_images_with_the_same_parameters(images):
-    """The same boxes, flips, operations and magnitudes, in the same order: in 99 % of pixels nothing differs."""
+def test_a_batch_matches_timms_images_for_the_same_parameters(images):
+    """With the same boxes, flips, operations and magnitudes, in the same order, 99 % of the pixels are identical."""
     seeds = torch.arange(100, 132)
     found = augmentation(48, random_erasing=0.0)(images, seeds)
     settings = RandAugment.from_string(RECIPE)
@@ -436,7 +436,7 @@ def test_a_batch_equals_timms_images_with_the_same_parameters(images):
     assert (chosen < len(names)).float().mean() == pytest.approx(0.5, abs=0.15)
 
 
-def test_the_mean_augmented_image_is_timms(images):
+def test_the_mean_augmented_image_matches_timms(images):
     transform = create_transform(
         32,
         is_training=True,
@@ -455,7 +455,7 @@ def test_the_mean_augmented_image_is_timms(images):
     timms = torch.stack([transform(to_pil(images[3])) for _ in range(count)])
     ours = augmentation()(images[3:4].expand(count, 3, 32, 32), torch.arange(count))
     spread = timms.std(dim=0)
-    # Every pixel's mean is known to spread / sqrt(count) from either sample; 3072 pixels are compared.
+    # Each sample's mean has a standard error of spread / sqrt(count) per pixel; 3072 pixels are compared.
     assert ((ours.mean(dim=0) - timms.mean(dim=0)).abs() / (spread * math.sqrt(2 / count))).max() < 5.5
     assert (ours.std(dim=0) / spread - 1).abs().mean() < 0.05
 
@@ -473,7 +473,7 @@ def test_an_image_does_not_depend_on_its_batch(images, crop, size):
 
 
 class CountKernels(TorchDispatchMode):
-    """Counts what does more than describe a tensor's memory anew: on a GPU, each of these launches a kernel."""
+    """Counts the operations that are not just views: on a GPU, each of them launches a kernel."""
 
     count = 0
 
@@ -483,7 +483,7 @@ class CountKernels(TorchDispatchMode):
 
 
 def test_a_larger_batch_launches_no_more_kernels(images):
-    """Of these operations about 240 draw the parameters; they stay on the CPU."""
+    """About 240 of these operations draw the parameters; those stay on the CPU."""
     counts = []
     for repeats in (4, 8):
         batch = images.repeat(repeats, 1, 1, 1)
@@ -493,7 +493,7 @@ def test_a_larger_batch_launches_no_more_kernels(images):
     assert counts[0] == counts[1] < 720
 
 
-def test_the_seed_decides_alone(images):
+def test_augmentation_depends_only_on_the_seed(images):
     augment = augmentation()
     image = images[6:7].expand(50, 3, 32, 32)
     torch.manual_seed(1)
@@ -505,11 +505,11 @@ def test_the_seed_decides_alone(images):
     assert not (augment(image, torch.arange(50) + 50) == first).flatten(1).all(dim=1).any()
 
 
-def test_switching_one_augmentation_off_leaves_the_others_as_they_were(images):
+def test_turning_one_augmentation_off_leaves_the_others_unchanged(images):
     seeds = torch.arange(32)
     full = augmentation(random_erasing=0.0)(images, seeds)
     erased = augmentation(random_erasing=1.0)(images, seeds)
-    assert (full == erased).float().mean() > 0.6  # a third of an image is erased at most
+    assert (full == erased).float().mean() > 0.6  # at most a third of an image is erased
     plain = augmentation(random_erasing=0.0, auto_augment="none")(images, seeds)
     untouched = (draw_operations(RandAugment.from_string(RECIPE), seeds)[0] == 15).all(dim=1)
     assert torch.equal(full[untouched], plain[untouched])
@@ -517,7 +517,7 @@ def test_switching_one_augmentation_off_leaves_the_others_as_they_were(images):
 
 
 @pytest.mark.parametrize("device", CPU_AND_GPU)
-def test_every_device_gives_the_same_image_also_within_autocast(images, device):
+def test_every_device_gives_the_same_image_even_under_autocast(images, device):
     augment, seeds = augmentation(48), torch.arange(32)
     expected = augment(images, seeds)
     with torch.autocast(device, dtype=torch.bfloat16):
@@ -527,7 +527,7 @@ def test_every_device_gives_the_same_image_also_within_autocast(images, device):
     assert ((found.cpu() - expected).abs() > 1e-5).float().mean() < (0.001 if device == "cuda" else 1e-12)
 
 
-def test_the_resize_is_exact_whatever_the_precision_of_products_is_set_to(images, monkeypatch):
+def test_resizing_is_exact_whatever_the_matmul_precision(images, monkeypatch):
     matmul, bmm, used = torch.backends.cuda.matmul, torch.bmm, []
     monkeypatch.setattr(torch, "bmm", lambda *args: used.append(matmul.fp32_precision) or bmm(*args))
     before = matmul.fp32_precision
@@ -539,13 +539,13 @@ def test_the_resize_is_exact_whatever_the_precision_of_products_is_set_to(images
         matmul.fp32_precision = before
 
 
-def test_the_input_is_left_as_it_was(images):
+def test_the_input_is_not_modified(images):
     before = images.clone()
     for crop in ("resized", "padded", "none"):
         augmentation(crop=crop)(images, torch.arange(32))
     assert torch.equal(images, before)
 
 
-def test_rand_augment_leaves_images_alone_that_no_operation_is_drawn_for(images):
+def test_rand_augment_leaves_images_without_drawn_operations_unchanged(images):
     found = rand_augment(images.clone(), RandAugment.from_string("rand-p0"), torch.arange(32), torch.zeros(3, 1, 1))
     assert torch.equal(found, images)

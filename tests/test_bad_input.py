@@ -1,4 +1,4 @@
-"""Every mistake that we thought of, made with the real command: how it ends, what it says, what it leaves alone."""
+"""Every mistake we could think of, made with the real command: exit code, message, and what it must not touch."""
 
 import io
 import json
@@ -43,7 +43,7 @@ HARD = "--distill_mode=hard"
 
 
 def fresh(*flags: str, cwd: Path, launcher: tuple[str, ...] = (), **env: str) -> subprocess.CompletedProcess:
-    """The command in a process that is not forked."""
+    """Runs the command in a process that is not forked."""
     return subprocess.run(
         [sys.executable, *launcher, str(REPOSITORY / "train_hf.py"), *flags],
         cwd=cwd,
@@ -55,30 +55,30 @@ def fresh(*flags: str, cwd: Path, launcher: tuple[str, ...] = (), **env: str) ->
 
 
 def snapshot(folder: Path) -> dict[str, bytes | None]:
-    """Every file's bytes, and every folder."""
+    """The bytes of every file, and `None` for every folder."""
     return {str(path.relative_to(folder)): path.read_bytes() if path.is_file() else None for path in folder.rglob("*")}
 
 
 def message_of(result: subprocess.CompletedProcess) -> str:
-    """What the command said, which has to be one line, the last."""
+    """The command's message, which must be a single line, and the last."""
     assert "Traceback" not in result.stderr, result.stderr
     lines = result.stderr.strip().splitlines()
     assert [line for line in lines if "train_hf.py: error:" in line] == lines[-1:], result.stderr
     return lines[-1].removeprefix("train_hf.py: error: ")
 
 
-# ---- What stands in the folder where the command is started ----
+# ---- What is in the folder where the command runs ----
 
 
 def picture(seed: int, size: tuple[int, int] = (12, 10)) -> bytes:
-    """A PNG of so many rows and columns."""
+    """A PNG; `size` is its rows and columns."""
     file = io.BytesIO()
     PILImage.fromarray(np.random.default_rng(seed).integers(0, 256, (*size, 3), dtype=np.uint8)).save(file, "PNG")
     return file.getvalue()
 
 
 def parquet(labels=(0, 1) * 8, kind=None, names=("cat", "dog"), images=None, splits=("train", "test")) -> Callable:
-    """`data/` with a Parquet file a split."""
+    """`data/` with one Parquet file per split."""
 
     def write(folder: Path) -> None:
         (folder / "data").mkdir(exist_ok=True)
@@ -93,7 +93,7 @@ def parquet(labels=(0, 1) * 8, kind=None, names=("cat", "dog"), images=None, spl
 
 
 def files(**contents: bytes) -> Callable:
-    """These files; `__` in a name stands for the slash, a trailing one for an empty folder."""
+    """Writes these files. `__` in a name means `/`; a trailing one makes an empty folder."""
 
     def write(folder: Path) -> None:
         for name, content in contents.items():
@@ -120,14 +120,14 @@ def different_labels(folder: Path) -> None:
 
 
 def decompression_bomb() -> bytes:
-    """A PNG of 40,000 x 40,000 pixels in a megabyte."""
+    """A PNG with 40,000 x 40,000 pixels in one megabyte."""
     file = io.BytesIO()
     PILImage.new("1", (40_000, 40_000)).save(file, "PNG")
     return file.getvalue()
 
 
 def teacher(**changes) -> Callable:
-    """`teacher/`: an untrained classifier of the digits, with its config changed."""
+    """`teacher/`: an untrained classifier of the digits, with changes to its config."""
 
     def write(folder: Path) -> None:
         new_timm_classifier("test_resnet", DIGITS, 32, image_processor(32)).save_pretrained(folder / "teacher")
@@ -138,7 +138,7 @@ def teacher(**changes) -> Callable:
 
 
 class Bomb:
-    """Unpickled, it leaves a file behind."""
+    """Leaves a file behind when unpickled."""
 
     def __reduce__(self):
         return open, ("exploded", "w")
@@ -157,7 +157,7 @@ def cut_teacher(folder: Path) -> None:
 
 
 def remote_code_teacher(folder: Path, labels: list[str] = DIGITS) -> None:
-    """`teacher/`: a ResNet whose classes come with it. Their code leaves `ran` behind."""
+    """`teacher/`: a ResNet that brings its own classes. Their code leaves `ran` behind."""
     config = ResNetConfig(
         embedding_size=16,
         hidden_sizes=[16, 32],
@@ -180,7 +180,7 @@ def remote_code_teacher(folder: Path, labels: list[str] = DIGITS) -> None:
 
 
 def billions_in_yaml() -> bytes:
-    """Ten lines, each of nine times what stands in the line before."""
+    """Ten lines, each a list of nine references to the line before."""
     lines = [
         b"a0: &a0 [1, 2]",
         *(b"a%d: &a%d [%s]" % (i, i, b", ".join([b"*a%d" % (i - 1)] * 9)) for i in range(1, 10)),
@@ -206,17 +206,17 @@ DATA = "--dataset_name=data"
 TEACHER = "--teacher_model_name_or_path=teacher"
 BEST = ["--load_best_model_at_end", "--save_strategy=epoch"]
 
-# What stands in the folder, the flags on top of QUICK, and what the message has to name.
+# What is in the folder, the flags on top of QUICK, and what the message must contain.
 MISTAKES = {
     # The dataset
-    "dataset nowhere": (nothing, ["--dataset_name=./nowhere"], ["--dataset_name ./nowhere", "no such folder"]),
-    "dataset not reachable": (nothing, ["--dataset_name=nobody/nothing"], ["nobody/nothing", "To run offline"]),
-    "dataset without a name": (nothing, ["--dataset_name="], ["--dataset_name"]),
+    "dataset missing": (nothing, ["--dataset_name=./nowhere"], ["--dataset_name ./nowhere", "no such folder"]),
+    "dataset unreachable": (nothing, ["--dataset_name=nobody/nothing"], ["nobody/nothing", "To run offline"]),
+    "dataset name empty": (nothing, ["--dataset_name="], ["--dataset_name"]),
     "dataset is a file": (files(data=b"x"), [DATA], ["--dataset_name data", "is a file"]),
     "dataset folder empty": (files(data__=b""), [DATA], ["--dataset_name data", "doesn't contain any data files"]),
-    "dataset of other files": (files(data__a=b"x"), [DATA], ["--dataset_name data", "No (supported) data files"]),
-    "dataset of texts": (
-        files(data__cat__a_txt=b"x", **{"data__cat__a.txt": b"x", "data__dog__b.txt": b"y"}),
+    "unsupported dataset files": (files(data__a=b"x"), [DATA], ["--dataset_name data", "No (supported) data files"]),
+    "dataset of text files": (
+        files(**{"data__cat__a.txt": b"x", "data__dog__b.txt": b"y"}),
         [DATA],
         ["no image column", "text (string)"],
     ),
@@ -225,8 +225,8 @@ MISTAKES = {
         [DATA],
         ["--dataset_name data", "scripts are no longer supported"],
     ),
-    "Parquet cut off": (cut_parquet, [DATA], ["--dataset_name data", "Parquet magic bytes not found"]),
-    "Parquet of no bytes": (
+    "Parquet file cut off": (cut_parquet, [DATA], ["--dataset_name data", "Parquet magic bytes not found"]),
+    "Parquet file empty": (
         files(**{"data__train-0.parquet": b""}),
         [DATA],
         ["--dataset_name data", "file size is 0 bytes"],
@@ -239,7 +239,7 @@ MISTAKES = {
         ["--image_column_name=photo"],
         ["--image_column_name photo", "the columns are image, label"],
     ),
-    "image column of labels": (
+    "image column holds labels": (
         nothing,
         ["--image_column_name=label"],
         ["holds ClassLabel, not images", "images are in image"],
@@ -249,40 +249,40 @@ MISTAKES = {
         ["--label_column_name=kind"],
         ["--label_column_name kind", "the columns are image, label"],
     ),
-    "share out of range": (nothing, ["--train_val_split=1"], ["--train_val_split 1.0"]),
+    "held-out share out of range": (nothing, ["--train_val_split=1"], ["--train_val_split 1.0"]),
     "no samples": (nothing, ["--max_train_samples=0"], ["--max_train_samples 0"]),
     # Its labels
-    "labels that differ": (different_labels, [DATA], ["labels differ: 'dog', 'emu'"]),
+    "labels differ between splits": (different_labels, [DATA], ["labels differ: 'dog', 'emu'"]),
     "label missing": (parquet(labels=[0, 1, None]), [DATA], ["Split `train`, row 2", "missing"]),
-    "labels all missing": (parquet(labels=[None] * 4), [DATA], ["Split `train`, row 0", "missing"]),
-    "label negative": (parquet(labels=[0, -1]), [DATA], ["Split `train`, row 1", "label is -1"]),
-    "labels of floats": (
+    "all labels missing": (parquet(labels=[None] * 4), [DATA], ["Split `train`, row 0", "missing"]),
+    "negative label": (parquet(labels=[0, -1]), [DATA], ["Split `train`, row 1", "label is -1"]),
+    "labels are floats": (
         parquet(labels=[0.5, 1], kind=Value("float32")),
         [DATA],
         ["--label_column_name label", "float32"],
     ),
-    "labels of bools": (
+    "labels are booleans": (
         parquet(labels=[True, False], kind=Value("bool")),
         [DATA],
         ["--label_column_name label", "bool"],
     ),
-    "a single label": (
+    "only one label": (
         parquet(labels=["cat"] * 4, kind=Value("string")),
         [DATA],
         ["has only the labels ['cat']", "a classifier needs at least two"],
     ),
     # Its images
     "image missing": (one_then(None), [DATA], ["Split `train`, row 1", "it is missing"]),
-    "image of no bytes": (one_then(b""), [DATA], ["Split `train`, row 1", "cannot identify image"]),
+    "image empty": (one_then(b""), [DATA], ["Split `train`, row 1", "cannot identify image"]),
     "image cut off": (one_then(picture(1)[:100]), [DATA], ["Split `train`, row 1", "cannot be decoded"]),
-    "image that is none": (
+    "not an image": (
         files(**{"data__cat__0.png": picture(0), "data__dog__1.png": b"not an image"}),
         [DATA],
         ["cannot identify image", "1.png"],
     ),
     "decompression bomb": (one_then(decompression_bomb()), [DATA], ["Split `train`, row 1", "decompression bomb"]),
-    "image far too long": (one_then(picture(1, (1, 201))), [DATA], ["Split `train`, row 1", "201x1 pixels"]),
-    "images of two sizes on the device": (
+    "image far too wide": (one_then(picture(1, (1, 201))), [DATA], ["Split `train`, row 1", "201x1 pixels"]),
+    "images of different sizes on the device": (
         parquet(images=[picture(0), picture(1, (5, 5))] * 8),
         [DATA, "--augment_on=device"],
         ["--augment_on device", "not all of one size"],
@@ -296,35 +296,35 @@ MISTAKES = {
     "image size 0": (nothing, ["--image_size=0"], ["--image_size 0"]),
     "image size below 0": (nothing, ["--image_size=-1"], ["--image_size -1"]),
     "image size 1": (nothing, ["--image_size=1"], ["--image_size 1"]),
-    "image size without end": (
+    "image size enormous": (
         nothing,
         ["--model_name_or_path=deit_ti", "--image_size=100000000", "--patch_size=1"],
         ["--image_size 100000000", "do not fit into memory"],
     ),
     "drop path nan": (nothing, ["--drop_path_rate=nan"], ["--drop_path_rate", "nan is not a finite number"]),
     "all patches dropped": (nothing, ["--patch_drop_rate=1"], ["--patch_drop_rate", "at least 0 and below 1"]),
-    "model nowhere": (nothing, ["--model_name_or_path=nowhere"], ["--model_name_or_path nowhere"]),
+    "model missing": (nothing, ["--model_name_or_path=nowhere"], ["--model_name_or_path nowhere"]),
     "model with one head for two tokens": (nothing, ["--distill_mode=both"], ["test_resnet has one head"]),
-    "model that is no DeiT": (
+    "model is not a DeiT": (
         teacher(),
         ["--distill_mode=both", "--model_name_or_path=teacher"],
         ["test_resnet is not a DeiT"],
     ),
-    "batch norm of one image": (nothing, ["--max_train_samples=1"], ["test_resnet", "batches of 1 images"]),
+    "batch norm over one image": (nothing, ["--max_train_samples=1"], ["test_resnet", "batches of 1 images"]),
     # The teacher
-    "teacher nowhere": (nothing, [HARD, "--teacher_model_name_or_path=nowhere"], ["nowhere", "no such folder"]),
+    "teacher missing": (nothing, [HARD, "--teacher_model_name_or_path=nowhere"], ["nowhere", "no such folder"]),
     "teacher folder empty": (files(teacher__=b""), [HARD, TEACHER], ["--teacher_model_name_or_path teacher"]),
     "teacher untrained": (
         teacher(),
         [HARD, TEACHER],
         ["The teacher teacher", "no better than chance: its accuracy", "--teacher_num_train_epochs"],
     ),
-    "teacher with some of the labels": (
+    "teacher with only some of the labels": (
         teacher(label_names=[*DIGITS[:9], "nine"]),
         [HARD, TEACHER],
         ["cannot be matched to the dataset's", "9 of 10", "'9'", "'nine'"],
     ),
-    "teacher not to be fitted": (
+    "teacher must not be fitted": (
         teacher(label_names=list("abcdefghij")),
         [HARD, TEACHER, "--teacher_num_train_epochs=0"],
         ["--teacher_num_train_epochs 0 forbids"],
@@ -340,13 +340,13 @@ MISTAKES = {
         [HARD, TEACHER],
         ["--teacher_model_name_or_path teacher", "--trust_remote_code"],
     ),
-    "teacher config of another kind": (teacher(id2label=7), [HARD, TEACHER], ["--teacher_model_name_or_path teacher"]),
-    "teacher config without sense": (
+    "teacher config of wrong type": (teacher(id2label=7), [HARD, TEACHER], ["--teacher_model_name_or_path teacher"]),
+    "teacher config nonsensical": (
         teacher(pretrained_cfg={"input_size": "large"}),
         [HARD, TEACHER],
         ["The teacher teacher"],
     ),
-    "teacher config of no json": (
+    "teacher config is not JSON": (
         files(**{"teacher__config.json": b"{"}),
         [HARD, TEACHER],
         ["--teacher_model_name_or_path teacher", "not a valid JSON"],
@@ -358,7 +358,7 @@ MISTAKES = {
     # The flags
     "unknown flag": (nothing, ["--distil_mode=hard"], ["unknown flag --distil_mode=hard", "--distill_mode?"]),
     "unknown mode": (nothing, ["--distill_mode=medium"], ["invalid choice: 'medium'", "'none', 'soft'"]),
-    "option of another mode": (nothing, ["--distillation_alpha=0.5"], ["distillation_alpha does not apply to mode"]),
+    "option for another mode": (nothing, ["--distillation_alpha=0.5"], ["distillation_alpha does not apply to mode"]),
     "alpha above 1": (
         nothing,
         [HARD, "--distillation_alpha=2"],
@@ -374,7 +374,7 @@ MISTAKES = {
         ["--distill_mode=soft", "--distillation_temperature=inf"],
         ["--distillation_temperature", "inf is not a finite number"],
     ),
-    "word for a number": (nothing, ["--learning_rate=fast"], ["--learning-rate", "invalid number value: 'fast'"]),
+    "word as a number": (nothing, ["--learning_rate=fast"], ["--learning-rate", "invalid number value: 'fast'"]),
     "learning rate nan": (nothing, ["--learning_rate=nan"], ["--learning_rate", "nan is not a finite number"]),
     "learning rate below 0": (nothing, ["--learning_rate=-1"], ["--learning_rate -1.0"]),
     "mixup nan": (nothing, ["--mixup=nan"], ["--mixup", "nan is not a finite number"]),
@@ -387,17 +387,17 @@ MISTAKES = {
     "epochs nan": (nothing, ["--num_train_epochs=nan"], ["--num_train_epochs", "nan is not a finite number"]),
     "batch size 0": (nothing, ["--per_device_train_batch_size=0"], ["--per_device_train_batch_size 0"]),
     "evaluation batch size 0": (nothing, ["--per_device_eval_batch_size=0"], ["--per_device_eval_batch_size 0"]),
-    "accumulation 0": (nothing, ["--gradient_accumulation_steps=0"], ["--gradient_accumulation_steps 0"]),
+    "gradient accumulation 0": (nothing, ["--gradient_accumulation_steps=0"], ["--gradient_accumulation_steps 0"]),
     "workers below 0": (nothing, ["--dataloader_num_workers=-1"], ["--dataloader_num_workers -1"]),
-    "persistent workers, none there": (nothing, ["--dataloader_persistent_workers"], ["--dataloader_num_workers"]),
+    "persistent workers without workers": (nothing, ["--dataloader_persistent_workers"], ["--dataloader_num_workers"]),
     "seed below 0": (nothing, ["--seed=-1"], ["--seed -1"]),
     "seed too large": (nothing, [f"--seed={2**32}"], ["--seed 4294967296"]),
     "data seed below 0": (nothing, ["--data_seed=-5"], ["--data_seed -5"]),
     "unknown optimizer": (nothing, ["--optim=adams"], ["--optim", "invalid choice: 'adams'"]),
     "optimizer not installed": (nothing, ["--optim=adamw_bnb_8bit"], ["--optim adamw_bnb_8bit", "bitsandbytes"]),
-    "optimizer arguments": (nothing, ["--optim_args=x"], ["--optim_args"]),
-    "muon's arguments": (nothing, ["--optim=muon", "--optim_args=beta=1"], ["--optim_args beta=1", "ns_steps=5"]),
-    "muon, beta above 1": (nothing, ["--optim=muon", "--adam_beta1=2"], ["--optim muon", "Invalid beta parameter"]),
+    "bad optimizer arguments": (nothing, ["--optim_args=x"], ["--optim_args"]),
+    "bad Muon arguments": (nothing, ["--optim=muon", "--optim_args=beta=1"], ["--optim_args beta=1", "ns_steps=5"]),
+    "Muon beta above 1": (nothing, ["--optim=muon", "--adam_beta1=2"], ["--optim muon", "Invalid beta parameter"]),
     "unknown schedule": (nothing, ["--lr_scheduler_type=square"], ["square is not a valid SchedulerType"]),
     "schedule without its argument": (
         nothing,
@@ -411,39 +411,39 @@ MISTAKES = {
         [*BEST, "--metric_for_best_model=beauty"],
         ["--metric_for_best_model beauty", "loss, accuracy"],
     ),
-    "metric of another mode": (
+    "metric for another mode": (
         nothing,
         [*BEST, "--metric_for_best_model=accuracy_both"],
         ["--metric_for_best_model accuracy_both"],
     ),
-    "best of no evaluation": (
+    "best model without evaluation": (
         nothing,
         [*BEST, "--eval_strategy=no"],
         ["--load_best_model_at_end", "save and eval strategy"],
     ),
-    "best without a metric": (nothing, ["--save_strategy=best"], ["--metric_for_best_model"]),
-    "flag that is the Trainer's alone": (
+    "best model without a metric": (nothing, ["--save_strategy=best"], ["--metric_for_best_model"]),
+    "Trainer flag that is not offered": (
         nothing,
         ["--prediction_loss_only"],
         ["unknown flag --prediction_loss_only"],
     ),
-    "compile mode": (nothing, ["--torch_compile_mode=fastest"], ["--torch_compile_mode fastest"]),
-    "DeepSpeed file nowhere": (nothing, ["--deepspeed=nowhere.json"], ["flags cannot be used"]),
-    "accelerator file nowhere": (nothing, ["--accelerator_config=nowhere.json"], ["nowhere.json"]),
+    "unknown compile mode": (nothing, ["--torch_compile_mode=fastest"], ["--torch_compile_mode fastest"]),
+    "DeepSpeed file missing": (nothing, ["--deepspeed=nowhere.json"], ["flags cannot be used"]),
+    "accelerator file missing": (nothing, ["--accelerator_config=nowhere.json"], ["nowhere.json"]),
     "push without a token": (nothing, ["--push_to_hub"], ["--push_to_hub: cannot write to the repository"]),
     # The recipe
-    "recipe nowhere": (nothing, ["--config=nowhere.yaml"], ["--config nowhere.yaml", "No such file"]),
+    "recipe missing": (nothing, ["--config=nowhere.yaml"], ["--config nowhere.yaml", "No such file"]),
     "recipe is a folder": (files(a__=b""), ["--config=a"], ["--config a", "Is a directory"]),
     "recipe is an image": (files(a=picture(0)), ["--config=a"], ["--config a", "cannot be read as YAML"]),
-    "recipe of broken YAML": (files(a=b"a: b: c"), ["--config=a"], ["--config a", "cannot be read as YAML"]),
-    "recipe with NUL": (files(a=b"seed: \0"), ["--config=a"], ["--config a", "cannot be read as YAML"]),
+    "recipe is broken YAML": (files(a=b"a: b: c"), ["--config=a"], ["--config a", "cannot be read as YAML"]),
+    "recipe with a NUL byte": (files(a=b"seed: \0"), ["--config=a"], ["--config a", "cannot be read as YAML"]),
     "recipe is a list": (files(a=b"- seed"), ["--config=a"], ["--config a", "`flag: value` lines"]),
-    "recipe that stands for billions of values": (
+    "recipe that expands to billions of values": (
         files(a=billions_in_yaml()),
         ["--config=a"],
         ["--config a", "cannot be read as YAML", "more than 10,000 values"],
     ),
-    "recipe of lists in lists": (files(a=b"seed: " + b"[" * 9999), ["--config=a"], ["--config a", "recursion"]),
+    "recipe of deeply nested lists": (files(a=b"seed: " + b"[" * 9999), ["--config=a"], ["--config a", "recursion"]),
     "recipe that builds objects": (
         files(a=b"seed: !!python/object/apply:os.system ['touch exploded']"),
         ["--config=a"],
@@ -455,17 +455,17 @@ MISTAKES = {
         ["--config=a"],
         ["--config a", "unknown key 'learning_rat'", "--learning_rate?"],
     ),
-    "recipe with a key of no text": (files(a=b"2026-01-01: 1"), ["--config=a"], ["--config a", "unknown key"]),
-    "recipe with a word for a number": (files(a=b"mixup: a lot"), ["--config=a"], ["--mixup", "'a lot'"]),
-    "recipe with a list for a number": (files(a=b"mixup: [1, 2]"), ["--config=a"], ["2"]),
-    "recipe with a mapping for a number": (files(a=b"mixup: {a: 1}"), ["--config=a"], ["--mixup"]),
+    "recipe with a key that is not text": (files(a=b"2026-01-01: 1"), ["--config=a"], ["--config a", "unknown key"]),
+    "recipe with a word as a number": (files(a=b"mixup: a lot"), ["--config=a"], ["--mixup", "'a lot'"]),
+    "recipe with a list as a number": (files(a=b"mixup: [1, 2]"), ["--config=a"], ["2"]),
+    "recipe with a mapping as a number": (files(a=b"mixup: {a: 1}"), ["--config=a"], ["--mixup"]),
     "recipe with nan": (files(a=b"mixup: .nan"), ["--config=a"], ["--mixup", "nan is not a finite number"]),
-    "teacher recipe nowhere": (
+    "teacher recipe missing": (
         nothing,
         [HARD, "--teacher_config=nowhere.yaml"],
         ["--teacher_config nowhere.yaml", "No such file"],
     ),
-    "teacher recipe with what is its student's": (
+    "teacher recipe with a student-only key": (
         files(a=b"dataset_name: other"),
         [HARD, "--teacher_config=a"],
         ["--teacher_config a", "dataset_name cannot be set here"],
@@ -476,7 +476,7 @@ MISTAKES = {
         ["--teacher_config a", "--optim", "invalid choice: 'adams'"],
     ),
     # The output folder
-    "output without a name": (nothing, ["--output_dir="], ["--output_dir"]),
+    "output name empty": (nothing, ["--output_dir="], ["--output_dir"]),
     "output is a file": (files(run=b"mine"), [], ["--output_dir run", "this is a file"]),
     "output below a file": (
         files(a=b"mine"),
@@ -494,12 +494,12 @@ MISTAKES = {
         ["--resume_from_checkpoint=false"],
         ["--output_dir run", "unfinished run: choose another folder, or leave out --resume_from_checkpoint"],
     ),
-    "output with a card of somebody's": (
+    "output with someone else's card": (
         files(**{"run__README.md": b"mine"}),
         [],
         ["--output_dir run", "README.md would be overwritten"],
     ),
-    "checkpoint nowhere": (nothing, ["--resume_from_checkpoint=nowhere"], ["--resume_from_checkpoint nowhere"]),
+    "checkpoint missing": (nothing, ["--resume_from_checkpoint=nowhere"], ["--resume_from_checkpoint nowhere"]),
     "checkpoint incomplete": (
         files(**{"run__checkpoint-10__trainer_state.json": b'{"epoch": 1.'}),
         ["--resume_from_checkpoint=run/checkpoint-10"],
@@ -526,13 +526,13 @@ def test_a_mistake_ends_with_one_message_and_touches_nothing(mistake, tmp_path):
     for part in named:
         assert part in message
     after = snapshot(tmp_path)
-    if mistake == "teacher untrained":  # found by the Trainer, which has made its folder
+    if mistake == "teacher untrained":  # only found after the Trainer has made its folder
         assert after.pop("run") is None
     assert after == before
 
 
 @pytest.mark.parametrize("mistake", ["image cut off", "teacher pickled", "seed below 0", "recipe with nan"])
-def test_a_forked_command_ends_as_a_fresh_one_does(mistake, tmp_path):
+def test_a_forked_command_ends_like_a_fresh_one(mistake, tmp_path):
     prepare, flags, _ = MISTAKES[mistake]
     prepare(tmp_path)
     before = snapshot(tmp_path)
@@ -542,7 +542,7 @@ def test_a_forked_command_ends_as_a_fresh_one_does(mistake, tmp_path):
     assert snapshot(tmp_path) == before
 
 
-def test_accelerate_launch_passes_the_message_on_and_ends_with_1(tmp_path):
+def test_accelerate_launch_passes_the_message_on_and_exits_with_code_1(tmp_path):
     launcher = ("-m", "accelerate.commands.launch", "-q", "--cpu", "--num_processes=1")
     result = fresh(*QUICK, "--seed=-1", cwd=tmp_path, launcher=launcher)
     assert result.returncode == 1
@@ -550,12 +550,12 @@ def test_accelerate_launch_passes_the_message_on_and_ends_with_1(tmp_path):
     assert not snapshot(tmp_path)
 
 
-# ---- A disk that is full or not to be written to ----
+# ---- Full and read-only disks ----
 
 
 @pytest.fixture
 def disk(tmp_path):
-    """Makes `tmp_path/disk` a disk of its own, with `mount`'s options for tmpfs."""
+    """Mounts a separate disk at `tmp_path/disk`, with `mount`'s options for tmpfs."""
     folder = tmp_path / "disk"
     folder.mkdir()
 
@@ -564,7 +564,7 @@ def disk(tmp_path):
             ["mount", "-t", "tmpfs", "-o", options, "none", folder], capture_output=True, text=True, check=False
         )
         if done.returncode:
-            pytest.skip(f"needs a disk of its own, which takes root: {done.stderr.strip()}")
+            pytest.skip(f"needs root to mount a disk: {done.stderr.strip()}")
         return folder
 
     yield mount
@@ -574,7 +574,7 @@ def disk(tmp_path):
 
 @pytest.mark.skipif(not shutil.which("mount"), reason="needs mount")
 class TestDisk:
-    def test_read_only_folders_are_found_before_training(self, disk, tmp_path):
+    def test_read_only_folders_are_detected_before_training(self, disk, tmp_path):
         disk("ro")
         for flags in (["--output_dir=disk/run"], [HARD, "--teacher_output_dir=disk/teachers"]):
             result = run(*QUICK, *flags, cwd=tmp_path)
@@ -584,7 +584,7 @@ class TestDisk:
             assert "Read-only file system" in message
         assert not (tmp_path / "run").exists()
 
-    def test_a_full_disk_is_found_before_training(self, disk, tmp_path):
+    def test_a_full_disk_is_detected_before_training(self, disk, tmp_path):
         disk("size=64k")
         (tmp_path / "disk" / "mine").write_bytes(bytes(64 * 1024))
         result = run(*QUICK, "--output_dir=disk/run", cwd=tmp_path)
@@ -592,7 +592,7 @@ class TestDisk:
         assert "--output_dir disk/run: nothing can be written there" in message_of(result)
         assert os.listdir(tmp_path / "disk") == ["mine"]
 
-    def test_a_disk_that_fills_up_leaves_the_last_checkpoint_to_go_on_from(self, disk, tmp_path):
+    def test_a_disk_that_fills_up_leaves_the_last_checkpoint_to_resume_from(self, disk, tmp_path):
         disk("size=8m")  # room for one checkpoint, not for two
         flags = [*QUICK, "--output_dir=disk/run", "--save_strategy=epoch", "--num_train_epochs=3"]
         result = run(*flags, cwd=tmp_path)
@@ -608,8 +608,8 @@ class TestDisk:
         assert snapshot(tmp_path / "disk" / "run" / "checkpoint-2") == before
         assert json.loads((tmp_path / "disk" / "run" / "all_results.json").read_text())["epoch"] == 3
 
-    def test_a_disk_that_turns_read_only_leaves_the_last_checkpoint_to_go_on_from(self, disk, tmp_path):
-        """As a disk with errors does: the kernel remounts it."""
+    def test_a_disk_that_turns_read_only_leaves_the_last_checkpoint_to_resume_from(self, disk, tmp_path):
+        """As happens when the kernel remounts a disk with errors."""
         disk("size=64m")
         flags = [*QUICK, "--output_dir=disk/run", "--save_strategy=epoch", "--num_train_epochs=3"]
         step = "modeling_deit_ti.trainer.DistillationTrainer.training_step"
@@ -626,7 +626,7 @@ class TestDisk:
         result = run(*flags, cwd=tmp_path)
         assert result.returncode == 0 and "resuming from disk/run/checkpoint-2" in result.stdout, result.stderr
 
-    def test_a_teacher_that_finds_no_room_is_fitted_once_there_is(self, disk, tmp_path):
+    def test_a_teacher_that_runs_out_of_disk_space_is_fitted_once_there_is_room(self, disk, tmp_path):
         disk("size=1m")
         flags = [*QUICK, HARD, "--teacher_output_dir=disk/teachers"]
         result = run(*flags, cwd=tmp_path)
@@ -636,10 +636,10 @@ class TestDisk:
         assert not list((tmp_path / "disk").glob("teachers/*/all_results.json"))
         disk("remount,size=64m")
         result = run(*flags, cwd=tmp_path)
-        assert "is no better than chance" in message_of(result)  # after so short a fitting
+        assert "is no better than chance" in message_of(result)  # after such a short fit
         assert len(list((tmp_path / "disk").glob("teachers/*/all_results.json"))) == 1
 
-    def test_a_dataset_in_a_read_only_folder_trains(self, disk, tmp_path):
+    def test_a_dataset_in_a_read_only_folder_can_be_trained_on(self, disk, tmp_path):
         features = Features({"image": Image(), "label": ClassLabel(names=["cat", "dog"])})
         images = [{"bytes": picture(index), "path": None} for index in range(16)]
         rows = Dataset.from_dict({"image": images, "label": [0, 1] * 8}, features=features)
@@ -653,7 +653,7 @@ class TestDisk:
         assert snapshot(tmp_path / "saved") == before
 
     @pytest.mark.parametrize("options", ["ro", "size=64k"])
-    def test_a_cache_that_cannot_be_written_is_named(self, options, disk, tmp_path):
+    def test_an_unwritable_cache_is_named_in_the_message(self, options, disk, tmp_path):
         parquet(images=[picture(index, (100, 100)) for index in range(16)])(tmp_path)
         before = snapshot(tmp_path / "data")
         disk(options)
@@ -664,8 +664,8 @@ class TestDisk:
         assert snapshot(tmp_path / "data") == before and not (tmp_path / "run").exists()
 
 
-def test_a_limit_on_the_size_of_files_is_told_as_a_full_disk_is(tmp_path):
-    script = 'ulimit -f 1024; exec "$0" "$@"'  # the weights alone have 1.6 MB
+def test_a_file_size_limit_is_reported_like_a_full_disk(tmp_path):
+    script = 'ulimit -f 1024; exec "$0" "$@"'  # the weights alone take 1.6 MB
     result = subprocess.run(
         ["bash", "-c", script, sys.executable, str(REPOSITORY / "train_hf.py"), *QUICK],
         cwd=tmp_path,
@@ -678,7 +678,7 @@ def test_a_limit_on_the_size_of_files_is_told_as_a_full_disk_is(tmp_path):
     assert not (tmp_path / "run" / "all_results.json").exists()
 
 
-def test_too_little_memory_is_told_with_the_batch_size(tmp_path):
+def test_too_little_memory_ends_in_a_message_that_names_the_batch_size(tmp_path):
     flags = [*QUICK, "--model_name_or_path=deit_ti", "--image_size=224", "--patch_size=16"]
     result = run(*flags, "--per_device_train_batch_size=64", cwd=tmp_path, memory=2**30)
     assert result.returncode == 1, result.stderr
@@ -690,7 +690,7 @@ def test_too_little_memory_is_told_with_the_batch_size(tmp_path):
 
 
 def test_a_checkpoint_is_not_unpickled(tmp_path):
-    """Whoever can write a checkpoint can also seal it: checksums find accidents, not malice."""
+    """Whoever can write a checkpoint can also seal it: checksums detect accidents, not malice."""
     flags = [*QUICK, "--save_strategy=epoch", "--num_train_epochs=2"]
     assert run(*flags, cwd=tmp_path).returncode == 0
     shutil.move(tmp_path / "run" / "checkpoint-2", tmp_path / "checkpoint-2")
@@ -705,16 +705,16 @@ def test_a_checkpoint_is_not_unpickled(tmp_path):
         assert not (tmp_path / "exploded").exists(), name
     shutil.rmtree(tmp_path / "run")
     shutil.copytree(tmp_path / "checkpoint-2", tmp_path / "run" / "checkpoint-2")
-    torch.save(Bomb(), tmp_path / "run" / "checkpoint-2" / "training_args.bin")  # which is written, and never read
+    torch.save(Bomb(), tmp_path / "run" / "checkpoint-2" / "training_args.bin")  # written, but never read
     seal(tmp_path / "run" / "checkpoint-2")
     assert run(*flags, cwd=tmp_path).returncode == 0
     assert not (tmp_path / "exploded").exists()
 
 
-# ---- What is odd, and no mistake ----
+# ---- Odd input that is not a mistake ----
 
 
-def test_a_label_without_a_training_image_is_told_and_names_with_markup_leave_the_card_whole(tmp_path):
+def test_unseen_labels_are_reported_and_markup_in_names_does_not_break_the_card(tmp_path):
     names = ["<b>|`cat`\n---\n", "key: [value] # \u202e{{ x }}", "emu | <script>"]
     parquet(names=names)(tmp_path)
     result = run(*QUICK, DATA, cwd=tmp_path)
@@ -726,7 +726,7 @@ def test_a_label_without_a_training_image_is_told_and_names_with_markup_leave_th
     assert yaml.safe_load(front_matter)["pipeline_tag"] == "image-classification"
 
 
-def test_thousands_of_labels_on_images_of_one_pixel_train(tmp_path):
+def test_training_works_with_thousands_of_labels_on_one_pixel_images(tmp_path):
     names = [f"species {index}" for index in range(3000)]
     parquet(labels=range(3000), names=names, images=[picture(i, (1, 1)) for i in range(3000)])(tmp_path)
     result = run(*QUICK, DATA, "--max_train_samples=5", cwd=tmp_path)
@@ -735,25 +735,25 @@ def test_thousands_of_labels_on_images_of_one_pixel_train(tmp_path):
     assert load_file(tmp_path / "run" / "model.safetensors")["timm_model.fc.weight"].shape[0] == 3000
 
 
-def test_one_training_image_in_batches_of_one_trains(tmp_path):
+def test_training_works_with_one_image_in_batches_of_one(tmp_path):
     flags = ["--model_name_or_path=deit_ti", "--patch_size=16", "--per_device_train_batch_size=1"]
     result = run(*QUICK, *flags, "--max_train_samples=1", "--max_steps=1", cwd=tmp_path)
     assert result.returncode == 0, result.stderr
     assert json.loads((tmp_path / "run" / "trainer_state.json").read_text())["global_step"] == 1
 
 
-def test_a_label_whose_only_image_is_held_out_is_no_mistake(tmp_path):
+def test_a_label_whose_only_image_is_held_out_is_not_a_mistake(tmp_path):
     parquet(labels=list("abcdefgh"), kind=Value("string"), splits=["train"])(tmp_path)
     result = run(*QUICK, DATA, "--train_val_split=0.25", cwd=tmp_path)
     assert result.returncode == 0, result.stderr
     assert result.stdout.count("no training image is labelled") == 1
     assert len(json.loads((tmp_path / "run" / "config.json").read_text())["label_names"]) == 8
-    # Of a user's own images, none is shown.
+    # A user's own images are never shown.
     assert json.loads((tmp_path / "run" / "report.json").read_text())["mistakes"]
     assert not [name for name in ("mistakes.png", "example.png") if (tmp_path / "run" / name).exists()]
 
 
-def test_remote_code_of_a_teacher_runs_where_it_is_trusted(tmp_path):
+def test_remote_code_of_a_teacher_runs_if_trusted(tmp_path):
     remote_code_teacher(tmp_path, labels=["a", "b", "c"])
     fitting = ["--max_train_samples=1000", "--teacher_num_train_epochs=4", "--teacher_learning_rate=2e-2"]
     result = run(*QUICK, HARD, TEACHER, *fitting, "--trust_remote_code", cwd=tmp_path)

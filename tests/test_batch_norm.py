@@ -1,4 +1,4 @@
-"""Batch norms in two processes over gloo, each with half of every batch, do what they do in one with whole batches."""
+"""Batch norms in two processes over gloo, each with half of every batch, match those of one with whole batches."""
 
 import copy
 from pathlib import Path
@@ -15,11 +15,11 @@ from modeling_deit_ti.batch_norm import synchronise_batch_norms
 
 
 def cnn_of_timm() -> nn.Module:
-    return timm.create_model(TINY_CNN, num_classes=10)  # its batch norms have activations
+    return timm.create_model(TINY_CNN, num_classes=10)  # its batch norms include activations
 
 
 def cnn_of_torch() -> nn.Module:
-    """With every kind of batch norm that torch has."""
+    """With every kind of torch batch norm."""
     return nn.Sequential(
         nn.Conv2d(3, 6, kernel_size=3, stride=4),
         nn.BatchNorm2d(6, affine=False),
@@ -33,7 +33,7 @@ def cnn_of_torch() -> nn.Module:
 
 def losses_and_state(build, rank: int = 0, processes: int = 1) -> tuple[list[float], dict[str, torch.Tensor]]:
     torch.manual_seed(0)
-    network = build().double()  # rounding, which ReLUs amplify, does not show
+    network = build().double()  # so that rounding errors, which ReLUs amplify, do not show
     batches = [(torch.randn(16, 3, 32, 32).double() * 3 + 2, torch.randint(10, (16,))) for _ in range(5)]
     model = network
     if processes > 1:
@@ -58,7 +58,7 @@ def train_in_one_of_two(build, rank: int, folder: Path) -> None:
 
 
 @pytest.mark.parametrize("build", [cnn_of_timm, cnn_of_torch])
-def test_losses_weights_and_statistics_are_those_of_one_process(build, tmp_path):
+def test_losses_weights_and_statistics_match_one_process(build, tmp_path):
     processes = [FORKS.Process(target=train_in_one_of_two, args=(build, rank, tmp_path)) for rank in (0, 1)]
     for process in processes:
         process.start()
@@ -73,10 +73,10 @@ def test_losses_weights_and_statistics_are_those_of_one_process(build, tmp_path)
         assert torch.equal(state[name], other_state[name]), name
 
 
-def test_an_evaluation_is_as_it_was():
+def test_synchronising_does_not_change_evaluation():
     torch.manual_seed(0)
     network, images = cnn_of_timm(), torch.randn(4, 3, 32, 32)
-    network(images)  # statistics that are not the initial ones
+    network(images)  # moves the statistics from their initial values
     synchronised = copy.deepcopy(network)
     synchronise_batch_norms(synchronised, torch.device("cpu"))
     torch.testing.assert_close(synchronised.eval()(images), network.eval()(images), rtol=0, atol=0)

@@ -1,4 +1,4 @@
-"""The benchmarks measure what they say, and their tables say what was measured."""
+"""The benchmarks measure what they claim to, and their tables report what was measured."""
 
 import json
 import math
@@ -40,7 +40,7 @@ def setting() -> throughput.ThroughputSetting:
 
 @pytest.fixture(scope="module")
 def work_dir(setting, tmp_path_factory) -> str:
-    """The folder of all runs, with their teacher in it."""
+    """The folder of all runs, including their teacher."""
     folder = str(tmp_path_factory.mktemp("runs"))
     args = throughput.make_arguments(setting, folder)
     throughput.save_teacher(setting.teacher, args, load_images(args.images))
@@ -51,7 +51,7 @@ def test_peers_have_a_row_in_float32_and_one_in_half_precision(setting):
     names = ["timm", "timm, bf16", "transformers", "transformers, bf16"]
     assert list(setting.rows) == ["bare step", *report.OURS, *names, "published baseline's loop"]
     assert [setting.rows[name] for name in names[:2]] == [("timm", "fp32"), ("timm", "bf16")]
-    # Ours and the bare step choose for themselves; the notebook's loop knows nothing but float32.
+    # Ours and the bare step choose their own; the notebook's loop has only float32.
     assert [setting.rows[name][1] for name in ("bare step", *report.OURS)] == [None] * 3
     assert setting.rows["published baseline's loop"][1] == "fp32"
     restricted = replace(setting, precision="bf16").rows
@@ -75,7 +75,7 @@ def test_contender_trains_and_reports_each_part_of_a_step(row, setting, work_dir
     assert found["peak_host_bytes"] > 1e8 and found["peak_device_bytes"] is None
     assert list(found["split_ms"]) == ["data", "teacher", "student", "optimizer", "other"]
     assert all(milliseconds > 0 for milliseconds in found["split_ms"].values())
-    # Forward and backward through 5.5 million parameters, against a forward of 0.4 million.
+    # A forward and a backward pass through 5.5 million parameters, against a forward pass through 0.4 million.
     assert found["split_ms"]["student"] > found["split_ms"]["teacher"]
     assert torch.Tensor.backward is backward  # the hooks are gone
 
@@ -92,15 +92,15 @@ def test_bare_step_counts_its_operations(setting, work_dir):
     contenders.train_bare(args, load_images(args.images), clock)
     flops = throughput.step_flops(**clock.networks, args=args)
     # 6 tokens through 11 layers whose matrices have 12 x 192^2 weights, and the products of 3 heads of 64 channels; in
-    # the last layer all are keys and values, but only 2 go on; 4 patches through the projection; 2 tokens to their
-    # head. Twice for multiply and add; backward is twice as much again, but for the pixels' gradient.
+    # the last layer all become keys and values, but only 2 continue; 4 patches through the projection; 2 tokens
+    # through their heads. Twice for multiply and add; the backward pass is twice that, without the pixels' gradient.
     layers = 11 * (6 * 12 * 192**2 + 2 * 6 * 6 * 192) + (6 * 3 + 2 * 9) * 192**2 + 2 * 2 * 6 * 192
     forward = 2 * (layers + 4 * 192 * 768 + 2 * 192 * 10)
     assert flops["student_flops"] == 3 * forward - 2 * 4 * 192 * 768
     assert 0 < flops["teacher_flops"] < flops["student_flops"]
 
 
-def test_ours_stores_its_teachers_logits_in_a_folder_that_was_empty(setting, work_dir):
+def test_ours_stores_its_teachers_logits_in_an_empty_folder(setting, work_dir):
     args = throughput.make_arguments(setting, work_dir, max_steps=2)
     clock = step_clock.StepClock("cpu", 4, time.time(), 1, 1, 0)
     contenders.train_ours(args, load_images(args.images), clock)
@@ -130,11 +130,11 @@ def be_killed(setting):
         (be_killed, "BrokenProcessPool: A process in the process pool was terminated abruptly"),
     ],
 )
-def test_a_measurement_that_fails_or_is_killed_says_why(setting, measure, reason):
+def test_failed_or_killed_measurement_reports_the_reason(setting, measure, reason):
     assert throughput.attempt(measure, setting)["failed"].startswith(reason)
 
 
-def test_throughput_command_measures_in_processes_of_their_own_and_writes_the_tables(tmp_path):
+def test_throughput_command_measures_in_subprocesses_and_writes_the_tables(tmp_path):
     flags = "--dataset_name digits --image_size 32 --patch_size 16 --batch_size 4 --teacher test_resnet --device cpu"
     flags += " --steps 1 --repeats 1 --threads 1 --no_measure_memory --recipe light"
     code = throughput.main([*flags.split(), "--contenders", "bare step", "--output_dir", str(tmp_path)])
@@ -165,7 +165,7 @@ def test_throughput_command_measures_in_processes_of_their_own_and_writes_the_ta
         ("--repeats 0", "--repeats 0: must be at least 1."),
     ],
 )
-def test_mistakes_are_named_before_anything_is_measured(flags, message):
+def test_mistakes_are_reported_before_anything_is_measured(flags, message):
     with pytest.raises(UserError) as error:
         throughput.main(flags.split())
     assert str(error.value) == message
@@ -182,14 +182,14 @@ def test_inference_compares_models_that_agree_on_the_logits(tmp_path):
     for row in result["rows"]:
         is_exact = "bfloat16" not in row["name"] and "int8" not in row["name"]
         assert row["max_abs_difference"] < 1e-4 if is_exact else 1e-4 < row["max_abs_difference"] < 0.1
-        assert row["accuracy"] is None  # of random weights
+        assert row["accuracy"] is None  # the weights are random
         assert row["latency_ms"]["calls"] == 2
         assert row["latency_ms"]["p95"] >= row["latency_ms"]["median"] > 0
     header, *rows = table_in(next(tmp_path.glob("inference-*.md")).read_text())
     assert header[0] == "model" and [row[0] for row in rows] == models * 2
 
 
-def test_inference_states_the_accuracy_of_a_trained_model_at_each_precision(tmp_path):
+def test_inference_reports_a_trained_models_accuracy_at_each_precision(tmp_path):
     labels = [str(digit) for digit in range(10)]
     model = DeiTTiForImageClassification(DeiTTiConfig(image_size=32, patch_size=16, **label_maps(labels)))
     model.save_pretrained(tmp_path / "model")
@@ -210,14 +210,14 @@ def test_inference_states_the_accuracy_of_a_trained_model_at_each_precision(tmp_
 
 
 @pytest.mark.parametrize("right, failed", [(100, False), (99, False), (98, True)])
-def test_a_model_of_lower_precision_may_lose_one_point_of_accuracy(right, failed):
+def test_lower_precision_may_cost_one_point_of_accuracy(right, failed):
     images, logits = torch.zeros(1, 3, 4, 4), torch.ones(1, 10)
     row = {"name": "ONNX Runtime, dynamic int8", "accuracy": right / 100, "largest_logit": 1.0}
     found = inference.compare(row, lambda images: 2 * logits, images, logits, native_accuracy=1.0)
     assert (found["failed"] is not None) == failed and found["max_abs_difference"] == 1
 
 
-def test_inference_does_not_time_a_model_that_fails_or_predicts_something_else(monkeypatch):
+def test_inference_does_not_time_models_that_fail_or_predict_differently(monkeypatch):
     models = ["native", "transformers", "timm", "ONNX Runtime"]
     setting = inference.InferenceSetting(
         device="cpu", batch_sizes=[2], repeats=1, seconds=0.0, image_size=4, models=models
@@ -268,7 +268,7 @@ def time_flags(tmp_path, work_dir) -> list[str]:
     return f"{flags} --output_dir {tmp_path}/results --targets 1.0 0.01".split()
 
 
-def test_time_to_accuracy_goes_on_with_the_contenders_that_are_missing(time_flags, tmp_path, monkeypatch):
+def test_time_to_accuracy_resumes_with_the_missing_contenders(time_flags, tmp_path, monkeypatch):
     time_flags += ["--limit", "0.01", "--contenders", "timm", "--peers_patch_size", "32"]
     assert time_to_accuracy.main(time_flags) == 0
     (file,) = (tmp_path / "results").glob("time-to-accuracy-*.json")
@@ -278,7 +278,7 @@ def test_time_to_accuracy_goes_on_with_the_contenders_that_are_missing(time_flag
     assert [row["precision"] for row in timm] == ["fp32", "bf16"]
     assert result["train_images"] == 160 and result["held_out_images"] == 40
     assert [point["epoch"] for point in ours["curve"]] == [1.0, 2.0]  # to the end of its recipe
-    # The others have a hundredth of our time, less than a step of theirs takes, of 128 images by default.
+    # The others get a hundredth of our time, less than one of their steps takes (128 images by default).
     assert all(len(row["curve"]) == 1 and row["curve"][0]["images"] == 128 for row in timm)
     text = file.with_suffix(".md").read_text()
     assert "(ours in patches of 16 pixels, the others in patches of 32)" in text
@@ -303,7 +303,7 @@ def test_the_guides_trainer_is_stopped_at_the_target(row, time_flags):
     assert found["minutes_to_target"] == [found["curve"][0]["minutes"]]
 
 
-def test_the_clock_stands_still_while_it_evaluates(time_flags):
+def test_clock_is_paused_during_evaluation(time_flags):
     setting = time_to_accuracy.parse_setting(time_to_accuracy.TimeSetting, time_flags, "")
     args = time_to_accuracy.make_arguments(setting, "", "timm", "fp32")
     clock = time_to_accuracy.AccuracyClock(args, load_images(args.images), 2.0, math.inf, math.inf)
@@ -332,7 +332,7 @@ def test_the_clock_stands_still_while_it_evaluates(time_flags):
         ({"--peers_patch_size": "5"}, "--peers_patch_size 5 does not divide 32 pixels."),
     ],
 )
-def test_mistakes_about_time_are_named_before_training(changes, message, time_flags):
+def test_time_to_accuracy_reports_mistakes_before_training(changes, message, time_flags):
     flags = [*time_flags, *(word for pair in changes.items() for word in pair)]
     with pytest.raises(UserError, match=message):
         time_to_accuracy.main(flags)
@@ -347,7 +347,7 @@ def save_teacher(folder: Path, label_names: list[str], image_size: int = 32, **n
 DIGITS = [str(digit) for digit in range(10)]
 
 
-def test_a_teacher_with_images_of_its_own_size_is_asked_the_same_by_all(time_flags, work_dir, tmp_path):
+def test_teacher_with_its_own_image_size_answers_all_contenders_alike(time_flags, work_dir, tmp_path):
     save_teacher(tmp_path / "teacher", DIGITS, image_size=64)
     changes = {"teacher": str(tmp_path / "teacher"), "targets": [0.0], "every_minutes": 1e-9}
     setting = replace(time_to_accuracy.parse_setting(time_to_accuracy.TimeSetting, time_flags, ""), **changes)
@@ -364,7 +364,7 @@ def test_a_teacher_with_images_of_its_own_size_is_asked_the_same_by_all(time_fla
     assert not torch.allclose(at_the_wrong_size, expected, atol=1e-2)
     for row in ("timm", "transformers"):
         assert len(time_to_accuracy.measure(setting, row, limit_minutes=60)["curve"]) == 1
-    # One of the student's size is asked as it is.
+    # A teacher with the student's image size is used as it is.
     args.teacher.teacher_model_name_or_path = f"{work_dir}/teacher"
     assert type(contenders.load_peers_teacher(args)) is type(contenders.load_teacher(args))
 
@@ -382,7 +382,7 @@ def test_a_teacher_that_only_ours_could_use_is_refused(label_names, normalisatio
 
 
 def table_in(markdown: str, index: int = 0) -> list[list[str]]:
-    """The cells of a Markdown text's table, as a reader of Markdown sees them; every row as long as the first."""
+    """The cells of a table in a Markdown text, as a reader sees them; every row must be as long as the first."""
     tables: list[list[list[str]]] = []
     inside = False
     for token in MarkdownIt("commonmark").enable("table").parse(markdown):
@@ -411,7 +411,7 @@ def made_up_result(where: dict, speeds: dict[str, float], **changes) -> dict:
             "peak_device_bytes": report.spread([39 * 10**9]) if where["device"] == "cuda" else None,
             "split_ms": None,
             "precision": "bf16",
-            # Of the bare step: at 100 images/s 60 GFLOP/s, of 100 alone.
+            # For the bare step: 60 GFLOP/s at 100 images/s; the matrix product alone reaches 100.
             **({"student_flops": 500 * 10**6, "teacher_flops": 100 * 10**6} if name == "bare step" else {}),
             **({"product_flops_per_second": report.spread([1e11])} if name == "bare step" else {}),
         }
@@ -437,7 +437,7 @@ def verdicts(folder) -> dict[str, tuple[str, str]]:
     return {row[0]: (row[1], row[2]) for row in rows}
 
 
-def test_without_results_every_target_is_not_measured_and_names_its_command(tmp_path):
+def test_targets_without_results_are_not_measured_and_name_their_commands(tmp_path):
     report.write_index(tmp_path)
     assert set(verdicts(tmp_path).values()) == {("not measured", "not measured")}
     commands = [row[-1] for row in table_in((tmp_path / "README.md").read_text())[1:]]
@@ -450,7 +450,7 @@ def test_without_results_every_target_is_not_measured_and_names_its_command(tmp_
     assert all(set(row[1:]) == {"not measured"} for row in rows)
 
 
-def test_targets_are_met_or_missed_by_the_faster_of_our_two_ways(tmp_path):
+def test_targets_are_judged_by_the_faster_of_our_two_ways(tmp_path):
     speeds = {"bare step": 100.0, report.OURS[0]: 90.0, report.OURS[1]: 96.0, "timm": 32.0, "timm, bf16": 62.0}
     speeds |= {"transformers": 33.0, "transformers, bf16": 60.0}
     memory = [200, 190, 195, 201]
@@ -475,7 +475,7 @@ def test_targets_are_met_or_missed_by_the_faster_of_our_two_ways(tmp_path):
     assert [other[0] for other in others] == [case.name for case in report.CASES if case != report.CPU_BF16_8]
 
 
-def test_a_cpus_result_does_not_replace_that_of_another(tmp_path):
+def test_results_of_one_cpu_do_not_replace_those_of_another(tmp_path):
     result = made_up_result(report.CPU_BF16_8.where, {report.OURS[0]: 90.0})
     for processor in ("Some CPU, avx2", "Another CPU, avx2", None):
         report.write_result(result | {"processor": processor}, tmp_path)
@@ -484,11 +484,11 @@ def test_a_cpus_result_does_not_replace_that_of_another(tmp_path):
     assert "2 CPU cores (x86_64), Another CPU, threads " in text and "2 CPU cores (x86_64), threads " in text
 
 
-def test_a_cpu_without_bfloat16_instructions_has_targets_of_its_own(tmp_path):
+def test_cpu_without_bfloat16_instructions_has_its_own_targets(tmp_path):
     where = report.CPU_FP32_4.where
     speeds = {"bare step": 100.0, report.OURS[1]: 97.2, "timm": 90.0, "transformers": 91.0}
     report.write_result(made_up_result(where, speeds), tmp_path)
-    # In float32 on a CPU that would have taken bfloat16: nobody's target.
+    # In float32 on a CPU that would have used bfloat16: no target is about this.
     report.write_result(made_up_result(where | {"automatic_precision": "bf16", "precision": "fp32"}, speeds), tmp_path)
     assert len(list(tmp_path.glob("*.json"))) == 2
     found = verdicts(tmp_path)
@@ -497,7 +497,7 @@ def test_a_cpu_without_bfloat16_instructions_has_targets_of_its_own(tmp_path):
     assert found[f"{report.CPU_BF16_4.name}: at least 3x timm's defaults"] == ("not measured",) * 2
 
 
-def test_target_of_inference_is_about_the_fastest_exported_form_at_batch_1(tmp_path):
+def test_inference_target_is_about_the_fastest_exported_form_at_batch_1(tmp_path):
     speeds = {("native", 1): 100.0, ("ONNX Runtime", 1): 190.0, ("ONNX Runtime, dynamic int8", 1): 310.0}
     speeds |= {("compiled", 1): 900.0, ("native", 256): 1000.0, ("ONNX Runtime", 256): 9000.0}
     rows = [
@@ -526,7 +526,7 @@ def row_to_targets(name: str, minutes_to_target: list[float | None], minutes: fl
     return facts | {"curve": curve, "minutes_to_target": minutes_to_target}
 
 
-def test_targets_of_time_are_about_the_faster_row_of_each_and_count_minutes_that_were_not_enough(tmp_path):
+def test_time_targets_use_the_faster_rows_and_count_minutes_that_fell_short(tmp_path):
     rows = [
         row_to_targets("ours", [4.0, 10.0], 10.0),
         row_to_targets("timm", [16.0, 29.0], 29.0),
@@ -548,13 +548,13 @@ def test_targets_of_time_are_about_the_faster_row_of_each_and_count_minutes_that
     assert set(verdicts_with({"name": "ours", "failed": "it did"})) == {("not measured", "not measured")}
 
 
-def test_memory_that_creeps_up_is_told(tmp_path):
+def test_memory_that_creeps_up_is_reported(tmp_path):
     result = made_up_result(report.CPU_BF16_4.where, {"bare step": 100.0}, host_bytes_by_epoch=[200, 202, 204, 206])
     report.write_result(result, tmp_path)
     assert verdicts(tmp_path)["host memory grows by at most 1% over the epochs"] == ("+1.98%", "missed")
 
 
-def test_targets_of_a_gpu(tmp_path):
+def test_gpu_targets_are_met_or_missed(tmp_path):
     speeds = {
         "bare step": 20_000.0,
         report.OURS[0]: 3_000.0,
@@ -573,7 +573,7 @@ def test_targets_of_a_gpu(tmp_path):
     assert found[f"{report.GPU_32.name}: at least 40,000 images/s"] == ("not measured", "not measured")
 
 
-def test_a_contender_that_failed_says_so_and_leaves_its_targets_not_measured(tmp_path):
+def test_failed_contender_is_reported_and_its_targets_are_not_measured(tmp_path):
     result = made_up_result(report.CPU_BF16_4.where, {"bare step": 100.0, report.OURS[0]: 99.0})
     result["rows"].append({"name": "timm", "failed": "OutOfMemoryError: 40 GB"})
     file = report.write_result(result, tmp_path)
@@ -584,9 +584,9 @@ def test_a_contender_that_failed_says_so_and_leaves_its_targets_not_measured(tmp
     )
 
 
-def test_targets_are_not_for_other_settings(tmp_path):
+def test_targets_ignore_results_with_other_settings(tmp_path):
     speeds = {"bare step": 100.0, report.OURS[0]: 99.0}
     for change in ({"precision": "bf16"}, {"recipe": "light"}, {"teacher": "test_resnet"}, {"batch_size": 64}):
         report.write_result(made_up_result(report.CPU_BF16_4.where | change, speeds), tmp_path)
-    assert len(list(tmp_path.glob("*.json"))) == 4  # none has replaced another
+    assert len(list(tmp_path.glob("*.json"))) == 4  # none replaced another
     assert verdicts(tmp_path)[f"{report.CPU_BF16_4.name}: at least 95% of the bare step"] == ("not measured",) * 2

@@ -1,4 +1,4 @@
-"""The model says in JavaScript what it says in Python: in Node, and on the page in a real browser."""
+"""The model predicts the same in JavaScript as in Python: in Node, and on the page in a real browser."""
 
 import functools
 import json
@@ -38,7 +38,7 @@ LABELS = ["cat", "<b>dog</b>", "emu"]
 
 @pytest.fixture(scope="module")
 def run(tmp_path_factory) -> Path:
-    """A run's model, with weights that tell pictures apart; resizes to 37 pixels and takes the 32 in the centre."""
+    """A run's model, with weights that tell pictures apart; it resizes to 37 pixels and crops the central 32."""
     folder = tmp_path_factory.mktemp("run") / "emu-or-not"
     torch.manual_seed(0)
     sizes = {"image_size": 32, "patch_size": 8, "hidden_size": 48, "intermediate_size": 96, "num_hidden_layers": 2}
@@ -59,7 +59,7 @@ def run(tmp_path_factory) -> Path:
 
 @pytest.fixture(scope="module")
 def pictures(tmp_path_factory) -> list[Path]:
-    """Photos and digits, far larger and far smaller than the model's input; the first has the size it resizes to."""
+    """Photos and digits, far larger and far smaller than the model's input; the first needs no resizing."""
     folder = tmp_path_factory.mktemp("pictures")
     photos = {name: Image.fromarray(load_sample_image(f"{name}.jpg")) for name in ("china", "flower")}
     digit = Image.fromarray(np.uint8(load_digits().images[0] * 15))
@@ -107,12 +107,12 @@ def test_transformers_js_has_pythons_logits_for_pictures_of_any_size(precision, 
     assert [answer["label"] for answer in found] == [LABELS[label] for label in expected.argmax(-1)]
 
 
-def test_a_picture_that_need_not_be_resized_needs_no_preprocessing_of_ours(answers, expected):
+def test_a_picture_that_needs_no_resizing_does_not_need_our_preprocessing(answers, expected):
     found = next(answer for answer in answers if (answer["precision"], answer["preprocessing"]) == ("fp32", "theirs"))
     np.testing.assert_allclose(found["logits"], expected[0], atol=1e-4, rtol=0)
 
 
-def test_the_page_names_the_versions_that_are_tested(transformers_js):
+def test_the_page_names_the_tested_versions(transformers_js):
     versions = {
         name: json.loads((transformers_js / name / "package.json").read_text())["version"]
         for name in ("@huggingface/transformers", "onnxruntime-web")
@@ -145,7 +145,7 @@ def test_a_static_space_is_complete_and_loads_pinned_scripts(run, tmp_path):
     assert files == {"README.md", "index.html", "page.css", "page.js", *examples, *onnx, *config}
 
 
-def test_a_page_that_cannot_be_written_is_one_message(run, tmp_path):
+def test_a_page_that_cannot_be_written_ends_in_one_message(run, tmp_path):
     (tmp_path / "notes.txt").write_text("mine")
     with pytest.raises(UserError, match="is not empty"):
         write_static_space(run, tmp_path, "title")
@@ -207,7 +207,7 @@ def test_a_picture_can_be_pasted_taken_with_the_camera_or_chosen_from_the_exampl
     assert first_answer() == LABELS[expected[2].argmax()]
 
 
-def test_the_page_refuses_a_text_in_one_message_and_takes_the_next_picture(chromium, page, pictures, tmp_path):
+def test_the_page_refuses_a_text_file_with_one_message_and_labels_the_next_picture(chromium, page, pictures, tmp_path):
     (tmp_path / "notes.txt").write_text("no picture")
     chromium.get(page)
     chromium.find_element(By.ID, "file").send_keys(str(tmp_path / "notes.txt"))

@@ -58,13 +58,13 @@ VARIANTS = {
 }
 
 
-# Compiled once: that takes longer than a rendering.
+# Compiled once: compiling takes longer than rendering.
 STRICT_TEMPLATE = functools.cache(functools.partial(jinja2.Template, undefined=jinja2.StrictUndefined))
 
 
 @pytest.fixture(autouse=True)
 def strict_template(monkeypatch):
-    """A variable that the template has and `write_model_card` does not pass is an error here, not an empty string."""
+    """Makes a template variable that `write_model_card` does not pass an error, not an empty string."""
     monkeypatch.setattr(jinja2, "Template", STRICT_TEMPLATE)
 
 
@@ -121,7 +121,7 @@ def render(record: RunRecord, folder: Path) -> str:
 
 
 def check_card(content: str, folder: Path) -> ModelCard:
-    """What holds for every card; returns it as huggingface_hub reads it."""
+    """Checks what every card must satisfy; returns the card as huggingface_hub reads it."""
     card = ModelCard.load(folder / "README.md")
     metadata = yaml.safe_load(content.split("\n---\n")[0])
     assert metadata["library_name"] == "transformers"
@@ -149,7 +149,7 @@ def markdown(content: str) -> list:
 
 
 def tables(content: str) -> list[list[list[str]]]:
-    """Each table's rows, each a list of its cells' text as a reader sees it."""
+    """The rows of each table; a row lists its cells' text as a reader sees it."""
     found, tokens = [], markdown(content)
     for token, following in zip(tokens, tokens[1:], strict=False):
         if token.type == "table_open":
@@ -170,7 +170,7 @@ def results_table(content: str) -> dict[str, list[str]]:
 
 
 @pytest.mark.parametrize("variant", VARIANTS)
-def test_every_mode_has_a_valid_card_that_tells_how_it_was_trained(variant, tmp_path):
+def test_every_mode_has_a_valid_card_that_says_how_it_was_trained(variant, tmp_path):
     mode = resolve_mode(**VARIANTS[variant])
     content = render(make_record(mode), tmp_path)
     card = check_card(content, tmp_path)
@@ -184,7 +184,7 @@ def test_every_mode_has_a_valid_card_that_tells_how_it_was_trained(variant, tmp_
     assert ("head was not trained**" in content) == ("alpha" in variant)
 
 
-def test_loss_equations_are_those_of_the_paper():
+def test_loss_equations_match_the_paper():
     assert loss_equation(MODES["none"]) == "loss = CE(class, y)"
     assert loss_equation(MODES["soft"]) == (
         "loss = 0.9 CE(class, y) + 0.1 3^2 KL(softmax(teacher / 3) || softmax(class / 3))"
@@ -200,7 +200,7 @@ def test_loss_equations_are_those_of_the_paper():
     assert weighted == "loss = 0.5 w(y) CE(class, y) + 0.5 CE(distillation, argmax teacher)"
 
 
-def test_every_read_out_stands_beside_the_published_row(tmp_path):
+def test_every_read_out_is_shown_beside_its_published_row(tmp_path):
     rows = results_table(render(make_record(MODES["distill"]), tmp_path))
     assert rows["distillation head (predicts)"] == ["68.77 %", "96.77 %", "8.07 %"]
     assert rows["both heads, mean of logits"] == ["69.19 %", "97.19 %", "46.11 %"]
@@ -212,7 +212,7 @@ def test_every_read_out_stands_beside_the_published_row(tmp_path):
         assert results_table(render(make_record(MODES[name]), tmp_path))["class head"][-1] == published
 
 
-def test_standardized_targets_are_explained_and_stand_beside_no_published_row(tmp_path):
+def test_standardized_targets_are_explained_and_have_no_published_row(tmp_path):
     content = render(make_record(resolve_mode("soft", teacher_targets="standardized")), tmp_path)
     assert "z standardises the logits of each image to mean 0 and standard deviation 1" in content
     assert "| teacher's targets | standardized |" in content and "| temperature | 2 |" in content
@@ -229,14 +229,14 @@ def test_standardized_targets_are_explained_and_stand_beside_no_published_row(tm
     ],
     ids=lambda dataset: dataset.name,
 )
-def test_other_datasets_have_no_column_of_cifar10(dataset, tmp_path):
+def test_other_datasets_have_no_published_baseline_column(dataset, tmp_path):
     content = render(make_record(dataset=dataset), tmp_path)
     check_card(content, tmp_path)
     assert results_table(content)["read-out"] == ["top-1", "top-5"]
     assert "published baseline" not in content
 
 
-def test_model_index_has_the_predicting_read_out_first(tmp_path):
+def test_model_index_lists_the_predicting_read_out_first(tmp_path):
     content = render(make_record(MODES["class"]), tmp_path)
     _, evaluations = model_index_to_eval_results(yaml.safe_load(content.split("\n---\n")[0])["model-index"])
     assert [(result.metric_name, result.metric_value) for result in evaluations[:3]] == [
@@ -249,7 +249,7 @@ def test_model_index_has_the_predicting_read_out_first(tmp_path):
     assert (evaluations[0].dataset_config, evaluations[0].dataset_split) == ("plain_text", "test")
 
 
-def test_local_names_never_become_ids_of_the_hub(tmp_path):
+def test_local_names_never_become_hub_ids(tmp_path):
     teacher = TeacherRecord("/home/me/models/my teacher", "local", 1000, 32, 0.9)
     record = make_record(
         dataset=DatasetRecord("/home/me/secret project/cifar10/", "local", CIFAR10, 500, 100),
@@ -267,12 +267,12 @@ def test_local_names_never_become_ids_of_the_hub(tmp_path):
 
 def test_hub_ids_of_teacher_and_base_model_are_in_the_metadata(tmp_path):
     record = make_record(
-        teacher=TeacherRecord("someone/teacher", "hub", 0.95, 1000, 224),
+        teacher=TeacherRecord("someone/teacher", "hub", 1000, 224, 0.95),
         base_model="facebook/deit-tiny-distilled-patch16-224",
         base_model_on_hub=True,
     )
     card = check_card(render(record, tmp_path), tmp_path)
-    assert card.data["teacher"] == "someone/teacher"  # it is no base model: the student has none of its weights
+    assert card.data["teacher"] == "someone/teacher"  # not a base model: the student has none of its weights
     assert card.data.base_model == "facebook/deit-tiny-distilled-patch16-224"
     assert card.data["base_model_relation"] == "finetune"
 
@@ -300,7 +300,7 @@ def test_label_names_leave_table_yaml_and_code_intact(tmp_path):
 
 
 def check_card_with_braces(content: str, folder: Path) -> None:
-    """As `check_card`, for labels that hold braces: they may stand in the comment of a code block and nowhere else."""
+    """Like `check_card`, for labels with braces, which may appear only in the comment of a code block."""
     outside = re.sub(r"  # labelled .*", "", content)
     (folder / "README.md").write_text(outside, encoding="utf-8")
     check_card(outside, folder)
@@ -309,7 +309,7 @@ def check_card_with_braces(content: str, folder: Path) -> None:
     assert len(code_blocks(content)) == 3
 
 
-def test_markdown_shows_escaped_text_as_it_was():
+def test_markdown_shows_escaped_text_unchanged():
     for name in NASTY_LABELS:
         (paragraph,) = (token for token in MarkdownIt("commonmark").parse(f"# {text(name)}") if token.type == "inline")
         assert "".join(child.content for child in paragraph.children) == (" ".join(name.split()) or "(blank)")
@@ -318,7 +318,7 @@ def test_markdown_shows_escaped_text_as_it_was():
     assert text("num_train_epochs") == "num_train_epochs"
 
 
-def test_of_thousands_of_labels_only_the_first_are_listed(tmp_path):
+def test_only_the_first_of_thousands_of_labels_are_listed(tmp_path):
     names = [f"species {index}" for index in range(21_841)]
     content = render(make_record(dataset=DatasetRecord("a/b", "hub", names, 10**7, 10**5)), tmp_path)
     check_card(content, tmp_path)
@@ -327,7 +327,7 @@ def test_of_thousands_of_labels_only_the_first_are_listed(tmp_path):
     assert len(content) < 15_000
 
 
-def test_few_labels_have_no_top5(tmp_path):
+def test_datasets_with_few_labels_have_no_top5(tmp_path):
     content = render(make_record(dataset=DatasetRecord("a/b", "hub", ["cat", "dog"], 100, 50)), tmp_path)
     card = check_card(content, tmp_path)
     assert results_table(content)["read-out"] == ["top-1"]
@@ -338,7 +338,7 @@ def test_few_labels_have_no_top5(tmp_path):
     ]
 
 
-def test_example_and_curves_are_shown_where_the_run_left_them(tmp_path):
+def test_example_and_curves_are_shown_only_if_the_run_left_them(tmp_path):
     without = render(make_record(example_label="cat"), tmp_path)
     assert "example.png" not in without and "training_curves.png" not in without
     for name in ("example.png", "training_curves.png"):
@@ -351,25 +351,25 @@ def test_example_and_curves_are_shown_where_the_run_left_them(tmp_path):
     assert "huggingface_hub import" not in local
 
 
-def test_whitened_patches_are_no_random_start(tmp_path):
+def test_whitened_patches_are_not_reported_as_random_weights(tmp_path):
     record = make_record()
     assert "| Initial weights | random |" in render(record, tmp_path)
     record.hyperparameters["patch_init"] = "whitening"
     assert "| Initial weights | random, except for the patch projection, which starts from" in render(record, tmp_path)
 
 
-def test_epochs_and_time_are_those_of_all_stages(tmp_path):
+def test_epochs_and_time_include_all_stages(tmp_path):
     record = make_record()
     record.metrics["epoch"] = 8.0
     record.earlier_stages = [{**record.as_stage(), "epochs": 20.0, "seconds": 4266.0, "images_seen": 1_000_000}]
     card = render(record, tmp_path)
     assert "This model was trained for 28 epochs at 32x32 pixels" in card
-    # 754.3 seconds more, at 1234.5 images a second
+    # plus 754.3 seconds at 1234.5 images per second
     assert "Training took 1 h 24 min for all stages together (385 images per second) on 2 CPU cores" in card
 
 
-@pytest.mark.skipif(not os.path.exists("/proc/cpuinfo"), reason="Linux alone names its processor there")
-def test_a_processor_is_named_with_its_instructions(tmp_path):
+@pytest.mark.skipif(not os.path.exists("/proc/cpuinfo"), reason="only Linux names its processor there")
+def test_processor_is_named_with_its_instruction_sets(tmp_path):
     facts = dict(re.findall(r"^(.+?)\s*: (.+)$", Path("/proc/cpuinfo").read_text(), re.MULTILINE))
     described = describe_hardware(TrainingArguments(use_cpu=True, report_to="none"))
     assert described.startswith(describe_cores()[:-1]) and described.endswith(")")
@@ -379,20 +379,20 @@ def test_a_processor_is_named_with_its_instructions(tmp_path):
     assert f"per second) on {text(described)}, " in render(make_record(hardware=described), tmp_path)
 
 
-def test_checkpoint_chosen_on_the_evaluation_split_is_said(tmp_path):
+def test_card_says_if_the_checkpoint_was_chosen_on_the_evaluation_split(tmp_path):
     record = make_record()
     assert "flatter" not in render(record, tmp_path)
     record.hyperparameters["load_best_model_at_end"] = True
     assert "flatter" in render(record, tmp_path)
 
 
-def test_interval_of_an_accuracy_is_wilsons():
+def test_accuracy_interval_is_wilsons():
     # 50 of 100: Wilson (1927) gives 0.4038 to 0.5962 at 95 %.
     assert confidence_interval(0.5, 100) == pytest.approx((0.4038, 0.5962), abs=1e-4)
     assert confidence_interval(1.0, 100) == pytest.approx((0.9630, 1.0), abs=1e-4)
 
 
-def test_template_needs_nothing_that_is_not_passed():
+def test_every_template_variable_is_passed():
     wanted = jinja2.meta.find_undeclared_variables(jinja2.Environment().parse(TEMPLATE.read_text(encoding="utf-8")))
     source = inspect.getsource(write_model_card)
     assert {name for name in wanted if f"        {name}=" not in source} == {"card_data"}
@@ -402,7 +402,7 @@ def test_template_needs_nothing_that_is_not_passed():
 
 
 @pytest.mark.parametrize("with_teacher", [False, True])
-def test_the_card_tells_the_report_and_stays_whole_whatever_the_labels(with_teacher, tmp_path):
+def test_card_includes_the_report_and_stays_intact_whatever_the_labels(with_teacher, tmp_path):
     numbers = np.arange(len(NASTY_LABELS))
     dataset = DatasetRecord("digits", "scikit-learn", NASTY_LABELS, 100, 13)
     teacher = np.zeros_like(numbers) if with_teacher else None
@@ -419,7 +419,7 @@ def test_the_card_tells_the_report_and_stays_whole_whatever_the_labels(with_teac
     assert "as far off as [Calibration](#calibration) shows" in content and "were not calibrated" not in content
 
 
-def test_of_many_classes_the_card_lists_the_worst(tmp_path):
+def test_card_lists_only_the_worst_of_many_classes(tmp_path):
     labels = np.repeat(np.arange(40), 2)
     predicted = np.where(labels < 10, (labels + 1) % 10, labels)  # the first ten are always wrong
     report_of(labels, predicted, [f"species {number}" for number in range(41)]).save(tmp_path)
@@ -440,12 +440,12 @@ def test_record_survives_json(variant, tmp_path):
     assert render(RunRecord.load(tmp_path), tmp_path) == render(record, tmp_path)
 
 
-def test_of_the_metrics_a_record_keeps_finite_numbers():
+def test_record_keeps_only_finite_numeric_metrics():
     metrics = {"eval_accuracy": 0.5, "epoch": 2, "train_loss": math.nan, "eval_loss": math.inf, "precision": "bf16"}
     assert make_record(metrics=metrics).metrics == {"eval_accuracy": 0.5, "epoch": 2}
 
 
-def test_neither_credentials_nor_absolute_paths_stay_in_a_record(tmp_path):
+def test_record_keeps_neither_credentials_nor_absolute_paths(tmp_path):
     record = make_record(
         hyperparameters={
             "hub_token": "s3cr3t",
@@ -491,7 +491,7 @@ def test_neither_credentials_nor_absolute_paths_stay_in_a_record(tmp_path):
 
 
 def training_log(epochs: int, logs_per_epoch: int = 1, two_tokens: bool = True, teacher: bool = True) -> list[dict]:
-    """A log as the Trainer keeps it, the evaluation after training and its summary included."""
+    """A log as the Trainer keeps it, including its summary and the evaluation after training."""
     log = []
     for step in range(1, epochs * logs_per_epoch + 1):
         epoch = step / logs_per_epoch
@@ -512,7 +512,7 @@ def training_log(epochs: int, logs_per_epoch: int = 1, two_tokens: bool = True, 
 
 
 def drawn(axes) -> dict[str, list[float]]:
-    """The curves by their names in the legend, which has their last values as well."""
+    """The curves by their names in the legend, without the last values that it also shows."""
     return {re.sub(r" [\d.]+( %)?$", "", line.get_label()): list(line.get_ydata()) for line in axes.get_lines()}
 
 
@@ -547,7 +547,7 @@ def test_without_a_teacher_there_is_one_training_loss(tmp_path):
     assert set(drawn(loss)) == {"training loss", "evaluation loss"}
 
 
-def test_legends_name_each_curve_and_its_last_value(tmp_path):
+def test_legends_show_each_curves_name_and_last_value(tmp_path):
     figure = plot_training_curves(training_log(3), tmp_path / "curves.png", teacher_accuracy=0.9)
     accuracy, loss = figure.axes
     assert legend(accuracy) == [
@@ -565,7 +565,7 @@ def test_legends_overlap_nothing_and_are_not_cut_off(epochs, logs_per_epoch, tmp
     for box in (left, right):
         assert figure.bbox.x0 <= box.x0 and box.x1 <= figure.bbox.x1 and figure.bbox.y0 <= box.y0
         for axes in figure.axes:
-            assert box.y1 < axes.xaxis.get_tightbbox().y0  # below the ticks and the word epoch
+            assert box.y1 < axes.xaxis.get_tightbbox().y0  # below the ticks and the axis label
 
 
 def test_curves_logged_by_step_are_smoothed_over_an_epoch_or_less(tmp_path):
@@ -575,7 +575,7 @@ def test_curves_logged_by_step_are_smoothed_over_an_epoch_or_less(tmp_path):
     assert mean[250] == pytest.approx(sum(each[240:260]) / 20)  # a 25th of the run
 
 
-def test_values_that_are_not_finite_and_empty_logs_are_drawn_around(tmp_path):
+def test_non_finite_values_and_empty_logs_do_not_break_the_plot(tmp_path):
     log = [{"loss": 1.0, "epoch": 1.0}, {"loss": math.nan, "epoch": 2.0}, {"loss": 0.5, "epoch": 3.0}]
     assert curve_series(log, "loss") == ([1.0, 3.0], [1.0, 0.5])
     assert curve_series(training_log(2), "eval_accuracy") == ([1.0, 2.0], [1 - 1 / 3, 1 - 1 / 4])

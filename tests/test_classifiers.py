@@ -1,4 +1,4 @@
-"""Any image classifier loads by its name, from safetensors, or one message says why it does not."""
+"""Any image classifier loads by name, from safetensors, or one message says why not."""
 
 import json
 from pathlib import Path
@@ -58,7 +58,7 @@ def test_a_complete_classifier_loads_in_eval_mode_with_its_image_processor(folde
     )
 
 
-def test_what_a_checkpoint_lacks_is_named(folder):
+def test_weights_that_a_checkpoint_lacks_are_named(folder):
     tiny_vit().vit.save_pretrained(folder)
     assert load_classifier(str(folder), "--model")[1] == ["classifier.bias", "classifier.weight"]
 
@@ -86,7 +86,7 @@ def empty(folder: Path) -> None:
         (empty, "Unrecognized model"),
     ],
 )
-def test_a_folder_without_a_whole_classifier_is_refused(spoil, reason, folder):
+def test_a_folder_without_a_complete_classifier_is_refused(spoil, reason, folder):
     spoil(folder)
     with pytest.raises(UserError, match=f"^--model {folder}: the folder holds no image classifier .*{reason}"):
         load_classifier(str(folder), "--model")
@@ -101,12 +101,12 @@ def test_a_folder_without_a_whole_classifier_is_refused(spoil, reason, folder):
         ("resnet18.none_such", "timm has no pretrained weights for resnet18.none_such"),
     ],
 )
-def test_a_name_that_nothing_goes_by_is_refused(name, message):
+def test_a_name_that_cannot_be_loaded_is_refused(name, message):
     with pytest.raises(UserError, match=f"^--model {name}: {message}"):
         load_classifier(name, "--model")
 
 
-def test_code_that_a_model_brings_along_does_not_run_unless_it_is_trusted(folder):
+def test_a_models_own_code_only_runs_if_it_is_trusted(folder):
     config = json.loads((folder / "config.json").read_text()) | {"model_type": "elsewhere"}
     auto_map = {"AutoConfig": "code.Config", "AutoModelForImageClassification": "code.Model"}
     (folder / "config.json").write_text(json.dumps(config | {"auto_map": auto_map}))
@@ -152,7 +152,7 @@ def saved_by_timm(tmp_path) -> tuple[torch.nn.Module, str]:
 
 
 @torch.no_grad()
-def test_what_timm_saved_itself_loads(saved_by_timm, tmp_path):
+def test_a_network_saved_by_timm_loads(saved_by_timm, tmp_path):
     network, folder = saved_by_timm
     model, missing = load_classifier(folder, "--model")
     assert missing == [] and label_names(model.config) == ["cat", "dog"]
@@ -163,7 +163,7 @@ def test_what_timm_saved_itself_loads(saved_by_timm, tmp_path):
     torch.testing.assert_close(again(images).logits, network(images))
 
 
-def test_what_timm_saved_itself_gets_a_head_for_other_labels(saved_by_timm):
+def test_a_network_saved_by_timm_gets_a_new_head_for_other_labels(saved_by_timm):
     network, folder = saved_by_timm
     model, _ = load_classifier(
         folder, "--model", ignore_mismatched_sizes=True, num_labels=10, **label_maps(DIGITS), dtype=torch.float32
@@ -189,7 +189,7 @@ def test_a_timm_network_keeps_timms_initialisation(tmp_path):
     assert label_names(loaded.config) == DIGITS
 
 
-def test_a_timm_transformer_is_made_for_the_image_size():
+def test_a_timm_transformer_is_built_for_the_image_size():
     model = new_timm_classifier("test_vit", DIGITS, 64, image_processor(64))
     assert model(torch.randn(1, 3, 64, 64)).logits.shape == (1, 10)
 

@@ -1,4 +1,4 @@
-"""What a run takes by itself to suit its device: precision, attention, memory layout, memory."""
+"""What a run chooses by itself to suit its device: precision, attention, memory layout, memory."""
 
 import json
 import os
@@ -36,7 +36,7 @@ DIGITS_FLAGS = {
 
 @pytest.fixture
 def cpu(monkeypatch):
-    """Changes what torch finds the CPU to have."""
+    """Changes the instruction sets and the vendor that the CPU appears to have."""
 
     def has(*instructions: str, vendor: str = "GenuineIntel") -> None:
         monkeypatch.delenv("ONEDNN_MAX_CPU_ISA", raising=False)
@@ -57,19 +57,19 @@ def cpu(monkeypatch):
         (("avx512_bf16",), "GenuineIntel", "no"),  # slower in bfloat16 than in float32
     ],
 )
-def test_a_cpu_takes_bfloat16_where_its_products_are_faster(cpu, instructions, vendor, expected):
+def test_a_cpu_uses_bfloat16_if_its_matrix_products_are_faster_in_it(cpu, instructions, vendor, expected):
     cpu(*instructions, vendor=vendor)
     assert automatic_precision("cpu") == arguments().training.mixed_precision == expected
 
 
-def test_a_limit_on_onednns_instructions_counts(cpu, monkeypatch):
+def test_a_limit_on_onednns_instruction_set_is_respected(cpu, monkeypatch):
     cpu("avx512_bf16", "amx")
     monkeypatch.setenv("ONEDNN_MAX_CPU_ISA", "AVX2")
     assert automatic_precision("cpu") == "no"
 
 
 @pytest.mark.parametrize(("capability", "expected"), [((7, 5), "fp16"), ((8, 0), "bf16"), ((9, 0), "bf16")])
-def test_a_gpu_takes_bfloat16_from_compute_capability_8_and_float16_below(monkeypatch, capability, expected):
+def test_a_gpu_uses_bfloat16_from_compute_capability_8_and_float16_below(monkeypatch, capability, expected):
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device=None: capability)
     assert automatic_precision("cuda:0") == expected
 
@@ -78,7 +78,7 @@ def test_a_gpu_takes_bfloat16_from_compute_capability_8_and_float16_below(monkey
     ("launcher", "flags", "expected"),
     [
         (None, {}, "bf16"),
-        ("no", {}, "bf16"),  # what accelerate says if nobody has
+        ("no", {}, "bf16"),  # accelerate's default
         ("bf16", {}, "bf16"),
         (None, {"bf16": False}, "no"),
         (None, {"fp16": False}, "no"),
@@ -86,7 +86,7 @@ def test_a_gpu_takes_bfloat16_from_compute_capability_8_and_float16_below(monkey
         (None, {"bf16": True}, "bf16"),
     ],
 )
-def test_flags_win_over_the_launcher_and_both_over_the_device(cpu, monkeypatch, launcher, flags, expected):
+def test_flags_override_the_launcher_and_both_override_the_device(cpu, monkeypatch, launcher, flags, expected):
     cpu("avx512_bf16", "amx")
     if launcher:
         monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", launcher)
@@ -96,7 +96,7 @@ def test_flags_win_over_the_launcher_and_both_over_the_device(cpu, monkeypatch, 
     assert training.has_automatic_precision == (not flags and launcher != "bf16")
 
 
-def test_a_teacher_is_fitted_in_what_its_student_was_told_and_otherwise_decides_for_itself():
+def test_a_teacher_inherits_an_explicit_precision_and_otherwise_chooses_its_own():
     said = arguments(distill_mode="hard", bf16=False)
     assert "--bf16=False" in fitting_flags(said) and said.fitting.training.bf16 is False
     unsaid = arguments(distill_mode="hard")
@@ -108,13 +108,13 @@ def cnn(name: str) -> torch.nn.Module:
     return new_timm_classifier(name, DIGITS, 32, image_processor(32))
 
 
-def test_on_a_cpu_a_network_with_depthwise_convolutions_trains_in_float32(cpu, monkeypatch):
+def test_a_network_with_depthwise_convolutions_trains_in_float32_on_a_cpu(cpu, monkeypatch):
     cpu("avx512_bf16", "amx")
     depthwise, plain = cnn("efficientnet_lite0"), cnn("regnetx_002")  # the latter has grouped convolutions
     assert (automatic_precision("cpu", depthwise), automatic_precision("cpu", plain)) == ("no", "bf16")
 
 
-def test_a_teacher_in_float32_stays_so_beside_a_student_in_bfloat16():
+def test_a_float32_teacher_stays_in_float32_beside_a_bfloat16_student():
     images = torch.randn(4, 3, 32, 32, generator=torch.Generator().manual_seed(0))
     torch.manual_seed(0)
     teacher = Teacher(cnn(TINY_CNN), 32, [0.5] * 3, [0.5] * 3, [0.5] * 3, [0.5] * 3)
@@ -123,8 +123,8 @@ def test_a_teacher_in_float32_stays_so_beside_a_student_in_bfloat16():
     torch.testing.assert_close(beside, teacher(images), rtol=0, atol=0)
 
 
-def test_a_run_is_told_its_precision_and_a_resumed_one_keeps_it(cpu, tmp_path):
-    """Stopped in bfloat16, it goes on in bfloat16 where the CPU would take float32; a flag still wins."""
+def test_a_resumed_run_keeps_and_reports_the_precision_it_started_with(tmp_path):
+    """It resumes in bfloat16 although the CPU would use float32; a conflicting flag is refused."""
     flags = [*FOUR_STEPS, "--distill_mode=none", "--report_to=none", f"--output_dir={tmp_path}/run"]
     step = "modeling_deit_ti.trainer.DistillationTrainer.compute_loss"
     stopped = run(*flags, "--bf16=true", "--use_cpu", fault={"function": step, "call": 2, "signum": signal.SIGTERM})
@@ -138,7 +138,7 @@ def test_a_run_is_told_its_precision_and_a_resumed_one_keeps_it(cpu, tmp_path):
     assert "bfloat16" in (tmp_path / "run" / "README.md").read_text()
 
 
-def test_a_checkpoint_in_float16_is_not_taken_over_by_a_cpu(tmp_path):
+def test_a_cpu_does_not_adopt_the_precision_of_a_float16_checkpoint(tmp_path):
     training = arguments(output_dir=tmp_path).training
     (tmp_path / SETTINGS_FILE).write_text('{"precision": "fp16"}')
     resume_precision(training, str(tmp_path))
@@ -146,8 +146,8 @@ def test_a_checkpoint_in_float16_is_not_taken_over_by_a_cpu(tmp_path):
 
 
 @pytest.mark.parametrize("distill_mode", ["none", "both"])
-def test_evaluation_in_bfloat16_is_that_in_float32(cpu, tmp_path, distill_mode):
-    """The same weights: nearly the same loss, in another arithmetic."""
+def test_evaluation_in_bfloat16_nearly_equals_that_in_float32(cpu, tmp_path, distill_mode):
+    """With the same weights, the loss is nearly the same, but not equal: the arithmetic differs."""
     losses = {}
     for instructions in ((), ("amx",)):
         cpu(*instructions)
@@ -170,12 +170,12 @@ def test_evaluation_in_bfloat16_is_that_in_float32(cpu, tmp_path, distill_mode):
         (("cuda", "bf16", 18), "AuthenticAMD", False),
     ],
 )
-def test_attention_is_written_out_where_that_trains_faster(cpu, where, vendor, expected):
+def test_attention_is_eager_where_that_trains_faster(cpu, where, vendor, expected):
     cpu(vendor=vendor)
     assert is_faster_in_eager_attention(*where) == expected
 
 
-def test_the_attention_to_train_with_is_not_saved(cpu, tmp_path):
+def test_the_attention_implementation_used_in_training_is_not_saved(cpu, tmp_path):
     cpu("amx")
     args = arguments(**DIGITS_FLAGS, distill_mode="none", output_dir=tmp_path / "run")
     trainer = build_trainer(args, load_images(args.images), tiny_student(args), image_processor(32))
@@ -186,7 +186,7 @@ def test_the_attention_to_train_with_is_not_saved(cpu, tmp_path):
     assert loaded.config._attn_implementation == "sdpa"
 
 
-def test_a_cnn_trains_with_its_channels_last_and_is_saved_as_ever(tmp_path):
+def test_a_cnn_trains_in_channels_last_and_is_saved_as_usual(tmp_path):
     args = arguments(**DIGITS_FLAGS, distill_mode="none", model_name_or_path=TINY_CNN, output_dir=tmp_path / "run")
     trainer = build_trainer(args, load_images(args.images), cnn(TINY_CNN), image_processor(32))
     trainer.train()
@@ -198,7 +198,7 @@ def test_a_cnn_trains_with_its_channels_last_and_is_saved_as_ever(tmp_path):
         torch.testing.assert_close(weight, trainer.model.state_dict()[name], rtol=0, atol=0)
 
 
-def test_a_cnns_own_precision_is_settled_before_the_key_of_its_teachers_cache(cpu, tmp_path):
+def test_a_cnn_students_precision_is_settled_before_the_teacher_caches_key(cpu, tmp_path):
     cpu("amx")
     flags = DIGITS_FLAGS | {"distill_mode": "soft", "output_dir": tmp_path}
     taken = {}
@@ -210,7 +210,7 @@ def test_a_cnns_own_precision_is_settled_before_the_key_of_its_teachers_cache(cp
 
 
 @pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="for glibc")
-def test_freed_memory_is_used_again_without_the_system():
+def test_freed_memory_is_reused_without_asking_the_system():
     program = """
 import resource, torch
 from modeling_deit_ti.device import keep_freed_memory
@@ -233,6 +233,6 @@ print(given_back, faults())
     assert given_back > 10_000 and kept < 100
 
 
-def test_cores_are_counted_where_the_system_does_not_say_which_are_allowed(monkeypatch):
+def test_all_cores_are_counted_if_the_system_does_not_report_which_are_allowed(monkeypatch):
     monkeypatch.delattr(os, "sched_getaffinity", raising=False)  # as on a Mac
     assert device.cpu_count() == os.cpu_count()

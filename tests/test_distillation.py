@@ -1,4 +1,4 @@
-"""The modes and their losses, against numbers worked out in NumPy."""
+"""The modes and their losses, checked against NumPy."""
 
 import numpy as np
 import pytest
@@ -54,7 +54,7 @@ def computed(mode, labels=LABELS, smoothing=0.1):
         ("both", 0.5, lambda: cross_entropy(DISTILLATION, TEACHER.argmax(-1))),
     ],
 )
-def test_each_modes_loss_is_the_papers(name, alpha, teacher_term, labels, smoothing):
+def test_each_modes_loss_matches_the_paper(name, alpha, teacher_term, labels, smoothing):
     label_term = cross_entropy(CLASS, labels, smoothing)
     expected = (1 - alpha) * label_term + (alpha * teacher_term() if teacher_term else 0)
     loss, label_part, teacher_part = computed(MODES[name], labels, smoothing)
@@ -85,7 +85,7 @@ def test_standardized_targets_compare_z_scores_at_temperature_two(name, alpha, s
     assert loss == pytest.approx((1 - alpha) * cross_entropy(CLASS, LABELS, 0.1) + alpha * expected, rel=1e-6)
 
 
-def test_standardized_targets_ask_for_no_shift_or_scale_of_the_logits():
+def test_standardized_targets_ignore_shift_and_scale_of_the_logits():
     mode = resolve_mode("soft", teacher_targets="standardized", alpha=1.0, temperature=1.5)
     logits, teacher = torch.tensor(CLASS), torch.tensor(TEACHER)
     loss = distillation_loss(mode, logits, None, None, teacher).loss
@@ -97,7 +97,7 @@ def test_standardized_targets_ask_for_no_shift_or_scale_of_the_logits():
     assert same_opinion.loss.item() == pytest.approx(0, abs=1e-6)
 
 
-def test_standardized_logits_that_are_all_the_same_have_a_finite_loss_and_gradient():
+def test_constant_logits_have_a_finite_standardized_loss_and_gradient():
     mode = resolve_mode("soft", teacher_targets="standardized", alpha=1.0)
     logits = torch.ones(4, 6, requires_grad=True)
     loss = distillation_loss(mode, logits, None, None, torch.tensor(TEACHER)).loss
@@ -112,7 +112,7 @@ def test_temperature_softens_both_sides_and_scales_by_its_square(temperature):
 
 
 @pytest.mark.parametrize("name", ["soft", "hard", "both"])
-def test_alpha_zero_learns_from_the_labels_alone_and_asks_no_teacher(name):
+def test_alpha_zero_learns_only_from_the_labels_and_needs_no_teacher(name):
     mode = resolve_mode(name, alpha=0.0)
     assert not mode.has_teacher and mode.needs_labels
     loss, label_part, teacher_part = computed(mode)
@@ -120,7 +120,7 @@ def test_alpha_zero_learns_from_the_labels_alone_and_asks_no_teacher(name):
 
 
 @pytest.mark.parametrize(("name", "student"), [("hard", CLASS), ("both", DISTILLATION)])
-def test_alpha_one_learns_from_the_teacher_alone_and_needs_no_labels(name, student):
+def test_alpha_one_learns_only_from_the_teacher_and_needs_no_labels(name, student):
     mode = resolve_mode(name, alpha=1.0)
     assert mode.has_teacher and not mode.needs_labels
     loss, label_part, teacher_part = computed(mode, labels=None)
@@ -128,7 +128,7 @@ def test_alpha_one_learns_from_the_teacher_alone_and_needs_no_labels(name, stude
     assert label_part is None
 
 
-def test_alpha_weighs_the_two_terms():
+def test_alpha_weights_the_two_terms():
     expected = 0.7 * cross_entropy(CLASS, LABELS, 0.1) + 0.3 * cross_entropy(DISTILLATION, TEACHER.argmax(-1))
     assert computed(resolve_mode("both", alpha=0.3))[0] == pytest.approx(expected, rel=1e-6)
 
@@ -193,12 +193,12 @@ def test_half_precision_logits_give_a_float32_loss():
         ("class", {"single_token": True, "teacher_targets": "soft"}, "it has no teacher"),
     ],
 )
-def test_options_that_mean_nothing_in_a_mode_are_refused(name, options, message):
+def test_options_meaningless_in_a_mode_are_refused(name, options, message):
     with pytest.raises(ValueError, match=message):
         resolve_mode(name, **options)
 
 
-def test_class_weights_count_each_share_of_a_label_and_smoothing_spreads_what_they_make_of_it():
+def test_class_weights_scale_each_share_of_a_label_before_smoothing():
     weights = np.array([0.5, 4.0, 1.0, 1.0, 0.0, 2.0])
     for labels, shares in ((LABELS, np.eye(6)[LABELS]), (MIXED, MIXED)):
         label_term = np.mean(

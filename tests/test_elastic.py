@@ -1,5 +1,5 @@
-# ruff: noqa: F811  (a fixture of another file)
-"""A run goes on with other numbers of processes, and its losses are those of one that was never changed."""
+# ruff: noqa: F811  (a fixture from another file)
+"""A run resumes with a different number of processes, with the losses of a run that never changed it."""
 
 import contextlib
 import json
@@ -29,7 +29,7 @@ from modeling_deit_ti.runs import (
 from modeling_deit_ti.teacher_cache import make_teacher_cache
 
 
-# DeiT's recipe, in which all is random: an image, its patches, its company, and the branches of the network.
+# DeiT's recipe, with everything random: augmentation, patches, mixing partners and the branches of the network.
 FLAGS = {
     "image_size": 32,
     "drop_path_rate": 0.5,
@@ -56,7 +56,7 @@ class Stop(TrainerCallback):
 
 
 def train(rank: int, environment: dict[str, str], folder: Path, teachers: Path, flags: dict, stop_at: int) -> None:
-    """One process of a run with a CNN, or a student of one block, from its latest checkpoint to a step."""
+    """One process of a run that trains a CNN or a one-block student, from its latest checkpoint to a given step."""
     os.environ |= environment
     args = arguments(output_dir=folder, teacher_output_dir=teachers, **FLAGS, **flags)
     checkpoint = last_complete(folder)
@@ -81,7 +81,7 @@ def train(rank: int, environment: dict[str, str], folder: Path, teachers: Path, 
 
 
 def run(folder: Path, *parts: tuple[int, int], teachers: Path | None = None, **flags) -> list[dict]:
-    """The logged steps of a run, of which each part has its number of processes and its last step."""
+    """The logged steps of a run in parts, each given by its number of processes and its last step."""
     for processes, stop_at in parts:
         started = [
             FORKS.Process(target=train, args=(rank, environment, folder, teachers or folder, flags, stop_at))
@@ -113,20 +113,20 @@ def whole(tmp_path_factory) -> tuple[Path, list[dict]]:
     return folder, run(folder, (1, 8), per_device_train_batch_size=16, **DISTILLED)
 
 
-def test_one_process_goes_on_as_two_and_they_as_one(whole, tmp_path):
+def test_one_process_resumes_as_two_and_then_as_one(whole, tmp_path):
     changed = run(tmp_path, (1, 2), (2, 5), (1, 8), per_device_train_batch_size=16, **DISTILLED)
     assert_same_losses(changed, whole[1])
 
 
-def test_two_processes_go_on_as_four_and_they_as_one_with_the_logits_that_another_run_has_stored(whole, tmp_path):
+def test_two_processes_resume_as_four_then_one_with_logits_stored_by_another_run(whole, tmp_path):
     parts = (2, 3), (4, 6), (1, 8)
     changed = run(tmp_path, *parts, teachers=whole[0], per_device_train_batch_size=8, **DISTILLED)
     assert_same_losses(changed, whole[1])
     assert (share_read(whole[0]), share_read(tmp_path)) == (0, 1)
 
 
-def test_two_processes_with_batch_norms_go_on_as_one_and_as_four_which_see_as_many_images_at_once(tmp_path):
-    # A network without ReLU: rounding may change a sign before one, and the gradient then jumps.
+def test_batch_norms_see_as_many_images_when_two_processes_resume_as_one_and_four(tmp_path):
+    # A network without ReLU: rounding may flip the sign of a ReLU's input, and the gradient then jumps.
     network = {"model_name_or_path": "test_efficientnet", "distill_mode": "none"}
     flags = {**DISTILLED, **network, "per_device_train_batch_size": 8}
     whole = run(tmp_path / "whole", (2, 8), **flags)
@@ -134,7 +134,7 @@ def test_two_processes_with_batch_norms_go_on_as_one_and_as_four_which_see_as_ma
     assert_same_losses(changed, whole)
 
 
-def test_a_stream_goes_on_in_four_processes_and_in_two(parquet, tmp_path):
+def test_a_stream_resumes_in_four_processes_and_then_in_two(parquet, tmp_path):
     flags = {"dataset_name": parquet, "streaming": True, "per_device_train_batch_size": 80, "patch_size": 32}
     whole = run(tmp_path / "whole", (1, 8), dataloader_num_workers=1, **flags)
     changed = run(tmp_path / "changed", (1, 2), (4, 5), dataloader_num_workers=1, **flags)
@@ -142,8 +142,8 @@ def test_a_stream_goes_on_in_four_processes_and_in_two(parquet, tmp_path):
     assert_same_losses(changed, whole)
 
 
-@pytest.mark.parametrize(("learning_rate", "batch"), [("5e-4", 4), ("1e-3", 8)], ids=["the same", "another"])
-def test_before_its_first_checkpoint_the_same_run_keeps_the_images_of_a_step(
+@pytest.mark.parametrize(("learning_rate", "batch"), [("5e-4", 4), ("1e-3", 8)], ids=["same run", "another run"])
+def test_before_its_first_checkpoint_the_same_run_keeps_its_global_batch_size(
     tmp_path, monkeypatch, learning_rate, batch
 ):
     flags = {"output_dir": tmp_path, **FLAGS, **DISTILLED, "per_device_train_batch_size": 8}
@@ -170,7 +170,7 @@ def test_before_its_first_checkpoint_the_same_run_keeps_the_images_of_a_step(
         (3, (16, 1), 1, None),
     ],
 )
-def test_a_process_takes_its_share_of_a_step_in_the_largest_batches_that_its_flag_allows(
+def test_a_process_splits_its_share_of_a_step_into_the_largest_batches_allowed(
     tmp_path, monkeypatch, processes, flags, together, shares
 ):
     training = arguments(output_dir=tmp_path, per_device_train_batch_size=flags[0], use_cpu=True).training

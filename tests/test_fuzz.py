@@ -1,6 +1,6 @@
-"""Input that nobody thought of: flags, recipes, images and label names as hypothesis makes them up.
+"""Input nobody thought of: flags, recipes, images and label names made up by hypothesis.
 
-A few examples by default, and always the same; `pytest -m slow tests/test_fuzz.py` tries many others.
+By default, a few examples that are always the same; `pytest -m slow tests/test_fuzz.py` tries many others.
 """
 
 import io
@@ -40,7 +40,7 @@ PROFILES = ["fast", pytest.param("soak", marks=pytest.mark.slow)]
 
 
 def fuzz(profile: str, *strategies):
-    """A check that runs with what the strategies give, as often as the profile says."""
+    """A decorator that runs a check on examples from the strategies, as many as the profile sets."""
     return lambda check: settings.get_profile(profile)(given(*strategies)(check))()
 
 
@@ -57,25 +57,30 @@ WORDS = st.one_of(
 FLAGS = st.lists(st.tuples(st.sampled_from(NAMES), st.one_of(NUMBERS, WORDS)), min_size=1, max_size=4)
 
 
-def parse(argv: list[str]) -> None:
-    """Either the flags are taken, with numbers that are finite, or one message of one line says why not."""
+def is_accepted(argv: list[str]) -> bool:
+    """Whether the flags are accepted. If so, all numbers are finite; if not, the error is one line."""
     try:
         # Some flags set variables that other libraries read.
         with mock.patch.dict(os.environ):
             args = parse_arguments(argv)
     except UserError as error:
         assert str(error).strip() and len(str(error).splitlines()) == 1
-        return
+        return False
     groups = [group for group in (*args, *(args.fitting or ())) if isinstance(group, GROUPS)]
     values = [getattr(group, entry.name) for group in groups for entry in fields(group)]
     assert all(math.isfinite(value) for value in values if isinstance(value, float))
+    return True
 
 
 @pytest.mark.parametrize("profile", PROFILES)
-def test_flags_are_taken_or_refused(profile):
+def test_flags_are_accepted_or_refused(profile):
+    outcomes = set()
+
     @fuzz(profile, FLAGS)
     def check(flags):
-        parse([f"--{name}={value}" for name, value in flags])
+        outcomes.add(is_accepted([f"--{name}={value}" for name, value in flags]))
+
+    assert outcomes == {True, False}
 
 
 SCALARS = st.one_of(
@@ -95,12 +100,16 @@ RECIPES = st.one_of(
 
 
 @pytest.mark.parametrize("profile", PROFILES)
-def test_recipes_are_taken_or_refused(profile, tmp_path):
+def test_recipes_are_accepted_or_refused(profile, tmp_path):
+    outcomes = set()
+
     @fuzz(profile, RECIPES)
     def check(recipe):
         (tmp_path / "recipe.yaml").write_bytes(recipe)
-        parse([f"--config={tmp_path / 'recipe.yaml'}"])
-        parse(["--distill_mode=hard", f"--teacher_config={tmp_path / 'recipe.yaml'}"])
+        outcomes.add(is_accepted([f"--config={tmp_path / 'recipe.yaml'}"]))
+        outcomes.add(is_accepted(["--distill_mode=hard", f"--teacher_config={tmp_path / 'recipe.yaml'}"]))
+
+    assert outcomes == {True, False}
 
 
 # ---- Images ----
@@ -115,7 +124,7 @@ def encode(kind: str, mode: str, width: int, height: int, fill: int) -> bytes:
 
 
 def declared(width: int, height: int) -> bytes:
-    """A PNG that says it has so many pixels, and has none."""
+    """A PNG that declares a size but has no pixels."""
 
     def chunk(kind: bytes, content: bytes) -> bytes:
         return struct.pack(">I", len(content)) + kind + content + struct.pack(">I", zlib.crc32(kind + content))
@@ -149,7 +158,7 @@ WHOLE = st.one_of(
 
 
 def damage(image: bytes, cut: float, flips: list[tuple[float, int]]) -> bytes:
-    """The image's beginning, with bits of some bytes turned over."""
+    """The beginning of the image, with bits of some bytes flipped."""
     content = bytearray(image[: math.ceil(cut * len(image))])
     for place, bits in flips:
         if content:
@@ -166,7 +175,7 @@ IMAGES = st.one_of(WHOLE, WHOLE, DAMAGED, st.binary(max_size=40), st.builds(decl
 
 
 def size_of(image: bytes) -> tuple[int, int] | None:
-    """Width and height of an image that can be decoded."""
+    """Width and height of the image, or `None` if it cannot be decoded."""
     try:
         return decode_image({"bytes": image, "path": None}).size
     except Exception:
@@ -174,7 +183,7 @@ def size_of(image: bytes) -> tuple[int, int] | None:
 
 
 @pytest.mark.parametrize("profile", PROFILES)
-def test_images_are_loaded_in_their_shapes_or_refused_by_their_row(profile, tmp_path_factory):
+def test_images_load_in_their_size_or_are_refused_with_their_row(profile, tmp_path_factory):
     features = Features({"image": Image(decode=False), "label": ClassLabel(names=["a", "b"])})
 
     @fuzz(profile, st.lists(IMAGES, min_size=1, max_size=6))
@@ -238,7 +247,7 @@ LABELS = st.one_of(
 
 
 def cell(content: str, row: str) -> str:
-    """The second cell of a table's row, as a reader of the card sees it."""
+    """The second cell of a table row, as a reader of the card sees it."""
     tokens = MarkdownIt("commonmark").enable("table").parse(content)
     cells = [
         following for token, following in zip(tokens, tokens[1:], strict=False) if token.type in ("td_open", "th_open")
@@ -250,7 +259,7 @@ def cell(content: str, row: str) -> str:
 
 
 @pytest.mark.parametrize("profile", PROFILES)
-def test_label_names_leave_the_card_whole(profile, tmp_path):
+def test_label_names_do_not_break_the_card(profile, tmp_path):
     @fuzz(profile, LABELS, LABEL)
     def check(names, dataset_name):
         assume(clean(dataset_name))
@@ -290,7 +299,7 @@ def test_label_names_leave_the_card_whole(profile, tmp_path):
 
 
 @pytest.mark.parametrize("profile", PROFILES)
-def test_label_names_come_back_from_a_config(profile, tmp_path):
+def test_label_names_survive_a_config_round_trip(profile, tmp_path):
     @fuzz(profile, LABELS)
     def check(names):
         DeiTTiConfig(**label_maps(names)).save_pretrained(tmp_path)

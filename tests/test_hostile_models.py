@@ -1,4 +1,4 @@
-"""Model folders that mean harm: each ends in one message, by whichever door it comes in."""
+"""Hostile model folders: each ends in one message, wherever it is loaded."""
 
 import json
 import re
@@ -26,18 +26,18 @@ from modeling_deit_ti.interop import load_student
 
 
 class Bomb:
-    """Unpickled, it leaves a file behind."""
+    """Leaves a file behind when unpickled."""
 
     def __reduce__(self):
         return open, ("exploded", "w")
 
 
-# Each of these spoils one of two models, and says which.
+# Spoils one of the two models and returns its name.
 Spoil = Callable[[Path], str]
 
 
 def change(file: str, base: str = "vit", **values) -> Spoil:
-    """Fields of a JSON file."""
+    """Changes fields of a JSON file."""
 
     def spoil(folder: Path) -> str:
         path = folder / base / file
@@ -68,7 +68,7 @@ def write(file: str, content: bytes) -> Spoil:
 
 
 def header(tensors: dict, data: bytes = b"") -> Spoil:
-    """A safetensors file that says of itself what it likes."""
+    """A safetensors file with a header that need not be true."""
     encoded = json.dumps(tensors).encode()
     return write("model.safetensors", struct.pack("<Q", len(encoded)) + encoded + data)
 
@@ -81,61 +81,61 @@ def not_finite(folder: Path) -> str:
 
 
 def checkpoint_elsewhere(folder: Path) -> str:
-    """timm would load this file on top, and its older versions unpickle it."""
+    """timm would load this file as well, and its older versions would unpickle it."""
     torch.save(Bomb(), folder / "bomb.bin")
     return timm_config(model_args={"checkpoint_path": str(folder / "bomb.bin")})(folder)
 
 
 ONE_TENSOR = {"dtype": "F32", "shape": [4], "data_offsets": [0, 16]}
-# What a model's folder does, and what the message has to say.
+# How to spoil a model folder, and what the message must contain.
 HOSTILE_MODELS = {
     "a billion labels": (config(num_labels=10**9, id2label=None, label2id=None), "its num_labels is 1000000000"),
     "millions of layers": (config(num_hidden_layers=10**7), "its num_hidden_layers is 10000000"),
-    "millions of blocks in timm": (timm_config(model_args={"layers": [10**7, 1]}), "its layers is 10000000"),
-    "an image of 100,000 pixels": (config(image_size=10**5), "its image_size is 100000, .* more than 8,192"),
-    "a width that is not the weights'": (config(hidden_size=10**6), "RuntimeError"),
-    "heads of no width": (config(num_attention_heads=0), "ZeroDivisionError"),
-    "a width below 0": (config(hidden_size=-8), "RuntimeError"),
-    "a number of 6,000 digits": (write("config.json", b'{"hidden_size":' + b"9" * 6000 + b"}"), "ValueError"),
-    "labels that are a number": (config(id2label=7), "AttributeError"),
-    "lists in lists in lists": (write("config.json", b"[" * 100_000), "RecursionError"),
-    "bytes that are no text": (write("config.json", b"\xff\xfe\x00"), "not a valid JSON"),
-    "a kernel of its own": (config(attn_implementation="evil/kernel"), "kernels"),
-    "a precision that is a module": (config(dtype="os"), "TypeError"),
+    "millions of timm blocks": (timm_config(model_args={"layers": [10**7, 1]}), "its layers is 10000000"),
+    "an image size of 100,000": (config(image_size=10**5), "its image_size is 100000, .* more than 8,192"),
+    "a width that contradicts the weights": (config(hidden_size=10**6), "RuntimeError"),
+    "no attention heads": (config(num_attention_heads=0), "ZeroDivisionError"),
+    "a negative width": (config(hidden_size=-8), "RuntimeError"),
+    "a number with 6,000 digits": (write("config.json", b'{"hidden_size":' + b"9" * 6000 + b"}"), "ValueError"),
+    "a number instead of labels": (config(id2label=7), "AttributeError"),
+    "deeply nested lists": (write("config.json", b"[" * 100_000), "RecursionError"),
+    "bytes that are not text": (write("config.json", b"\xff\xfe\x00"), "not a valid JSON"),
+    "an attention kernel from the Hub": (config(attn_implementation="evil/kernel"), "kernels"),
+    "a dtype that is a module": (config(dtype="os"), "TypeError"),
     "an architecture on the Hub": (
         timm_config(architecture="hf-hub:evil/x"),
         "'hf-hub:evil/x', that timm does not have",
     ),
     "an architecture in a folder": (timm_config(architecture="local-dir:/etc"), "that timm does not have"),
-    "another file to load": (checkpoint_elsewhere, "its config has model_args with checkpoint_path"),
+    "another checkpoint to load": (checkpoint_elsewhere, "its config has model_args with checkpoint_path"),
     "an endless header": (write("model.safetensors", struct.pack("<Q", 2**63 - 1) + b"{}"), "SafetensorError"),
-    "a header of no JSON": (write("model.safetensors", struct.pack("<Q", 4) + b"evil"), "SafetensorError"),
-    "weights beyond the file": (header({"a": {**ONE_TENSOR, "data_offsets": [0, 2**40]}}), "SafetensorError"),
+    "a header that is not JSON": (write("model.safetensors", struct.pack("<Q", 4) + b"evil"), "SafetensorError"),
+    "weights past the end of the file": (header({"a": {**ONE_TENSOR, "data_offsets": [0, 2**40]}}), "SafetensorError"),
     "a shape that overflows": (header({"a": {**ONE_TENSOR, "shape": [2**62, 4]}}, bytes(16)), "SafetensorError"),
-    "other shapes": (header({"classifier.weight": ONE_TENSOR}, bytes(16)), "RuntimeError"),
+    "mismatched shapes": (header({"classifier.weight": ONE_TENSOR}, bytes(16)), "RuntimeError"),
     "weights that are not there": (header({}), "incomplete|cannot be had"),
 }
 HOSTILE_PROCESSORS = {
-    "pictures of a million pixels": (processor(size={"height": 10**6, "width": 10**6}), "its height is 1000000"),
+    "sides of a million pixels": (processor(size={"height": 10**6, "width": 10**6}), "its height is 1000000"),
     "an edge of a billion pixels": (processor(size={"shortest_edge": 10**9}), "its shortest_edge is 1000000000"),
-    "pictures of no pixels": (processor(size={"height": 0, "width": 0}), "ValueError"),
-    "a deviation of 0": (processor(image_std=[0, 0, 0]), "values that are not finite"),
-    "a scale that is no number": (processor(rescale_factor="x"), "TypeError"),
-    "a filter that is none": (processor(resample=99), "KeyError"),
+    "pictures without pixels": (processor(size={"height": 0, "width": 0}), "ValueError"),
+    "a standard deviation of 0": (processor(image_std=[0, 0, 0]), "values that are not finite"),
+    "a scale that is not a number": (processor(rescale_factor="x"), "TypeError"),
+    "an unknown filter": (processor(resample=99), "KeyError"),
     "no size": (processor(size=None), "ValueError"),
-    "a class that is none": (processor(image_processor_type="Evil"), "ValueError"),
-    "no JSON": (write("preprocessor_config.json", b"{"), "not a valid JSON"),
-    "lists in lists": (write("preprocessor_config.json", b"[" * 100_000), "RecursionError"),
+    "an unknown class": (processor(image_processor_type="Evil"), "ValueError"),
+    "not JSON": (write("preprocessor_config.json", b"{"), "not a valid JSON"),
+    "deeply nested lists": (write("preprocessor_config.json", b"[" * 100_000), "RecursionError"),
 }
 HOSTILE_TO_PICTURES = {
-    "a size that is not the model's": (processor(size={"height": 20, "width": 20}), "does not accept these images"),
-    "weights that are no numbers": (not_finite, "its logits are not finite"),
+    "a size other than the model's": (processor(size={"height": 20, "width": 20}), "does not accept these images"),
+    "weights that are not numbers": (not_finite, "its logits are not finite"),
 }
 
 
 @pytest.fixture(scope="module")
 def models(tmp_path_factory) -> Path:
-    """`vit/` and `timm/`, classifiers of the digits that mean no harm."""
+    """`vit/` and `timm/`: harmless classifiers of the digits."""
     folder = tmp_path_factory.mktemp("models")
     size = {"hidden_size": 8, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 16}
     vit = ViTConfig(**size, image_size=32, patch_size=16, **label_maps(DIGITS))
@@ -154,7 +154,7 @@ def digits():
 
 @pytest.fixture
 def spoilt(models, tmp_path, monkeypatch) -> Path:
-    """A copy to spoil, in the current folder."""
+    """A copy of the models to spoil, as the current folder."""
     shutil.copytree(models, tmp_path, dirs_exist_ok=True)
     monkeypatch.chdir(tmp_path)
     return tmp_path
@@ -166,7 +166,7 @@ def teach(folder: str, digits) -> None:
 
 
 def assert_refused_by_the_commands(folder: str, message: str, capsys) -> None:
-    """Exit code 2 and one line that says it. A page shows the same in place of an answer: `test_app.py`."""
+    """Exit code 2 and one line with the message. The page shows the same instead of an answer: see `test_app.py`."""
     for main, rest in (
         (predict.main, ["picture.png"]),
         (evaluate_hf.main, ["--dataset_name=digits", "--max_eval_samples=4", "--output_dir=report"]),
@@ -181,20 +181,20 @@ def assert_refused_by_the_commands(folder: str, message: str, capsys) -> None:
 
 
 @pytest.mark.parametrize("harm", HOSTILE_MODELS)
-def test_a_hostile_model_is_refused_at_every_door(harm, spoilt, digits, capsys):
+def test_a_hostile_model_is_refused_at_every_entry_point(harm, spoilt, digits, capsys):
     spoil, message = HOSTILE_MODELS[harm]
     folder = spoil(spoilt)
     assert_refused_by_the_commands(folder, message, capsys)
     with pytest.raises(UserError, match=f"^--model_name_or_path {folder}: .*({message})"):
         load_student(folder, DeiTTiConfig(image_size=32, patch_size=16, **label_maps(DIGITS)))
-    if harm != "weights that are not there":  # a teacher without a head for the digits is fitted
+    if harm != "weights that are not there":  # a teacher without a head for the digits would be fitted
         with pytest.raises(UserError, match=f"^--teacher_model_name_or_path {folder}: .*({message})"):
             teach(folder, digits)
     assert not Path("exploded").exists()
 
 
 @pytest.mark.parametrize("harm", HOSTILE_PROCESSORS)
-def test_a_hostile_image_processor_is_refused_at_every_door(harm, spoilt, digits, capsys):
+def test_a_hostile_image_processor_is_refused_at_every_entry_point(harm, spoilt, digits, capsys):
     spoil, message = HOSTILE_PROCESSORS[harm]
     spoil(spoilt)
     assert_refused_by_the_commands("vit", message, capsys)
@@ -203,14 +203,14 @@ def test_a_hostile_image_processor_is_refused_at_every_door(harm, spoilt, digits
 
 
 @pytest.mark.parametrize("harm", HOSTILE_TO_PICTURES)
-def test_a_model_that_cannot_answer_is_refused(harm, spoilt, capsys):
+def test_a_model_that_cannot_predict_is_refused(harm, spoilt, capsys):
     spoil, message = HOSTILE_TO_PICTURES[harm]
     spoil(spoilt)
     assert_refused_by_the_commands("vit", message, capsys)
 
 
-def test_a_picture_that_a_model_does_not_take_is_no_crash(spoilt, capsys):
-    """Only the pictures that come later are not of the one size that this image processor leaves as it is."""
+def test_a_picture_that_a_model_does_not_accept_is_reported_without_a_crash(spoilt, capsys):
+    """This image processor does not resize, so the trial picture passes, but pictures of any other size fail."""
     processor(do_resize=False)(spoilt)
     assert predict.main(["vit", "picture.png"]) == 2
     assert "MODEL: it does not accept these images (RuntimeError" in capsys.readouterr().err

@@ -1,4 +1,4 @@
-"""A Hub that fails now and then, or for good: what is repeated, what is told, and what is left."""
+"""A Hub that fails briefly or for good: what is retried, what is reported, and what is left behind."""
 
 import re
 from pathlib import Path
@@ -20,13 +20,13 @@ from modeling_deit_ti.preflight import check_hub_access, checkpoint_to_resume
 
 REPO = "tester/tiny"
 TOKEN = "hf_" + "Stranger" * 4
-# What passes: the Hub is busy, broken, gone in the middle of an answer, or gone in the middle of an upload.
+# Transient failures: the Hub is busy, broken, hangs up without a response, or in the middle of one (or of an upload).
 PASSING = {"429": {"status": 429}, "500": {"status": 500}, "dropped": {"drop": True}, "cut": {"cut": True}}
 
 
 @pytest.fixture
 def online(hub: HubStandIn, monkeypatch, tmp_path) -> HubStandIn:
-    """The stand-in as the Hub of this process, and no seconds to wait."""
+    """The stand-in as this process's Hub, and no waiting between retries."""
     for name, value in {
         "ENDPOINT": hub.endpoint,
         "HUGGINGFACE_CO_URL_TEMPLATE": hub.endpoint + "/{repo_id}/resolve/{revision}/{filename}",
@@ -39,7 +39,7 @@ def online(hub: HubStandIn, monkeypatch, tmp_path) -> HubStandIn:
 
 @pytest.fixture
 def finished(tmp_path) -> Path:
-    """The folder of a run, as far as a push minds it."""
+    """A run's folder, as far as it matters to a push."""
     folder = tmp_path / "run"
     (folder / "checkpoint-4").mkdir(parents=True)
     (folder / "checkpoint-4" / "model.safetensors").write_bytes(b"not pushed")
@@ -50,7 +50,7 @@ def finished(tmp_path) -> Path:
 
 
 def arguments(folder: Path, hub: HubStandIn, **changes) -> SimpleNamespace:
-    """Those of a run that the Hub is concerned with."""
+    """The arguments of a run that concern the Hub."""
     own = {"output_dir": str(folder), "hub_model_id": REPO, "hub_token": hub.token, "hub_revision": None}
     return SimpleNamespace(**own, hub_private_repo=None, **changes)
 
@@ -64,7 +64,7 @@ def contents(folder: Path) -> dict[str, bytes]:
 
 @pytest.mark.parametrize("failure", PASSING)
 @pytest.mark.parametrize("operation", ["validate-yaml", "preupload", "lfs-batch", "lfs-upload", "commit"])
-def test_a_push_gets_over_what_passes(operation, failure, online, finished, caplog):
+def test_a_push_recovers_from_transient_failures(operation, failure, online, finished, caplog):
     HfApi(token=online.token).create_repo(REPO)
     before = contents(finished)
     online.fail_next(operation, **PASSING[failure])
@@ -75,7 +75,7 @@ def test_a_push_gets_over_what_passes(operation, failure, online, finished, capl
     assert contents(finished) == before
     assert [request.status for request in online.requests if request.operation == "lfs-upload"][-1] == 200
     told = [record.getMessage() for record in caplog.records if record.name == hub_calls.__name__]
-    # Told once, unless huggingface_hub has repeated the request by itself.
+    # Reported once, unless huggingface_hub itself has retried the request.
     assert len(told) == (operation in ("validate-yaml", "commit"))
     assert all(re.fullmatch(r"Hub: .*; retrying in 1 s", line) for line in told)
 
@@ -83,14 +83,14 @@ def test_a_push_gets_over_what_passes(operation, failure, online, finished, capl
 LASTING = {
     "a full quota": ("commit", {"status": 403}, 1),
     "no room for large files": ("lfs-upload", {"status": 507}, 1),
-    "a token that has expired": ("commit", {"status": 401}, 1),
-    "a Hub that is down for long": ("commit", {"status": 503}, 4),
-    "a Hub that hangs up": ("commit", {"drop": True}, 4),
+    "an expired token": ("commit", {"status": 401}, 1),
+    "a Hub that stays down": ("commit", {"status": 503}, 4),
+    "a Hub that keeps hanging up": ("commit", {"drop": True}, 4),
 }
 
 
 @pytest.mark.parametrize("failure", LASTING)
-def test_a_push_that_fails_leaves_the_run_and_one_line_with_the_command(failure, online, finished):
+def test_a_failed_push_leaves_the_run_intact_and_gives_the_command_in_one_line(failure, online, finished):
     operation, fault, tries = LASTING[failure]
     HfApi(token=online.token).create_repo(REPO)
     before = contents(finished)
@@ -110,7 +110,7 @@ def test_a_push_that_fails_leaves_the_run_and_one_line_with_the_command(failure,
 
 @pytest.mark.parametrize("failure", ["429", "500", "dropped"])
 @pytest.mark.parametrize("operation", ["whoami", "create-repo", "auth-check"])
-def test_access_is_checked_by_a_hub_that_fails_once(operation, failure, online, tmp_path):
+def test_access_is_checked_even_if_the_hub_fails_once(operation, failure, online, tmp_path):
     online.fail_next(operation, **PASSING[failure])
     args = arguments(tmp_path / "new", online)
     args.hub_model_id = "tiny"
@@ -118,7 +118,7 @@ def test_access_is_checked_by_a_hub_that_fails_once(operation, failure, online, 
     assert args.hub_model_id == REPO and set(online.files(REPO)) == {".gitattributes"}
 
 
-def test_a_finished_run_is_pushed_once(online, finished):
+def test_a_finished_run_is_only_pushed_once(online, finished):
     args = arguments(finished, online)
     check_hub_access(args)
     push(args)
@@ -133,7 +133,7 @@ def test_a_finished_run_is_pushed_once(online, finished):
 
 @pytest.fixture
 def classifier(online, tmp_path) -> tuple[str, torch.Tensor]:
-    """A classifier on the Hub: its repository, which the client in this process has never seen, its head's weights."""
+    """A classifier on the Hub: its repository, new to the client in this process, and its head's weights."""
     size = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 32}
     model = ViTForImageClassification(ViTConfig(**size, image_size=16, patch_size=8, num_labels=3))
     model.save_pretrained(tmp_path / "vit")
@@ -146,26 +146,26 @@ def classifier(online, tmp_path) -> tuple[str, torch.Tensor]:
 
 @pytest.mark.parametrize("failure", PASSING)
 @pytest.mark.parametrize("operation", ["resolve", "lfs-download"])
-def test_a_download_gets_over_what_passes(operation, failure, online, classifier):
+def test_a_download_recovers_from_transient_failures(operation, failure, online, classifier):
     repo, weight = classifier
     online.fail_next(operation, **PASSING[failure], times=2)
     model, missing = load_classifier(repo, "--model")
     assert torch.equal(model.classifier.weight, weight) and missing == []
 
 
-def test_a_download_that_fails_for_good_is_one_message(online, classifier):
+def test_a_download_that_keeps_failing_ends_in_one_message(online, classifier):
     repo, weight = classifier
     online.fail_next("lfs-download", times=1000)
     with pytest.raises(UserError, match=rf"^--model {repo}: .* could be loaded from the Hub \(OSError: .*\)"):
         load_classifier(repo, "--model")
     online.recover()
-    model, _ = load_classifier(repo, "--model")  # nothing half of it is taken for whole
+    model, _ = load_classifier(repo, "--model")  # a partial file is not taken for a whole one
     assert torch.equal(model.classifier.weight, weight)
     load_image_processor(repo, "--model")
 
 
 @pytest.mark.parametrize("operation", ["info", "lfs-download"])
-def test_a_pushed_checkpoint_is_fetched_from_a_hub_that_fails_once(operation, online, tmp_path):
+def test_a_pushed_checkpoint_is_fetched_even_if_the_hub_fails_once(operation, online, tmp_path):
     api = HfApi(token=online.token)
     api.create_repo(REPO)
     (tmp_path / "pushed").mkdir()
@@ -178,7 +178,7 @@ def test_a_pushed_checkpoint_is_fetched_from_a_hub_that_fails_once(operation, on
 
 
 @pytest.mark.parametrize("file", ["optimizer_0/.metadata", "global_step4/mp_rank_00_model_states.pt"])
-def test_a_pushed_checkpoint_that_would_be_unpickled_is_not_resumed(file, online, tmp_path):
+def test_a_pushed_checkpoint_that_would_be_unpickled_is_refused(file, online, tmp_path):
     api = HfApi(token=online.token)
     api.create_repo(REPO)
     api.upload_file(repo_id=REPO, path_or_fileobj=b"pickle", path_in_repo=f"last-checkpoint/{file}")
@@ -187,12 +187,12 @@ def test_a_pushed_checkpoint_that_would_be_unpickled_is_not_resumed(file, online
         checkpoint_to_resume(args)
 
 
-# ---- What is told ----
+# ---- Error messages ----
 
 
 @pytest.mark.parametrize("token", [TOKEN + "\n", TOKEN + "\0"])
-def test_a_token_that_is_no_header_is_not_shown(token, online):
-    with pytest.raises(Exception) as refusal:  # noqa: B017 (of the HTTP library)
+def test_a_token_that_is_not_a_valid_header_is_not_shown(token, online):
+    with pytest.raises(Exception) as refusal:  # noqa: B017 (the HTTP library's own)
         HfApi(token=token).whoami()
     assert TOKEN in str(refusal.value)
     assert TOKEN[:12] not in first_line(refusal.value)

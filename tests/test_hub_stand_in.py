@@ -1,4 +1,4 @@
-"""The stand-in for the Hub, seen by the real `huggingface_hub` and `transformers` over real HTTP."""
+"""The stand-in for the Hub, as seen by the real `huggingface_hub` and `transformers` over real HTTP."""
 
 import json
 import subprocess
@@ -37,7 +37,7 @@ def api(hub: HubStandIn) -> HfApi:
 
 @pytest.fixture
 def folder(tmp_path: Path) -> Path:
-    """What a run leaves: small text, weights, a checkpoint in a subfolder, and text too large for git."""
+    """What a run leaves: small text files, weights, a checkpoint in a subfolder, and a text file too large for git."""
     folder = tmp_path / "run"
     (folder / "last-checkpoint").mkdir(parents=True)
     (folder / "README.md").write_text(CARD)
@@ -73,7 +73,7 @@ def test_a_pushed_folder_is_stored_as_on_the_hub(hub: HubStandIn, api: HfApi, fo
     assert api.list_repo_commits(REPO)[0].commit_id == commit.oid
 
 
-def test_the_token_goes_to_the_api_but_not_to_the_storage(hub: HubStandIn, api: HfApi, folder: Path) -> None:
+def test_the_token_is_sent_to_the_api_but_not_to_the_storage(hub: HubStandIn, api: HfApi, folder: Path) -> None:
     api.create_repo(REPO, private=True)
     api.upload_folder(repo_id=REPO, folder_path=folder)
     hf_hub_download(REPO, "model.safetensors", endpoint=hub.endpoint, token=hub.token, cache_dir=folder / "cache")
@@ -111,7 +111,7 @@ def test_an_interrupted_download_resumes_where_it_stopped(hub: HubStandIn, api: 
         assert answer.content == content[20:]
 
 
-def test_model_info_tells_what_the_card_and_the_files_say(hub: HubStandIn, api: HfApi, folder: Path) -> None:
+def test_model_info_comes_from_the_card_and_the_files(hub: HubStandIn, api: HfApi, folder: Path) -> None:
     api.create_repo(REPO, private=True)
     first = api.model_info(REPO).sha
     commit = api.upload_folder(repo_id=REPO, folder_path=folder)
@@ -125,20 +125,20 @@ def test_model_info_tells_what_the_card_and_the_files_say(hub: HubStandIn, api: 
     assert [sibling.rfilename for sibling in api.model_info(REPO, revision=first).siblings] == [".gitattributes"]
 
 
-def test_whoami_tells_the_role_of_a_token(hub: HubStandIn) -> None:
+def test_whoami_reports_the_role_of_a_token(hub: HubStandIn) -> None:
     hub.tokens["hf_fine"] = "fineGrained"
     for token, role in ((hub.token, "write"), (hub.read_token, "read"), ("hf_fine", "fineGrained")):
         user = HfApi(endpoint=hub.endpoint, token=token).whoami()
         assert (user["name"], user["auth"]["accessToken"]["role"]) == ("tester", role)
 
 
-def test_an_invalid_token_is_an_error_of_its_own(hub: HubStandIn, api: HfApi, tmp_path: Path) -> None:
+def test_an_invalid_token_has_its_own_error(hub: HubStandIn, api: HfApi, tmp_path: Path) -> None:
     api.create_repo(REPO)
     stranger = HfApi(endpoint=hub.endpoint, token="hf_nobody")
     with pytest.raises(HfHubHTTPError, match="Invalid user token") as refusal:
         stranger.whoami()
     assert refusal.value.response.status_code == 401
-    # Even the public repository: the Hub says what is wrong with the token, not that there is no repository.
+    # Even for the public repository: the Hub reports the invalid token, not a missing repository.
     for call in (
         lambda: stranger.model_info(REPO),
         lambda: stranger.create_repo(REPO, exist_ok=True),
@@ -150,7 +150,7 @@ def test_an_invalid_token_is_an_error_of_its_own(hub: HubStandIn, api: HfApi, tm
         assert not isinstance(refusal.value, RepositoryNotFoundError)
 
 
-def test_a_read_only_token_reads_but_does_not_write(hub: HubStandIn, api: HfApi, folder: Path) -> None:
+def test_a_read_only_token_can_read_but_not_write(hub: HubStandIn, api: HfApi, folder: Path) -> None:
     api.create_repo(REPO, private=True)
     reader = HfApi(endpoint=hub.endpoint, token=hub.read_token)
     assert reader.model_info(REPO).private
@@ -173,13 +173,13 @@ def test_a_read_only_token_reads_but_does_not_write(hub: HubStandIn, api: HfApi,
     assert set(hub.files(REPO)) == {".gitattributes"}
 
 
-def test_a_namespace_that_is_not_ours_cannot_be_written(api: HfApi) -> None:
+def test_somebody_elses_namespace_cannot_be_written_to(api: HfApi) -> None:
     with pytest.raises(HfHubHTTPError, match="under the namespace 'google'") as refusal:
         api.create_repo("google/vit", exist_ok=True)
     assert refusal.value.response.status_code == 403
 
 
-def test_a_repository_is_created_once(api: HfApi) -> None:
+def test_a_repository_can_only_be_created_once(api: HfApi) -> None:
     api.create_repo(REPO)
     with pytest.raises(HfHubHTTPError, match="already created this model repo") as refusal:
         api.create_repo(REPO)
@@ -201,7 +201,9 @@ def test_a_private_repository_is_not_found_without_a_token(hub: HubStandIn, api:
     assert api.hf_hub_download(REPO, ".gitattributes", cache_dir=tmp_path / "cache")
 
 
-def test_what_is_missing_is_named(hub: HubStandIn, api: HfApi, tmp_path: Path) -> None:
+def test_missing_repositories_files_and_revisions_raise_their_own_errors(
+    hub: HubStandIn, api: HfApi, tmp_path: Path
+) -> None:
     api.create_repo(REPO)
     for token in (hub.token, False):
         client = HfApi(endpoint=hub.endpoint, token=token)
@@ -285,9 +287,7 @@ def test_a_push_that_fails_at_the_commit_leaves_nothing_and_the_next_one_complet
     assert [request.status for request in hub.requests if request.operation == "commit"] == [500, None, 200]
 
 
-def test_a_push_that_fails_at_a_large_file_completes_the_second_time(
-    hub: HubStandIn, api: HfApi, folder: Path
-) -> None:
+def test_a_push_that_fails_at_a_large_file_completes_when_repeated(hub: HubStandIn, api: HfApi, folder: Path) -> None:
     api.create_repo(REPO)
     hub.fail_next("lfs-upload", status=507, after=1)
     with pytest.raises(RuntimeError, match="Error while uploading") as failure:
@@ -299,7 +299,7 @@ def test_a_push_that_fails_at_a_large_file_completes_the_second_time(
     assert operations(hub).count("lfs-upload") == 3
 
 
-def test_the_client_gets_over_a_short_failure_by_itself(hub: HubStandIn, api: HfApi, folder: Path) -> None:
+def test_the_client_recovers_from_a_brief_failure_by_itself(hub: HubStandIn, api: HfApi, folder: Path) -> None:
     api.create_repo(REPO)
     hub.fail_next("lfs-upload", status=503)
     api.upload_folder(repo_id=REPO, folder_path=folder)
@@ -307,7 +307,7 @@ def test_the_client_gets_over_a_short_failure_by_itself(hub: HubStandIn, api: Hf
     assert sorted(str(r.status) for r in hub.requests if r.operation == "lfs-upload") == ["200", "200", "503"]
 
 
-def test_failures_can_be_taken_back_and_must_be_known(hub: HubStandIn, api: HfApi) -> None:
+def test_failures_can_be_cancelled_and_must_name_a_known_operation(hub: HubStandIn, api: HfApi) -> None:
     hub.fail_next(after=1, times=100)
     assert api.whoami()["name"] == "tester"
     with pytest.raises(HfHubHTTPError, match="told to fail"):
@@ -346,7 +346,7 @@ def test_a_card_that_the_hub_would_refuse_is_refused_before_the_upload(
 
 
 def test_repositories_outlive_the_server(tmp_path: Path, hub: HubStandIn) -> None:
-    # `hub` is not asked for anything here: it sets up the client in this process.
+    # `hub` is only here to set up the client in this process.
     with HubStandIn(tmp_path / "kept") as first:
         api = HfApi(endpoint=first.endpoint, token=first.token)
         api.create_repo(REPO, private=True)
@@ -390,7 +390,7 @@ print(json.dumps({
 """
 
 
-def test_transformers_pushes_and_loads_a_model_in_a_process_of_its_own(hub: HubStandIn, tmp_path: Path) -> None:
+def test_transformers_pushes_and_loads_a_model_in_a_subprocess(hub: HubStandIn, tmp_path: Path) -> None:
     environment = hub.env(token=hub.token)
     assert list(Path(environment["HF_HOME"]).iterdir()) == []
     run = subprocess.run(

@@ -1,4 +1,4 @@
-"""How a network from scratch starts: the formulas, and that the command applies them to such a network alone."""
+"""How a network from scratch starts: the formulas, and that the command applies them only to such a network."""
 
 import math
 
@@ -56,7 +56,7 @@ def test_positions_are_sines_and_cosines_of_column_and_row():
             np.testing.assert_allclose(positions[3 * row + column], expected, atol=1e-6)
 
 
-def test_positions_are_as_large_as_sines_are_and_closest_to_their_neighbours():
+def test_positions_are_as_large_as_sines_and_closest_to_their_neighbours():
     positions = sincos_positions(side=8, width=192)
     assert positions.shape == (64, 192)
     assert positions.square().mean().sqrt().item() == pytest.approx(0.5**0.5, abs=1e-6)
@@ -65,13 +65,13 @@ def test_positions_are_as_large_as_sines_are_and_closest_to_their_neighbours():
 
 
 @pytest.mark.parametrize(("mode", "tokens"), [("none", 1), ("both", 2)])
-def test_a_new_deit_ti_starts_with_them_and_its_tokens_at_zero(digits, tmp_path, mode, tokens):
+def test_new_deit_ti_starts_with_sincos_positions_and_zeros_for_its_tokens(digits, tmp_path, mode, tokens):
     positions = positions_of(network(digits, tmp_path, distill_mode=mode))
     assert positions[:, :tokens].count_nonzero() == 0
     assert torch.equal(positions[0, tokens:], sincos_positions(4, 192))
 
 
-def test_nothing_else_starts_otherwise_and_normal_positions_are_as_before(digits, tmp_path):
+def test_only_the_positions_differ_and_normal_ones_are_as_before(digits, tmp_path):
     new = network(digits, tmp_path, distill_mode="both").state_dict()
     normal = network(digits, tmp_path, distill_mode="both", position_init="normal").state_dict()
     differing = [name for name in new if not torch.equal(new[name], normal[name])]
@@ -79,7 +79,7 @@ def test_nothing_else_starts_otherwise_and_normal_positions_are_as_before(digits
     assert normal[differing[0]].std().item() == pytest.approx(0.02, rel=0.05)
 
 
-def test_a_network_that_starts_from_another_keeps_its_positions_and_patches(digits, tmp_path):
+def test_network_started_from_another_keeps_its_positions_and_patches(digits, tmp_path):
     source = network(digits, tmp_path, position_init="normal")
     source.save_pretrained(tmp_path / "source")
     student = network(digits, tmp_path, model_name_or_path=tmp_path / "source", patch_init="whitening")
@@ -98,7 +98,7 @@ def products(layer) -> tuple[torch.Tensor, torch.Tensor]:
 
 def test_mimetic_products_have_the_papers_diagonals(digits, tmp_path):
     model = network(digits, tmp_path, attention_init="mimetic")
-    # The mean diagonal of the closest matrix of rank 64 to 0.7 Z + 0.7 I, computed on its own.
+    # The mean diagonal of the rank-64 matrix closest to 0.7 Z + 0.7 I, computed independently.
     generator = np.random.default_rng(0)
     left, values, right = np.linalg.svd(
         0.7 * generator.normal(size=(20, 192, 192)) / 192**0.5 + 0.7 * np.eye(192), full_matrices=False
@@ -130,7 +130,7 @@ def test_mimetic_factors_are_the_closest_of_their_rank(digits, tmp_path, monkeyp
     torch.testing.assert_close(value_projection, 0.4 * noise[3] - 0.4 * torch.eye(192), atol=1e-5, rtol=0)
 
 
-def test_mimetic_attention_is_the_same_for_a_seed_and_nothing_else_changes(digits, tmp_path):
+def test_mimetic_attention_depends_on_the_seed_and_changes_nothing_else(digits, tmp_path):
     normal = network(digits, tmp_path).state_dict()
     first, second, other = (
         network(digits, tmp_path, attention_init="mimetic", seed=seed).state_dict() for seed in (42, 42, 7)
@@ -163,7 +163,7 @@ def smooth_images() -> torch.Tensor:
     return F.avg_pool2d(noise, 3, stride=1, padding=1) + noise.mean(dim=(1, 2, 3), keepdim=True) * 10
 
 
-def test_whitened_patches_vary_alike_in_all_large_components_and_not_together():
+def test_whitened_patches_vary_equally_in_all_large_components_and_are_uncorrelated():
     images, model = smooth_images(), network_for(8)
     start_from_whitened_patches(model, images)
     projection = model.deit_ti.embeddings.patch_projection
@@ -186,7 +186,7 @@ def test_large_patches_start_with_their_largest_components():
     torch.testing.assert_close(kept, torch.linalg.eigvalsh(covariance)[-192:].sum(), rtol=1e-3, atol=0)
 
 
-def test_small_patches_keep_their_size_in_more_directions_than_they_have_values():
+def test_small_patches_keep_their_variance_in_more_directions_than_values():
     images, model = smooth_images(), network_for(4)  # 48 values, 192 directions
     start_from_whitened_patches(model, images)
     weight = patches_weight_of(model).flatten(1)
@@ -197,7 +197,7 @@ def test_small_patches_keep_their_size_in_more_directions_than_they_have_values(
     assert torch.linalg.matrix_rank(weight) == 48
 
 
-def test_only_the_patches_start_otherwise_and_from_the_training_images(digits, tmp_path):
+def test_only_the_patches_start_differently_and_from_the_training_images(digits, tmp_path):
     normal = network(digits, tmp_path, distill_mode="both").state_dict()
     args = arguments(output_dir=tmp_path, image_size=32, patch_size=8)
     whitened = network(digits, tmp_path, distill_mode="both", patch_init="whitening")
@@ -205,12 +205,12 @@ def test_only_the_patches_start_otherwise_and_from_the_training_images(digits, t
     differing = [name for name in normal if not torch.equal(normal[name], state[name])]
     assert differing == ["deit_ti.embeddings.patch_projection.weight"]  # the bias starts at zero in both
     again = DeiTTiForImageClassification(whitened.config)
-    images = EvalImages(digits.train, make_image_processor(args.model, args.augmentation))  # few enough: all
+    images = EvalImages(digits.train, make_image_processor(args.model, args.augmentation))  # few enough to use all
     start_from_whitened_patches(again, images.__getitems__(range(64))["pixel_values"])
     torch.testing.assert_close(patches_weight_of(again), patches_weight_of(whitened))
 
 
-def test_a_stream_lends_its_first_images(tmp_path):
+def test_stream_provides_its_first_images(tmp_path):
     whole, streamed = (
         load_images(ImageArguments("digits", streaming=streaming, max_eval_samples=50)) for streaming in (False, True)
     )
@@ -225,7 +225,7 @@ def test_a_stream_lends_its_first_images(tmp_path):
 # ---- The command ----
 
 
-def test_only_a_new_deit_ti_is_recorded_with_its_start(digits, tmp_path):
+def test_only_a_new_deit_ti_records_its_initialisation(digits, tmp_path):
     args = arguments(output_dir=tmp_path, attention_init="mimetic", distill_mode="hard")
     settings = run_settings(args, digits)
     assert [settings[f"{part}_init"] for part in ("patch", "position", "attention")] == ["normal", "sincos", "mimetic"]
@@ -234,6 +234,6 @@ def test_only_a_new_deit_ti_is_recorded_with_its_start(digits, tmp_path):
 
 
 @pytest.mark.parametrize("name", [TINY_CNN, "some/model"])
-def test_mimetic_attention_of_another_network_is_refused(name, tmp_path):
+def test_mimetic_attention_for_other_networks_is_refused(name, tmp_path):
     with pytest.raises(UserError, match="--attention_init is for a deit_ti from scratch"):
         arguments(output_dir=tmp_path, model_name_or_path=name, attention_init="mimetic")

@@ -59,7 +59,7 @@ def make_config(mode: str, labels: list[str] = LABELS, **changes) -> DeiTTiConfi
 
 
 def make_model(mode: str, labels: list[str] = LABELS, **changes) -> DeiTTiForImageClassification:
-    """A model none of whose parameters is at a value that an error could hide behind."""
+    """A model with no parameter at a value that could hide an error."""
     torch.manual_seed(0)
     model = DeiTTiForImageClassification(make_config(mode, labels, **changes)).eval()
     with torch.no_grad():
@@ -88,7 +88,7 @@ def logits_of(model, images: torch.Tensor, **kwargs) -> torch.Tensor:
 
 
 def assert_same(logits: torch.Tensor, expected: torch.Tensor, atol: float = 1e-5) -> None:
-    assert expected.std() > 0.1  # they say something
+    assert expected.std() > 0.1  # the logits vary
     torch.testing.assert_close(logits, expected, atol=atol, rtol=0)
 
 
@@ -124,7 +124,7 @@ def test_exports_of_one_head_do_not_depend_on_the_other():
     torch.testing.assert_close(logits_of(to_transformers(model), make_images()), before)
 
 
-def test_export_leaves_the_model_as_it_was():
+def test_export_leaves_the_model_unchanged():
     model = make_model("distill").train()
     before = {key: value.clone() for key, value in model.state_dict().items()}
     exported = to_transformers(model)
@@ -141,7 +141,7 @@ def test_transformers_export_follows_unusual_configs(changes):
     assert_same(logits_of(to_transformers(model), make_images()), logits_of(model, make_images()))
 
 
-def test_timm_export_names_what_timm_does_not_have():
+def test_timm_export_names_what_timm_does_not_support():
     with pytest.raises(UserError, match="layer_norm_eps 1e-06, but the model has 0.001"):
         to_timm(make_model("none", layer_norm_eps=1e-3))
     model = make_model("none", qkv_bias=False, intermediate_size=82)  # 48 * (82 / 48) is below 82 in floating point
@@ -162,7 +162,7 @@ def test_full_size_model_is_timms_and_transformers_own_architecture():
     assert timm_arguments(one_head) == {"model_name": "deit_tiny_patch16_224", **arguments, "reg_tokens": 1}
 
 
-# What a user without this project runs. Prints the logits of each mode and way of loading.
+# What a user without this project runs. Saves the logits of each mode and way of loading.
 LOAD_ANYWHERE = """
 import importlib.util, json, sys
 import timm, torch
@@ -220,7 +220,7 @@ def test_saved_exports_of_every_mode_load_in_a_process_without_this_project(tmp_
 
 
 @pytest.mark.parametrize("resize", [37, 256])
-def test_timm_preprocesses_as_the_image_processor(resize):
+def test_timm_preprocesses_like_the_image_processor(resize):
     image_size = {37: 32, 256: 224}[resize]
     image_processor = make_image_processor(image_size)
     assert image_processor.size["shortest_edge"] == resize
@@ -237,7 +237,7 @@ def test_timm_preprocesses_as_the_image_processor(resize):
 
 @pytest.mark.parametrize("kind", ["native", "transformers", "timm"])
 @pytest.mark.parametrize("mode", MODES)
-def test_exports_come_back_as_what_they_were(mode, kind, tmp_path):
+def test_exports_load_back_as_the_same_model(mode, kind, tmp_path):
     model = make_model(mode)
     if kind == "native":
         model.save_pretrained(tmp_path)
@@ -283,7 +283,7 @@ def test_patch_projection_is_resampled_to_another_patch_size(tmp_path):
     assert_same(logits_of(student.eval(), plain.expand(3, 3, 64, 64)), expected, atol=1e-4)
 
 
-def test_heads_are_put_into_the_order_of_the_students_labels(tmp_path):
+def test_heads_are_reordered_to_the_students_labels(tmp_path):
     model = make_model("both")
     model.save_pretrained(tmp_path)
     student, report = load_student(tmp_path, make_config("both", labels=["gnu", "cat", "emu", "dog", "fox"]))
@@ -324,7 +324,7 @@ def test_distillation_token_is_new_where_the_source_has_none(tmp_path):
     assert student.config.readout == "distillation" and student.config.distill_mode == "distill"
 
 
-def test_token_that_the_student_lacks_is_left_behind(tmp_path):
+def test_token_that_the_student_lacks_is_dropped(tmp_path):
     model = make_model("both")
     model.save_pretrained(tmp_path)
     student, report = load_student(tmp_path, make_config("distill_alone"))
@@ -343,7 +343,7 @@ def test_one_token_starts_from_another(tmp_path):
     assert_same(logits_of(student.eval(), make_images()), logits_of(model, make_images()))
 
 
-def test_student_takes_over_the_sources_layer_norm_eps(tmp_path):
+def test_student_inherits_the_sources_layer_norm_eps(tmp_path):
     fields = {"hidden_size": 48, "intermediate_size": 80, "num_hidden_layers": 2, "num_attention_heads": 3}
     config = ViTConfig(**fields, image_size=32, patch_size=8, num_labels=5, layer_norm_eps=0.5)
     source = ViTForImageClassification(config).eval()
@@ -356,7 +356,7 @@ def test_student_takes_over_the_sources_layer_norm_eps(tmp_path):
 
 
 def test_timm_architecture_starts_from_its_pretrained_weights_on_the_hub(monkeypatch, tmp_path):
-    """As timm/deit_tiny_distilled_patch16_224.fb_in1k lies in the Hub's cache, but with random weights."""
+    """As timm/deit_tiny_distilled_patch16_224.fb_in1k is laid out in the Hub's cache, but with random weights."""
     name = "deit_tiny_distilled_patch16_224.fb_in1k"
     assert timm_hub_id(name) == timm_hub_id("deit_tiny_distilled_patch16_224") == f"timm/{name}"
     monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path))
@@ -386,7 +386,7 @@ def test_timm_architecture_starts_from_its_pretrained_weights_on_the_hub(monkeyp
 
 
 @pytest.mark.parametrize("mode", ["none", "both"])
-def test_student_starts_from_what_timm_saved_itself(mode, tmp_path):
+def test_student_starts_from_a_network_saved_by_timm(mode, tmp_path):
     """timm writes `num_classes` into `model_args` too, which transformers' wrapper does not expect."""
     source = to_timm(make_model(mode))
     names = {"model_args": {"num_classes": 5}, "model_config": {"label_names": LABELS}}
@@ -397,7 +397,7 @@ def test_student_starts_from_what_timm_saved_itself(mode, tmp_path):
     assert_same(logits_of(student.eval(), make_images()), logits_of(source, make_images()))
 
 
-def test_starting_names_what_does_not_fit(tmp_path):
+def test_sources_that_do_not_fit_are_refused_with_the_reason(tmp_path):
     make_model("none", hidden_size=96).save_pretrained(tmp_path / "wide")
     with pytest.raises(UserError, match="--model_name_or_path .*wide: its hidden_size is 96, but the student's is 48"):
         load_student(tmp_path / "wide", make_config("none"))
@@ -412,7 +412,7 @@ def test_starting_names_what_does_not_fit(tmp_path):
         load_student(tmp_path / "scaled", make_config("none"))
 
 
-def test_starting_names_what_cannot_be_loaded(tmp_path):
+def test_sources_that_cannot_be_loaded_are_refused_with_the_reason(tmp_path):
     config = make_config("none")
     with pytest.raises(UserError, match="--model_name_or_path .*nowhere: there is no such folder"):
         load_student(tmp_path / "nowhere", config)
@@ -461,7 +461,7 @@ def test_pickled_weights_and_remote_code_are_refused(tmp_path):
 def run_command(*arguments: str) -> int:
     try:
         return main(list(arguments))
-    except SystemExit as exit:  # of argparse
+    except SystemExit as exit:  # raised by argparse
         return exit.code
 
 

@@ -1,4 +1,4 @@
-"""The network: its size, its outputs, and that it is timm's and transformers' DeiT-Ti to the last digit."""
+"""The network: its size, its outputs, and that it matches timm's and transformers' DeiT-Ti to the last digit."""
 
 import json
 import os
@@ -36,7 +36,7 @@ def small_model(mode=MODES["both"], **overrides) -> DeiTTiForImageClassification
 
 
 def perturb(model: torch.nn.Module) -> torch.nn.Module:
-    """Moves every parameter off its initial value, so that no bias of zero or norm of one hides a mistake."""
+    """Moves every parameter off its initial value, so that no zero bias or unit norm hides a mistake."""
     torch.manual_seed(1)
     with torch.no_grad():
         for parameter in model.parameters():
@@ -45,7 +45,7 @@ def perturb(model: torch.nn.Module) -> torch.nn.Module:
 
 
 def load_renamed(model: DeiTTiForImageClassification, weights: dict, names: dict[str, str], layer_names: dict) -> None:
-    """Copies another network's weights in, and fails if one is left over or missing."""
+    """Copies in another network's weights, and fails if any are left over or missing."""
     renamed = {names[name]: weights.pop(name) for name in names}
     for index in range(model.config.num_hidden_layers):
         for name, fused in layer_names.items():
@@ -55,7 +55,7 @@ def load_renamed(model: DeiTTiForImageClassification, weights: dict, names: dict
     model.load_state_dict(renamed)
 
 
-def test_parameters_are_as_many_as_timms():
+def test_parameter_count_equals_timms():
     ours = DeiTTiForImageClassification(DeiTTiConfig(num_labels=1000, **MODES["both"].network))
     timms = timm.create_model("deit_tiny_distilled_patch16_224")
     assert ours.num_parameters() == sum(p.numel() for p in timms.parameters()) == 5_910_800
@@ -143,7 +143,7 @@ def test_logits_equal_transformers():
 
 
 @pytest.mark.parametrize("name", MODES)
-def test_logits_are_those_of_the_modes_read_out(name):
+def test_logits_come_from_the_modes_read_out(name):
     output = small_model(MODES[name])(torch.randn(3, 3, 32, 32))
     expected = {
         "class": lambda: output.class_logits,
@@ -157,7 +157,7 @@ def test_logits_are_those_of_the_modes_read_out(name):
 @pytest.mark.parametrize(
     ("name", "present", "absent"), [("class", "class", "distillation"), ("distill", "distillation", "class")]
 )
-def test_a_single_token_model_has_that_token_and_head_alone(name, present, absent):
+def test_a_single_token_model_only_has_that_token_and_its_head(name, present, absent):
     model = small_model(resolve_mode(name, single_token=True))
     output = model(torch.randn(2, 3, 32, 32))
     assert f"{present}_logits" in output and f"{absent}_logits" not in output
@@ -174,8 +174,8 @@ def test_each_head_reads_its_own_token():
 
 
 @pytest.mark.parametrize("mode", ["none", "both"])
-def test_the_last_layer_leaves_out_the_patches_and_nothing_else_changes(mode):
-    """Logits and gradients as with all tokens, which asking for hidden states gives; in training, too."""
+def test_the_last_layer_skips_the_patches_and_nothing_else_changes(mode):
+    """Logits and gradients equal those with all tokens (as when hidden states are requested), also in training."""
     model = perturb(small_model(resolve_mode(mode), drop_path_rate=0.5, patch_drop_rate=0.25)).train()
     noise = {"drop_path_noise": torch.rand(4, 2, 2), "patch_drop_noise": torch.rand(4, 16)}
     images, labels = torch.randn(4, 3, 32, 32), torch.tensor([0, 1, 2, 1])
@@ -195,7 +195,7 @@ def test_the_last_layer_leaves_out_the_patches_and_nothing_else_changes(mode):
     torch.testing.assert_close(*gradients, atol=1e-6, rtol=1e-4)
 
 
-def test_initialisation_is_a_truncated_normal_of_width_two_hundredths():
+def test_initialisation_is_a_truncated_normal_with_standard_deviation_0_02():
     model = DeiTTiForImageClassification(DeiTTiConfig(**MODES["both"].network))
     for name, parameter in model.named_parameters():
         if "norm" in name:
@@ -210,7 +210,7 @@ def test_sdpa_and_eager_attention_agree_and_eager_returns_its_probabilities():
     model, images = perturb(small_model()), torch.randn(2, 3, 32, 32)
     assert model.config._attn_implementation == "sdpa"
     expected = model(images).logits
-    # As transformers' own ViT, which warns.
+    # As in transformers' own ViT, which warns.
     assert model(images, output_attentions=True).attentions == ()
     model.set_attn_implementation("eager")
     output = model(images, output_attentions=True)
@@ -259,7 +259,7 @@ def test_gradient_checkpointing_gives_the_same_gradients():
     ],
     ids=["one label per image", "several labels per image"],
 )
-def test_the_loss_of_labels_is_that_of_transformers_own_vit(labels, loss, problem_type):
+def test_the_loss_equals_that_of_transformers_own_vit(labels, loss, problem_type):
     model, vit = small_model(), ViTForImageClassification(ViTConfig(num_labels=5, num_hidden_layers=1))
     output = model(torch.randn(2, 3, 32, 32), labels=labels)
     torch.testing.assert_close(output.loss, vit.loss_function(labels, output.logits, vit.config))
@@ -268,7 +268,7 @@ def test_the_loss_of_labels_is_that_of_transformers_own_vit(labels, loss, proble
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
-def test_a_model_in_half_precision_takes_float32_images(dtype):
+def test_a_half_precision_model_accepts_float32_images(dtype):
     model, images = small_model(), torch.randn(2, 3, 32, 32)
     expected = model(images).logits
     logits = model.to(dtype)(images).logits
@@ -286,7 +286,7 @@ def test_drop_path_drops_whole_images_and_keeps_the_expectation():
     assert (drop_path(torch.ones(4, 3, 2), None, rate=0.25) == 1).all()
 
 
-def test_drop_path_follows_the_noise_that_is_given_or_drawn_and_only_in_training():
+def test_drop_path_uses_given_or_drawn_noise_only_in_training():
     model, images = small_model(drop_path_rate=0.5).train(), torch.randn(4, 3, 32, 32)
     torch.manual_seed(1)
     drawn = model(images).logits
@@ -300,7 +300,7 @@ def test_drop_path_follows_the_noise_that_is_given_or_drawn_and_only_in_training
     assert torch.equal(model.eval()(images, drop_path_noise=noise).logits, model(images).logits)
 
 
-def test_patch_dropout_keeps_the_patches_with_the_smallest_numbers():
+def test_patch_dropout_keeps_the_patches_with_the_lowest_noise():
     patches = torch.arange(2 * 5 * 3.0).view(2, 5, 3)
     noise = torch.tensor([[0.9, 0.1, 0.5, 0.2, 0.8], [0.0, 0.7, 0.6, 0.3, 0.9]])
     for rate, expected in ((0.6, ([1, 3], [0, 3])), (0.79, ([1], [0])), (0.95, ([1], [0]))):
@@ -308,7 +308,7 @@ def test_patch_dropout_keeps_the_patches_with_the_smallest_numbers():
         assert torch.equal(keep_patches(patches, noise, rate), kept)
 
 
-def test_a_network_with_patch_dropout_learns_from_the_patches_that_the_noise_keeps():
+def test_a_network_with_patch_dropout_only_sees_the_patches_that_the_noise_keeps():
     model, images = perturb(small_model(patch_drop_rate=0.75, drop_path_rate=0.0)).train(), torch.randn(3, 3, 32, 32)
     hidden_states = model(images, output_hidden_states=True).hidden_states
     assert {states.shape for states in hidden_states} == {(3, 2 + 4, 192)}
@@ -320,14 +320,14 @@ def test_a_network_with_patch_dropout_learns_from_the_patches_that_the_noise_kee
     assert torch.equal(given.logits, drawn.logits)
     alone = torch.cat([model(images[i : i + 1], patch_drop_noise=noise[i : i + 1]).logits for i in range(3)])
     torch.testing.assert_close(alone, given.logits)
-    # What lies in the patches that were left out makes no difference, and what lies in the others does.
+    # The content of the dropped patches makes no difference; that of the others does.
     is_kept = noise.argsort(dim=1).argsort(dim=1) < 4
     pixels = is_kept.view(3, 1, 4, 4).repeat_interleave(8, dim=2).repeat_interleave(8, dim=3)
     assert torch.equal(model(images * pixels, patch_drop_noise=noise).logits, given.logits)
     assert not torch.equal(model(images * ~pixels, patch_drop_noise=noise).logits, given.logits)
 
 
-def test_patch_dropout_is_for_training_alone():
+def test_patch_dropout_only_applies_in_training():
     model, plain = (perturb(small_model(patch_drop_rate=rate)) for rate in (0.5, 0.0))
     images, noise = torch.randn(2, 3, 32, 32), torch.rand(2, 16)
     assert torch.equal(model(images, patch_drop_noise=noise).logits, plain(images).logits)
@@ -401,6 +401,6 @@ def test_a_saved_model_loads_in_a_fresh_process_that_has_only_its_folder(tmp_pat
         ({"tokens": ["distillation"], "readout": "class"}, "does not fit tokens"),
     ],
 )
-def test_configurations_that_make_no_network_are_refused(options, message):
+def test_invalid_configurations_are_refused(options, message):
     with pytest.raises(ValueError, match=message):
         DeiTTiConfig(**options)

@@ -1,4 +1,4 @@
-"""`--optim muon`: which parameters Muon takes, and that its steps are those of timm's Muon."""
+"""`--optim muon`: which parameters Muon updates, and that its steps match timm's Muon."""
 
 import functools
 import json
@@ -40,7 +40,7 @@ def set_gradients(model: nn.Module, seed: int) -> None:
 # ---- Which parameters ----
 
 
-def test_muon_takes_the_matrices_of_the_blocks_and_adamw_the_rest_and_decay_is_as_ever(tmp_path):
+def test_muon_updates_the_blocks_matrices_and_adamw_the_rest_with_the_usual_decay(tmp_path):
     args = muon_arguments(tmp_path, learning_rate=1e-3, weight_decay=0.1, optim_args="adamw_lr_scale=2")
     model = tiny_student(args)
     names = {parameter: name for name, parameter in model.named_parameters()}
@@ -71,7 +71,7 @@ def test_muon_takes_the_matrices_of_the_blocks_and_adamw_the_rest_and_decay_is_a
         ("deit_tiny_distilled_patch16_224", "patch_embed.proj.weight", "head.weight head_dist.weight"),
     ],
 )
-def test_in_timms_networks_the_first_layer_the_heads_and_depthwise_convolutions_are_adamws(architecture, first, head):
+def test_adamw_updates_timms_first_layers_heads_and_depthwise_convolutions(architecture, first, head):
     model = new_timm_classifier(architecture, DIGITS, 224, image_processor(224))
     layers = {
         name.removeprefix("timm_model."): parameter
@@ -84,7 +84,7 @@ def test_in_timms_networks_the_first_layer_the_heads_and_depthwise_convolutions_
     assert found == layers.keys() - {first, *head.split()} - depthwise
 
 
-def test_in_transformers_networks_the_heads_are_adamws():
+def test_adamw_updates_the_heads_of_transformers_networks():
     config = DeiTConfig(num_hidden_layers=1, hidden_size=48, intermediate_size=96, num_attention_heads=3)
     model = DeiTForImageClassificationWithTeacher(config)
     linear = {f"{name}.weight" for name, module in model.named_modules() if isinstance(module, nn.Linear)}
@@ -107,10 +107,10 @@ def test_singular_values_come_close_to_one():
 
 @pytest.mark.parametrize("steps", [1, 5, 7])
 @pytest.mark.parametrize("shape", [(3, 576, 192), (3, 192, 192), (3, 192, 768)])
-def test_orthogonalised_matrices_are_timms(shape, steps):
+def test_orthogonalised_matrices_match_timms(shape, steps):
     torch.manual_seed(0)
     coefficients = timm_muon.resolve_ns_coefficients("quintic", timm_muon._COEFFICIENTS)
-    few_directions = torch.randn(3, shape[1], 4) @ torch.randn(3, 4, shape[2])  # as gradients are
+    few_directions = torch.randn(3, shape[1], 4) @ torch.randn(3, 4, shape[2])  # like gradients
     for matrices in (torch.randn(shape), few_directions + 1e-3 * torch.randn(shape), few_directions):
         expected = timm_muon.zeropower_via_newtonschulz(matrices, steps, coefficients, dtype=torch.float32)
         result = orthogonalize(matrices, steps, torch.float32)
@@ -124,7 +124,7 @@ def test_orthogonalised_matrices_are_timms(shape, steps):
 
 
 @pytest.mark.parametrize("network", ["deit_ti", TINY_CNN])
-def test_steps_are_those_of_timms_muon(network, tmp_path, monkeypatch):
+def test_steps_match_timms_muon(network, tmp_path, monkeypatch):
     in_float32 = functools.partial(timm_muon.zeropower_via_newtonschulz, dtype=torch.float32)
     monkeypatch.setattr(timm_muon, "zeropower_via_newtonschulz", in_float32)  # timm's optimizer has no option for it
     monkeypatch.setattr("modeling_deit_ti.muon.cpu_is_fast_in_bfloat16", lambda: False)
@@ -157,7 +157,7 @@ def test_steps_are_those_of_timms_muon(network, tmp_path, monkeypatch):
         torch.testing.assert_close(parameter, expected, atol=2e-6, rtol=1e-5, msg=name)
 
 
-def test_a_head_without_gradients_and_a_step_without_any_change_nothing(tmp_path):
+def test_step_without_gradients_changes_nothing(tmp_path):
     args = muon_arguments(tmp_path)
     model = tiny_student(args)
     optimizer = make_muon(model, decaying(model), args.training)
@@ -166,7 +166,7 @@ def test_a_head_without_gradients_and_a_step_without_any_change_nothing(tmp_path
     assert all(torch.equal(parameter, before[name]) for name, parameter in model.named_parameters())
 
 
-def test_its_state_goes_on_where_it_was_saved(tmp_path):
+def test_optimizer_state_resumes_where_it_was_saved(tmp_path):
     args = muon_arguments(tmp_path)
     model, resumed = tiny_student(args), tiny_student(args)
     optimizer = make_muon(model, decaying(model), args.training)
@@ -226,7 +226,7 @@ def test_deepspeed_is_refused(tmp_path, monkeypatch):
 
 @pytest.fixture(scope="module")
 def distilled(tmp_path_factory) -> Path:
-    """A student and its teacher, both trained by Muon."""
+    """A student and its teacher, both trained with Muon."""
     folder = tmp_path_factory.mktemp("muon")
     recipe = "model_name_or_path: test_resnet\noptim: muon\noptim_args: ns_steps=3\nlearning_rate: 2e-2\n"
     (folder / "teacher.yaml").write_text(f"{recipe}num_train_epochs: 6\n")
@@ -238,7 +238,7 @@ def distilled(tmp_path_factory) -> Path:
     return folder
 
 
-def test_card_checkpoint_and_the_teachers_recipe_say_muon(distilled):
+def test_card_checkpoint_and_teacher_recipe_name_muon(distilled):
     card = (distilled / "run" / "README.md").read_text()
     for row in (
         "| optim | `muon` |",
@@ -257,6 +257,6 @@ def test_card_checkpoint_and_the_teachers_recipe_say_muon(distilled):
     assert (recipe["optim"], recipe["optim_args"]) == ("muon", "ns_steps=3") and "position_init" not in recipe
 
 
-def test_the_saved_model_says_nothing_of_how_it_started(distilled):
+def test_saved_model_does_not_record_its_initialisation(distilled):
     config = json.loads((distilled / "run" / "config.json").read_text())
     assert not [key for key in config if key.endswith("_init")]

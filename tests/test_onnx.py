@@ -1,4 +1,4 @@
-"""The ONNX file says what the model says, for any number of images, in every mode."""
+"""The ONNX file gives the model's logits, for any number of images, in every mode."""
 
 import contextlib
 import io
@@ -58,7 +58,7 @@ class Export(NamedTuple):
 
 @pytest.fixture(scope="module")
 def exported(tmp_path_factory):
-    """Converts a run with the command: each network once, since that takes seconds; modes can share one."""
+    """Converts a run with the command, each network only once, since that takes seconds; modes can share one."""
 
     @cache
     def export(tokens: tuple[str, ...], readout: str) -> Export:
@@ -79,7 +79,7 @@ def assert_same(file: Path, model: DeiTTiForImageClassification, images: torch.T
     names = [output.name for output in session.get_outputs()]
     expected = model(images, interpolate_pos_encoding=True)
     for name, found in zip(names, session.run(None, {"pixel_values": images.numpy()}), strict=True):
-        assert expected[name].std() > 0.1  # it says something
+        assert expected[name].std() > 0.1  # the logits vary
         np.testing.assert_allclose(found, expected[name].numpy(), atol=1e-4, rtol=0, err_msg=name)
 
 
@@ -106,13 +106,13 @@ def test_int8_file_is_smaller_and_has_nearly_the_same_logits(mode, exported):
     network = tuple(NETWORKS[mode]["tokens"]), NETWORKS[mode]["readout"]
     file = exported(*network).file
     quantized = file.with_name("model_quantized.onnx")
-    assert quantized.stat().st_size < 0.7 * file.stat().st_size  # of two small layers; what is around them stays
+    assert quantized.stat().st_size < 0.7 * file.stat().st_size  # its layers are small; what surrounds them stays
     images = {"pixel_values": torch.randn(3, 3, 32, 32).numpy()}
     logits, rounded = (onnxruntime.InferenceSession(path).run(["logits"], images)[0] for path in (file, quantized))
     assert 0 < np.abs(rounded - logits).max() < 0.2 * np.abs(logits).max()
 
 
-def test_command_says_where_the_file_is_and_nothing_else(exported):
+def test_command_prints_where_the_file_is_and_nothing_else(exported):
     export = exported(("class",), "class")
     assert export.output == f'Written. To load it: onnxruntime.InferenceSession("{export.file}")\n'
     assert export.errors == ""

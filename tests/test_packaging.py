@@ -16,7 +16,7 @@ REPOSITORY = Path(__file__).resolve().parents[1]
 
 def test_an_installed_package_trains_and_writes_its_card_from_another_folder(tmp_path):
     build = ["wheel", "--quiet", "--disable-pip-version-check", "--no-deps", "--no-build-isolation"]
-    source = tmp_path / "source"  # a copy, since setuptools builds beside what it packs
+    source = tmp_path / "source"  # a copy, since setuptools builds next to its sources
     shutil.copytree(REPOSITORY / "modeling_deit_ti", source / "modeling_deit_ti")
     for name in ("pyproject.toml", "README.md", "LICENSE"):
         shutil.copy(REPOSITORY / name, source)

@@ -1,4 +1,4 @@
-"""Tests that other projects wrote; `pytest -m peers` fetches them from the package index and runs them."""
+"""Other projects' tests; `pytest -m peers` fetches them from the package index and runs them."""
 
 import os
 import re
@@ -13,12 +13,12 @@ import pytest
 
 
 REPOSITORY = Path(__file__).resolve().parents[1]
-# Other kinds of models' tests, which ModelTesterMixin imports and the source distribution lacks.
+# Tests of other kinds of models, which ModelTesterMixin imports but the source distribution lacks.
 MISSING = {"exporters/test_export.py": "ExportTesterMixin", "generation/test_utils.py": "GenerationTesterMixin"}
 
 
 @pytest.mark.peers
-def test_the_network_passes_transformers_own_tests_of_a_model(tmp_path):
+def test_network_passes_transformers_own_model_tests(tmp_path):
     pip = [sys.executable, "-m", "pip", "--disable-pip-version-check", "--quiet"]
     release = f"transformers=={version('transformers')}"
     fetch = [

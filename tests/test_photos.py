@@ -1,4 +1,4 @@
-"""recipes/photos.yaml on a folder of photos: both networks know ImageNet already."""
+"""`recipes/photos.yaml` on a folder of photos: both networks come pretrained on ImageNet."""
 
 import json
 
@@ -12,14 +12,14 @@ from modeling_deit_ti.card import RunRecord
 from modeling_deit_ti.parsing import parse_arguments
 
 
-def test_the_recipe_names_models_of_the_hub():
+def test_the_recipe_names_models_on_the_hub():
     args = parse_arguments(["--config=recipes/photos.yaml", "--dataset_name=photos"])
     assert args.model.model_name_or_path == "facebook/deit-tiny-distilled-patch16-224"
     assert args.fitting.model.model_name_or_path == "tf_efficientnet_lite0.in1k" and args.teacher.teacher_pretrained
     assert args.fitting.training.num_train_epochs == 15
 
 
-def test_photos_of_mixed_sizes_and_formats_are_learned_from_two_pretrained_networks(tmp_path, efficientnet_lite0):
+def test_two_pretrained_networks_learn_photos_of_mixed_sizes_and_formats(tmp_path, efficientnet_lite0):
     random = np.random.default_rng(0)
     for label, colour in {"lake": (20, 60, 200), "meadow": (30, 180, 40), "sunset": (230, 110, 30)}.items():
         for index in range(20):
@@ -28,7 +28,7 @@ def test_photos_of_mixed_sizes_and_formats_are_learned_from_two_pretrained_netwo
             file = tmp_path / "photos" / label / f"{index}.{('jpg', 'png', 'webp')[index % 3]}"
             file.parent.mkdir(parents=True, exist_ok=True)
             Image.fromarray(pixels).save(file)
-    # As facebook/deit-tiny-distilled-patch16-224 comes, but for its weights.
+    # Like facebook/deit-tiny-distilled-patch16-224, except for the weights.
     config = DeiTConfig(hidden_size=192, num_attention_heads=3, intermediate_size=768, num_labels=1000)
     DeiTForImageClassificationWithTeacher(config).save_pretrained(tmp_path / "deit")
     DeiTImageProcessor().save_pretrained(tmp_path / "deit")

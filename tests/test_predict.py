@@ -1,4 +1,4 @@
-"""`predict.py` names what is on images, and says by its exit code whether all could be read."""
+"""`predict.py` labels images, and its exit code tells whether all of them could be read."""
 
 import csv
 import json
@@ -54,7 +54,7 @@ def run(tmp_path_factory) -> Path:
 
 @pytest.fixture
 def images(tmp_path) -> Path:
-    """A folder with three images, one of them in a folder of its own, and a file that is none."""
+    """A folder with three images, one of them in a subfolder, and a file that is not an image."""
     folder = tmp_path / "images"
     (folder / "more").mkdir(parents=True)
     for seed, name in enumerate(("a.png", "b.jpg", "more/c.PNG")):
@@ -65,13 +65,13 @@ def images(tmp_path) -> Path:
 
 
 def predict(*arguments, output: Path) -> list[dict]:
-    """What ends up in the JSON file; every image has to be fine."""
+    """The contents of the JSON file; every image must be readable."""
     assert main([*map(str, arguments), "--output", str(output)]) == 0
     return json.loads(output.read_text())
 
 
 def expected_scores(model: DeiTTiForImageClassification, file: Path) -> dict[str, dict[str, float]]:
-    """The labels' scores by head, from the model itself."""
+    """Each head's score for each label, computed with the model itself."""
     inputs = make_image_processor()(Image.open(file).convert("RGB"), return_tensors="pt")
     with torch.no_grad():
         output = model(**inputs)
@@ -83,7 +83,7 @@ def expected_scores(model: DeiTTiForImageClassification, file: Path) -> dict[str
     }
 
 
-def test_each_heads_best_labels_come_in_order_with_their_scores(run, images, tmp_path):
+def test_each_heads_best_labels_are_listed_in_order_with_their_scores(run, images, tmp_path):
     model = make_model("both")
     predictions = predict(run, images, "--top_k", 3, output=tmp_path / "out.json")
     assert [Path(prediction["file"]) for prediction in predictions] == [
@@ -101,7 +101,7 @@ def test_each_heads_best_labels_come_in_order_with_their_scores(run, images, tmp
 
 
 @pytest.mark.parametrize("mode", ["class", "distill"])
-def test_prediction_is_that_of_the_modes_own_head(mode, images, tmp_path):
+def test_prediction_comes_from_the_modes_own_head(mode, images, tmp_path):
     model = save_run(mode, tmp_path / "run")
     head = {"class": "class", "distill": "distillation"}[mode]
     for prediction in predict(tmp_path / "run", images, output=tmp_path / "out.json"):
@@ -111,7 +111,7 @@ def test_prediction_is_that_of_the_modes_own_head(mode, images, tmp_path):
         assert list(prediction["heads"]) == ["class", "distillation", "both"]
 
 
-def test_one_token_models_and_exports_and_other_classifiers_have_one_head(images, tmp_path):
+def test_single_token_models_exports_and_other_classifiers_have_one_head(images, tmp_path):
     model = save_run("distill", tmp_path / "run", single_token=True)
     save_transformers(model, make_image_processor(), tmp_path / "transformers")
     save_timm(model, make_image_processor(), tmp_path / "timm")
@@ -119,14 +119,14 @@ def test_one_token_models_and_exports_and_other_classifiers_have_one_head(images
     assert list(native[0]["heads"]) == ["distillation"]
     assert predict(tmp_path / "transformers", images, output=tmp_path / "transformers.json") == native
     for theirs, ours in zip(predict(tmp_path / "timm", images, output=tmp_path / "t.json"), native, strict=True):
-        assert theirs["score"] == pytest.approx(ours["score"], abs=0.05)  # timm resizes in another way
+        assert theirs["score"] == pytest.approx(ours["score"], abs=0.05)  # timm resizes differently
     resnet = ResNetConfig(embedding_size=8, hidden_sizes=[8], depths=[1], layer_type="basic", id2label=LABELS)
     ResNetForImageClassification(resnet).save_pretrained(tmp_path / "resnet")
     make_image_processor().save_pretrained(tmp_path / "resnet")
     assert list(predict(tmp_path / "resnet", images, output=tmp_path / "r.json")[0]["heads"]) == ["class"]
 
 
-def test_what_timm_saved_itself_predicts(images, tmp_path):
+def test_models_saved_by_timm_itself_can_predict(images, tmp_path):
     """timm writes `num_classes` into `model_args` too, which transformers' wrapper does not expect."""
     network = timm.create_model("test_resnet", num_classes=4).eval()
     saved = {"model_args": {"num_classes": 4}, "model_config": {"label_names": list(LABELS.values())}}
@@ -140,14 +140,14 @@ def test_what_timm_saved_itself_predicts(images, tmp_path):
         assert prediction["score"] == pytest.approx(expected[0][1], abs=1e-4)
 
 
-def test_transformers_class_with_two_heads_has_both(images, tmp_path):
+def test_a_transformers_model_with_two_heads_keeps_both(images, tmp_path):
     model = save_run("both", tmp_path / "run")
     save_transformers(model, make_image_processor(), tmp_path / "transformers")
     native = predict(tmp_path / "run", images, output=tmp_path / "native.json")
     assert predict(tmp_path / "transformers", images, output=tmp_path / "transformers.json") == native
 
 
-def test_batches_change_nothing(run, images, tmp_path):
+def test_batch_size_does_not_change_the_predictions(run, images, tmp_path):
     one = predict(run, images, "--batch_size", 1, output=tmp_path / "one.json")
     two = predict(run, images, "--batch_size", 2, output=tmp_path / "two.json")
     assert [prediction["file"] for prediction in one] == [prediction["file"] for prediction in two]
@@ -162,7 +162,7 @@ def test_table_has_a_line_for_each_image(run, images, capsys):
     assert set(rule) == {"-", " "}
     assert [line.split()[0] for line in lines] == [str(images / name) for name in ("a.png", "b.jpg", "more/c.PNG")]
     assert lines[0].count("%") == 6
-    assert output.err == ""  # no bar outside of a terminal
+    assert output.err == ""  # no progress bar outside a terminal
 
 
 def test_csv_has_a_row_for_each_image_and_columns_for_each_head(run, images, tmp_path):
@@ -181,7 +181,7 @@ def test_csv_has_a_row_for_each_image_and_columns_for_each_head(run, images, tmp
 
 
 def test_images_of_any_mode_become_rgb_and_upright(run, tmp_path):
-    """Files that show the same picture: all get the same prediction."""
+    """All files show the same picture and get the same prediction."""
     ramp = np.linspace(0, 255, 32).astype(np.uint8)
     grey = Image.fromarray(np.broadcast_to(ramp, (32, 32)).copy())
     folder = tmp_path / "images"
@@ -190,7 +190,7 @@ def test_images_of_any_mode_become_rgb_and_upright(run, tmp_path):
         grey.convert(mode).save(folder / f"{mode}.{'tif' if mode == 'CMYK' else 'png'}")
     Image.fromarray(np.asarray(grey).astype(np.uint16) * 257).save(folder / "sixteen.png")
     exif = Image.Exif()
-    exif[0x0112] = 6  # was taken with the camera turned: to be shown turned by 270 degrees
+    exif[0x0112] = 6  # taken with the camera turned: to be rotated by 270 degrees for display
     grey.rotate(90).save(folder / "turned.png", exif=exif)
     predictions = predict(run, folder, output=tmp_path / "out.json")
     assert len(predictions) == 8
@@ -217,7 +217,7 @@ def test_unreadable_files_are_named_and_skipped_and_the_exit_code_says_so(run, i
 
 
 @pytest.mark.parametrize("suffix", ["csv", "json"])
-def test_no_readable_image_leaves_an_empty_result(suffix, run, images, tmp_path):
+def test_without_readable_images_the_result_is_empty(suffix, run, images, tmp_path):
     output = tmp_path / f"out.{suffix}"
     assert main([str(run), str(images / "notes.txt"), "--output", str(output)]) == 1
     assert output.read_text().split() == (["[]"] if suffix == "json" else ["file,prediction,score"])

@@ -1,4 +1,4 @@
-"""The report: its figures on cases that can be counted by hand, its pictures, and `evaluate_hf.py` on any model."""
+"""The report: its figures in cases small enough to count by hand, its pictures, and `evaluate_hf.py` on any model."""
 
 import json
 import math
@@ -22,7 +22,7 @@ from modeling_deit_ti.data import load_evaluation_images
 
 
 def report_of_many(num_classes: int) -> Report:
-    """Two images of each class, of which the second is taken for the next class."""
+    """Two images of each class, the second mistaken for the next class."""
     labels = np.repeat(np.arange(num_classes), 2)
     predicted = (labels + np.arange(2 * num_classes) % 2) % num_classes
     return report_of(labels, predicted, [f"species {number}" for number in range(num_classes)])
@@ -47,7 +47,7 @@ def test_each_class_has_its_precision_recall_and_f1():
     assert report.confusion == [[3, 1, 0, 0], [1, 1, 0, 0], [0, 1, 0, 0], [0, 0, 0, 0]]
 
 
-def test_mistakes_come_with_the_most_confident_first_and_pairs_with_the_commonest():
+def test_most_confident_mistakes_and_most_common_pairs_come_first():
     report = report_of([0, 0, 0, 1], [1, 0, 1, 0], ["cat", "dog"], [0.6, 0.99, 0.9, 0.7])
     assert [(one.row, one.label, one.predicted, one.confidence) for one in report.mistakes] == [
         (2, "cat", "dog", 0.9),
@@ -58,13 +58,13 @@ def test_mistakes_come_with_the_most_confident_first_and_pairs_with_the_commones
     assert pairs == [("cat", "dog", 2, 3), ("dog", "cat", 1, 1)]
 
 
-def test_of_more_than_thirty_classes_the_most_confused_pairs_are_told():
+def test_reports_on_over_thirty_classes_list_the_most_confused_pairs():
     assert len(report_of_many(30).confusion) == 30
     report = report_of_many(31)
     assert report.confusion is None and len(report.confused_pairs) == 20 and len(report.classes) == 31
 
 
-def test_calibration_error_is_the_mean_gap_weighted_by_the_images():
+def test_calibration_error_is_the_mean_gap_weighted_by_image_count():
     measured = calibration(np.array([0.95, 0.97, 0.58, 0.58, 0.56]), np.array([True, False, True, True, False]))
     assert [(one.num_images, one.confidence, one.accuracy) for one in measured.bins] == [
         (3, pytest.approx(0.5733, abs=1e-4), pytest.approx(2 / 3)),
@@ -74,7 +74,7 @@ def test_calibration_error_is_the_mean_gap_weighted_by_the_images():
     assert measured.mean_confidence == pytest.approx(0.728)
 
 
-def test_temperature_undoes_what_made_the_logits_too_large():
+def test_temperature_scales_inflated_logits_back():
     generator = torch.Generator().manual_seed(0)
     logits = 2 * torch.randn(4000, 5, generator=generator)
     labels = torch.multinomial(logits.softmax(-1), 1, generator=generator)[:, 0].numpy()
@@ -88,7 +88,7 @@ def test_temperature_undoes_what_made_the_logits_too_large():
     assert calibration(scaled.confidence, scaled.predicted == labels).expected_calibration_error < 0.04
 
 
-def test_no_temperature_is_fitted_to_a_single_image_or_where_all_are_right():
+def test_no_temperature_is_fitted_to_a_single_image_or_if_all_are_right():
     labels, logits = np.array([0, 1, 0]), np.eye(2, dtype=np.float32)[[0, 1, 0]]
     confidence = np.full(3, 0.73)
     assert scale_temperature(Predictions(labels[:1], labels[:1], confidence[:1], logits[:1])) is None
@@ -99,7 +99,7 @@ def test_no_temperature_is_fitted_to_a_single_image_or_where_all_are_right():
 # ---- Two models ----
 
 
-def test_two_models_agree_in_four_ways_and_in_the_label_of_some_errors():
+def test_agreement_of_two_models_counts_four_cases_and_shared_wrong_labels():
     labels, first, second = (np.array(ids) for ids in ([0, 0, 1, 1, 2, 2], [0, 0, 1, 2, 0, 0], [0, 1, 1, 1, 0, 1]))
     counts = {"both_right": 2, "only_teacher_right": 1, "only_student_right": 1, "neither_right": 2}
     assert agreement(labels, first, second, ("teacher", "student")) == counts | {"same_wrong_label": 1}
@@ -120,13 +120,13 @@ def test_the_difference_has_mcnemars_exact_p_value():
     assert two_models(90, 0, 0, 10)["p_value"] == 1
 
 
-def test_the_difference_has_its_interval_for_paired_proportions():
+def test_the_difference_has_an_interval_for_paired_proportions():
     # Agresti, Categorical Data Analysis (2002), table 10.1: approval of a prime minister in two surveys of the same
     # 1,600 people; the difference is -0.04, with an interval from -0.06 to -0.02.
     approval = two_models(794, 150, 86, 570)
     assert approval["difference"] == -0.04
     assert [round(bound, 2) for bound in approval["interval"]] == [-0.06, -0.02]
-    # With half a person more in each cell: -64 / 1602, and 1.96 standard errors of sqrt(237 - 64^2 / 1602) / 1602.
+    # With half a person added to each cell: -64 / 1602, and 1.96 standard errors of sqrt(237 - 64^2 / 1602) / 1602.
     assert approval["interval"] == pytest.approx([-0.039950 - 0.018733, -0.039950 + 0.018733], abs=1e-5)
     low, high = two_models(10, 0, 0, 0)["interval"]
     assert low == -high and high == pytest.approx(1.96 * math.sqrt(1) / 12, abs=1e-4)  # two that never differ
@@ -158,7 +158,7 @@ def test_the_matrix_shows_its_counts_and_class_names():
 
 
 @pytest.mark.filterwarnings("error")
-def test_any_label_is_drawn_and_without_images_there_are_no_mistakes_to_see(tmp_path):
+def test_any_label_can_be_drawn_and_mistakes_are_drawn_only_with_images(tmp_path):
     numbers = np.arange(len(NASTY_LABELS))
     report = report_of(numbers, np.roll(numbers, 1), NASTY_LABELS)
     draw_report(report, tmp_path)
@@ -175,13 +175,13 @@ def test_any_label_is_drawn_and_without_images_there_are_no_mistakes_to_see(tmp_
 
 
 def save_classifier(folder: Path, names: list[str], order: list[int] | None = None, seed: int = 0) -> Path:
-    """Another project's classifier, untrained; `order` puts its outputs into another one."""
+    """An untrained classifier from another project; `order` reorders its outputs."""
     torch.manual_seed(seed)
     config = ResNetConfig(embedding_size=8, hidden_sizes=[8], depths=[1], layer_type="basic", **label_maps(names))
     model = ResNetForImageClassification(config).eval()
     head = model.classifier[1]
     with torch.no_grad():
-        head.weight.mul_(50)  # so that it is sure of something
+        head.weight.mul_(50)  # so that it is confident of something
         if order is not None:
             head.weight.copy_(head.weight[order])
             head.bias.copy_(head.bias[order])
@@ -192,7 +192,7 @@ def save_classifier(folder: Path, names: list[str], order: list[int] | None = No
 
 @pytest.fixture(scope="module")
 def models(tmp_path_factory) -> Path:
-    """A classifier of digits; the same with its labels turned round; one with other weights; one of animals."""
+    """A digits classifier, the same with its labels reversed, one with other weights, and two with other labels."""
     folder = tmp_path_factory.mktemp("models")
     save_classifier(folder / "digits", DIGITS)
     save_classifier(folder / "turned", DIGITS[::-1], list(range(9, -1, -1)))
@@ -209,7 +209,7 @@ def evaluate(*arguments, output: Path) -> dict:
     return json.loads((output / name).read_text())
 
 
-def test_a_model_of_another_project_gets_a_report_by_the_names_of_its_labels(models, tmp_path, capsys):
+def test_model_from_another_project_is_matched_by_label_names(models, tmp_path, capsys):
     first = evaluate(models / "digits", "--dataset_name=digits", output=tmp_path / "first")
     turned = evaluate(models / "turned", "--dataset_name=digits", "--batch_size=7", output=tmp_path / "turned")
     assert (first["model"], first["dataset"], first["split"], first["num_images"]) == ("digits", "digits", "test", 60)
@@ -237,7 +237,7 @@ def test_two_models_are_compared_on_the_same_images(models, tmp_path, capsys):
     assert same["neither_right"] == same["same_wrong_label"] > 0
 
 
-def test_pictures_of_a_users_own_images_are_only_shown_if_asked(models, tmp_path):
+def test_users_own_images_are_shown_only_on_request(models, tmp_path):
     for split, count in (("train", 2), ("test", 3)):
         for label in ("cat", "dog"):
             folder = tmp_path / "photos" / split / label
@@ -254,7 +254,7 @@ def test_pictures_of_a_users_own_images_are_only_shown_if_asked(models, tmp_path
     assert str(tmp_path) not in (tmp_path / "hidden" / "report.md").read_text()
 
 
-def test_a_dataset_without_training_images_is_evaluated_on_what_it_has(tmp_path):
+def test_dataset_without_training_images_is_evaluated_on_its_test_split(tmp_path):
     for label in ("cat", "dog"):
         (tmp_path / "test" / label).mkdir(parents=True)
         Image.new("RGB", (40, 30)).save(tmp_path / "test" / label / "1.png")

@@ -1,4 +1,4 @@
-"""What `--report_to` leaves in TensorBoard and trackio, read back with their own readers."""
+"""What `--report_to` writes to TensorBoard and trackio, read back with their own readers."""
 
 import importlib.util
 import io
@@ -18,7 +18,7 @@ GROUPED = {"train/loss", "train/learning_rate", "teacher/agreement", "teacher/ac
 
 @pytest.fixture(scope="module")
 def reported(tmp_path_factory):
-    """A distilled run, its teacher's folder, and all that trackio kept."""
+    """The folders of a distilled run, of its teacher and of trackio."""
     folder = tmp_path_factory.mktemp("reports")
     places = [f"--output_dir={folder / 'student'}", f"--teacher_output_dir={folder / 'teachers'}"]
     flags = [*FOUR_STEPS, *TEACHER, "--distill_mode=hard", "--report_to", "tensorboard", "trackio"]
@@ -32,7 +32,7 @@ def results(folder) -> dict:
     return json.loads((folder / "all_results.json").read_text())
 
 
-def test_tensorboard_has_grouped_metrics_and_the_curves_of_each_run_in_its_folder(reported):
+def test_tensorboard_has_each_runs_grouped_metrics_and_curves_in_its_folder(reported):
     event_accumulator = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
     for folder, steps in zip(reported, (4, 48), strict=False):
         events = event_accumulator.EventAccumulator(str(folder / "runs"))
@@ -51,9 +51,9 @@ def test_tensorboard_has_grouped_metrics_and_the_curves_of_each_run_in_its_folde
         assert drawn.tobytes() == curves.convert("RGB").tobytes()
 
 
-def test_trackio_has_the_same_in_a_run_each_for_student_and_teacher(reported, monkeypatch):
+def test_trackio_has_the_same_in_separate_runs_for_student_and_teacher(reported, monkeypatch):
     student, teacher, kept = reported
-    monkeypatch.setenv("TRACKIO_DIR", str(kept))  # read at import, so this is the only test of the process that does
+    monkeypatch.setenv("TRACKIO_DIR", str(kept))  # read at import, so no other test in this process may set it
     storage = pytest.importorskip("trackio.sqlite_storage").SQLiteStorage
     assert set(storage.get_runs("huggingface")) == {student.name, teacher.name}
     logs = storage.get_logs("huggingface", student.name)
@@ -65,7 +65,7 @@ def test_trackio_has_the_same_in_a_run_each_for_student_and_teacher(reported, mo
 
 
 @pytest.mark.parametrize("tool", ["wandb", "mlflow"])
-def test_a_tool_that_is_missing_is_named_with_what_to_install(tool, tmp_path):
+def test_missing_tool_is_named_with_the_package_to_install(tool, tmp_path):
     if importlib.util.find_spec(tool):
         pytest.skip(f"{tool} is installed")
     with pytest.raises(UserError, match=rf"^--report_to {tool} needs .* missing: pip install {tool}\.$"):

@@ -67,7 +67,7 @@ def start(folder: Path, *flags: str) -> subprocess.Popen:
 
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory) -> tuple[Path, str]:
-    """The folder of a command that trained a student, its teacher and the CNN, and what it printed."""
+    """The folder and output of a command that trained a student, its teacher and the CNN."""
     folder = make_project(tmp_path_factory.mktemp("finished"))
     process = start(folder, "--rows", "hard", "cnn")
     printed = process.communicate()[0]
@@ -77,7 +77,7 @@ def finished(tmp_path_factory) -> tuple[Path, str]:
 
 @pytest.fixture
 def call(monkeypatch, capsys, tmp_path):
-    """Runs the command in this process, and returns its exit code and what it printed."""
+    """Runs the command in this process; returns its exit code and output."""
     handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
 
     def call(*flags: str, folder: Path = tmp_path) -> tuple[int, str]:
@@ -112,7 +112,7 @@ def test_an_interrupted_run_continues_where_it_stopped(tmp_path, call):
     assert "0 of 1 runs are finished" in printed and "Left: none, seed 0. Run the same command again" in printed
     log = runs / "none-seed0.log"
     with open(log) as file:
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)  # the run held it, so it has ended
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)  # the run held this lock, so it has ended
     assert not (runs / "none-seed0" / "all_results.json").exists()
     assert call("--list", "--rows", "none")[1].startswith("none, seed 0  interrupted after ")
 
@@ -201,7 +201,7 @@ def test_runs_with_different_recipes_cannot_share_a_table(finished, call):
         call("--rows", "soft", "--", "--learning_rate=1e-3", folder=folder)
 
 
-def test_no_run_is_started_that_would_not_get_to_train(tmp_path, call):
+def test_run_with_too_little_time_to_train_is_not_started(tmp_path, call):
     code, printed = call("--output_dir=elsewhere", "--rows=soft", "--minutes=2")
     assert code == 75 and "0 of 2 runs are finished" in printed
     assert [path.name for path in (tmp_path / "elsewhere/digits-tiny").iterdir()] == ["settings.json"]
@@ -225,7 +225,7 @@ def test_only_one_process_trains_a_run(tmp_path, call):
             call("--output_dir=locked", "--rows=none")
 
 
-def test_the_stages_of_a_recipe_are_one_run(tmp_path, call):
+def test_stages_of_a_recipe_count_as_one_run(tmp_path, call):
     recipe = RECIPE.replace("num_train_epochs: 3\n", "").replace("patch_size: 16\n", "")
     stages = "stages:\n- {patch_size: 16, num_train_epochs: 2}\n- {patch_size: 8, num_train_epochs: 1}\n"
     (tmp_path / "staged.yaml").write_text(recipe + stages)
@@ -250,7 +250,7 @@ def test_the_stages_of_a_recipe_are_one_run(tmp_path, call):
     assert curve["epochs"] == [1, 2, 3] and curve["accuracy"][1] != curve["accuracy"][2]
 
 
-def test_the_progress_of_a_run_counts_the_stages_before(tmp_path):
+def test_progress_of_a_run_includes_earlier_stages(tmp_path):
     recipe = tmp_path / "staged.yaml"
     recipe.write_text("stages:\n- {patch_size: 16, num_train_epochs: 2}\n- {patch_size: 8, num_train_epochs: 1}\n")
     run = runs_of(f"--budget={recipe}")["none"]
@@ -337,7 +337,7 @@ def test_all_runs_of_a_budget_share_data_length_and_recipe(name):
 
 
 @pytest.mark.parametrize("teacher_config", ["", "optim: sgd\nlearning_rate: 1e-2\nmixup: 0.2\nimage_size: 64\n"])
-def test_the_teachers_run_is_the_one_that_train_hf_would_fit_a_teacher_with(tmp_path, teacher_config):
+def test_teacher_is_trained_as_train_hf_would_fit_it(tmp_path, teacher_config):
     recipe = tmp_path / "recipe.yaml"
     (tmp_path / "teacher.yaml").write_text(teacher_config or "{}")
     recipe.write_text(RECIPE.replace("teacher_learning_rate: 2e-2", f"teacher_config: {tmp_path / 'teacher.yaml'}"))
@@ -356,7 +356,7 @@ def test_the_teachers_run_is_the_one_that_train_hf_would_fit_a_teacher_with(tmp_
 
 
 @pytest.mark.parametrize(("name", "size"), [("cpu", 64), ("native", 128), ("long", 128)])
-def test_a_teacher_that_sees_enlarged_images_has_the_crops_of_its_students(name, size):
+def test_teacher_with_enlarged_images_uses_its_students_crops(name, size):
     runs = runs_of(f"--budget={name}")
     teacher, student = runs["teacher"].args, runs["hard"].args
     assert (teacher.model.image_size, student.model.image_size) == (size, 32)
@@ -368,7 +368,7 @@ def test_a_teacher_that_sees_enlarged_images_has_the_crops_of_its_students(name,
 
 @pytest.fixture(scope="module")
 def all_recorded(tmp_path_factory) -> tuple[Path, reproduce.ReproduceArguments, list[accuracy.Run]]:
-    """The folders of all runs of CIFAR-10 with three seeds: accuracies rise, and end 0.01 apart per seed."""
+    """The folders of all CIFAR-10 runs with three seeds: accuracies rise, and end 0.01 apart between seeds."""
     folder = tmp_path_factory.mktemp("recorded")
     args = reproduce.parse_command(["--budget=small", "--seeds", "0", "1", "2", "--", "--weight_decay=0.1"])
     runs = reproduce.make_runs(args, args.seeds)
@@ -446,7 +446,7 @@ def test_the_table_has_mean_and_spread_over_seeds_beside_baseline_and_paper(reco
     assert len(names) == 30 and {"cifar10-small-both-soft.md", "cifar10-small-both-soft-seed2.md"} <= names
 
 
-def test_a_table_of_several_machines_says_which_runs_each_has_trained(recorded):
+def test_table_from_several_machines_says_which_runs_each_one_trained(recorded):
     args, runs = recorded
     for run in runs:
         if run.name in ("both", "teacher"):
@@ -477,7 +477,7 @@ def test_a_row_stays_in_the_table_when_its_outputs_are_gone(recorded):
     assert set(read(results / "curves.json")) == {row.name for row in accuracy.ROWS}
 
 
-def test_the_table_of_another_recipe_stays_until_a_run_of_the_new_one_has_finished(recorded):
+def test_table_of_an_old_recipe_stays_until_a_run_of_the_new_one_finishes(recorded):
     args, runs = recorded
     reproduce.update_results(args, runs)
     results = {file: file.read_bytes() for file in Path("results/cifar10-small").iterdir()}
@@ -509,10 +509,10 @@ def test_the_plot_has_all_rows_and_nothing_covers_the_curves(recorded):
     assert box.x0 >= plot.x1 and box.x1 <= figure.bbox.x1 and box.y0 >= 0 and box.y1 <= figure.bbox.y1
     looks = {(line.get_color(), line.get_linestyle()) for line in axes.get_lines()}
     assert len(looks) == len(accuracy.ROWS)
-    assert axes.get_xlim()[0] == 0 and axes.get_xlim()[1] < runs[-1].epochs + 1  # the teacher's are other epochs
+    assert axes.get_xlim()[0] == 0 and axes.get_xlim()[1] < runs[-1].epochs + 1  # the teacher's epochs are different
 
 
-def test_the_committed_table_is_what_the_code_makes_of_its_numbers():
+def test_committed_table_matches_what_the_code_renders_from_its_numbers():
     folder = REPOSITORY / "results" / "cifar10-small"
     table = read(folder / "table.json")
     assert accuracy.render_table(table) == (folder / "table.md").read_text()

@@ -56,7 +56,7 @@ def stopped(tmp_path_factory) -> Path:
     ],
     ids=lambda value: value[0].strip("-") if isinstance(value, list) else "",
 )
-def test_another_run_is_refused_in_one_line_that_names_what_differs(stopped, flags, difference):
+def test_a_different_run_is_refused_in_one_line_that_names_the_difference(stopped, flags, difference):
     before = {path: path.stat().st_mtime_ns for path in stopped.rglob("*")}
     ended = run(*FLAGS, *flags, f"--output_dir={stopped}")
     assert ended.returncode == 2
@@ -67,14 +67,14 @@ def test_another_run_is_refused_in_one_line_that_names_what_differs(stopped, fla
     assert {path: path.stat().st_mtime_ns for path in stopped.rglob("*")} == before
 
 
-def test_told_not_to_resume_it_touches_nothing(stopped):
+def test_resume_from_checkpoint_false_leaves_an_unfinished_run_untouched(stopped):
     before = {path: path.stat().st_mtime_ns for path in stopped.rglob("*")}
     ended = run(*FLAGS, f"--output_dir={stopped}", "--resume_from_checkpoint=False")
     assert ended.returncode == 2 and f"{stopped} holds an unfinished run: " in ended.stderr.splitlines()[-1]
     assert {path: path.stat().st_mtime_ns for path in stopped.rglob("*")} == before
 
 
-def test_what_does_not_decide_a_run_may_differ(stopped, tmp_path):
+def test_settings_that_do_not_affect_the_result_may_differ(stopped, tmp_path):
     folder = shutil.copytree(stopped, tmp_path / "run")
     flags = [
         "--per_device_eval_batch_size=10",
@@ -91,7 +91,7 @@ def test_what_does_not_decide_a_run_may_differ(stopped, tmp_path):
 @pytest.mark.parametrize(
     "flags", [["--optim=muon", "--optim_args=momentum=0.9", "--ema_decay=0.9"]], ids=["muon-averaged"]
 )
-def test_the_same_command_after_a_kill_ends_bit_by_bit_as_one_that_was_not_killed(flags, tmp_path):
+def test_the_same_command_after_a_kill_ends_bit_for_bit_like_an_uninterrupted_run(flags, tmp_path):
     fault = {"function": "modeling_deit_ti.trainer.DistillationTrainer.compute_loss", "call": 9}
     endings = {"whole": None, "killed": fault}
     for name, fault in endings.items():

@@ -1,6 +1,6 @@
-"""FSDP2 and DeepSpeed in two processes that fit a teacher with batch norms and distil a student, are killed and go on.
+"""FSDP2 and DeepSpeed: two processes fit a teacher with batch norms, distil a student, are killed and resume.
 
-On the CPU: see sharded_on_cpu.py.
+They run on the CPU: see sharded_on_cpu.py.
 """
 
 import importlib.util
@@ -43,12 +43,12 @@ for folder in sys.argv[1:]:
 """
 
 
-# By config: what `accelerate launch` changes in it, what one process then needs, and how far their losses may differ,
-# relatively. DeepSpeed's half precision also rounds the weights; and fp16 needs a GPU.
+# Per config: the `accelerate launch` flags that override it, the flags that one process then needs, and the relative
+# tolerance of the losses. DeepSpeed's half precision also rounds the weights, and fp16 needs a GPU.
 SETTINGS = {"fsdp2_bf16": ([], ["--bf16"], 2e-3), "deepspeed_zero2": (["--mixed_precision=no"], [], 1e-5)}
 FOURTH_STEP_OF_THE_STUDENT = {
     "function": "modeling_deit_ti.trainer.DistillationTrainer.training_step",
-    "call": 16 * 2 + 4,  # after the teacher's
+    "call": 16 * 2 + 4,  # after the teacher's steps
     "rank": 1,
 }
 
@@ -67,7 +67,7 @@ def launch(folder: Path, config: str, *flags: str, fault: dict | None = None) ->
 
 
 def start(folder: Path, config: str, *flags: str) -> Path:
-    """What `launch` does, in forks of one process: with the variables that `accelerate launch` sets, without it."""
+    """Like `launch`, but in forks of one process, with the environment variables that `accelerate launch` sets."""
     command = [f"--config_file=accelerate_configs/{config}.yaml", "train_hf.py"]
     args, *_ = _validate_launch_command(launch_command_parser().parse_args(command))
     places = [f"--output_dir={folder / 'run'}", f"--teacher_output_dir={folder / 'teachers'}"]
@@ -80,7 +80,7 @@ def start(folder: Path, config: str, *flags: str) -> Path:
 
 @pytest.fixture(scope="module", params=SETTINGS)
 def sharded(request, tmp_path_factory) -> Path:
-    """The folder of a run that was killed at the student's last step, and whose command was then given again."""
+    """The folder of a run that was killed in the student's last step and then resumed by the same command."""
     if request.param == "deepspeed_zero2" and importlib.util.find_spec("deepspeed") is None:
         pytest.skip("needs DeepSpeed: DS_BUILD_OPS=0 pip install deepspeed --no-build-isolation")
     folder = tmp_path_factory.mktemp(request.param)
@@ -113,7 +113,7 @@ def test_a_cnn_with_batch_norms_learns(sharded):
     assert losses[0] == pytest.approx(2.3, abs=0.3) and losses[-1] < 0.7
 
 
-def test_the_student_has_the_losses_and_the_accuracy_of_one_process(sharded, tmp_path, request):
+def test_the_students_losses_and_accuracy_match_one_process(sharded, tmp_path, request):
     _, flags, difference = SETTINGS[request.node.callspec.params["sharded"]]
     places = [f"--output_dir={tmp_path / 'run'}", f"--teacher_output_dir={tmp_path / 'teachers'}"]
     (teacher,) = (sharded / "teachers").glob("test_resnet-*")
@@ -126,7 +126,7 @@ def test_the_student_has_the_losses_and_the_accuracy_of_one_process(sharded, tmp
         assert results[0][name] == results[1][name], name
 
 
-def test_what_is_saved_loads_in_another_process_with_the_code_that_comes_with_it(sharded, tmp_path):
+def test_saved_models_load_in_another_process_with_the_code_saved_beside_them(sharded, tmp_path):
     run = sharded / "run"
     folders = [run / "checkpoint-4", run, run / "transformers", *(sharded / "teachers").glob("test_resnet-*")]
     command = [sys.executable, "-c", LOADING, *map(str, folders)]
@@ -140,12 +140,12 @@ def test_what_is_saved_loads_in_another_process_with_the_code_that_comes_with_it
     assert {path.name for path in run.glob("*.py")} == {"configuration_deit_ti.py", "modeling_deit_ti.py"}
 
 
-def test_the_fsdp_flag_shards_the_student_though_a_teacher_was_fitted_without_it(tmp_path):
+def test_the_fsdp_flag_shards_the_student_after_a_teacher_was_fitted_without_it(tmp_path):
     start(tmp_path, "cpu_two_processes", "--fsdp", "--num_train_epochs=1")
     assert is_sharded(tmp_path / "run")
 
 
-def test_muon_takes_the_steps_of_one_process_and_resumes_from_its_sharded_state(tmp_path):
+def test_muon_matches_one_process_and_resumes_from_its_sharded_state(tmp_path):
     flags = ["--distill_mode=none", "--optim=muon", "--optim_args=adamw_lr_scale=2", "--learning_rate=2e-3"]
     whole = start(tmp_path / "whole", "fsdp2_bf16", *flags) / "run"
     alone = [*FLAGS, *flags, "--per_device_train_batch_size=32", "--bf16", f"--output_dir={tmp_path / 'alone'}"]

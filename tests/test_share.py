@@ -1,7 +1,7 @@
 """Sharing, end to end: the real command pushes to a stand-in for the Hub, and strangers load what arrived.
 
-The processes here are real, and each takes seconds to import torch and transformers: so there are few of them, and
-many tests look at what each one left.
+The processes here are real, and each takes seconds to import torch and transformers, so there are few of them, and
+many tests inspect what each one left.
 """
 
 import contextlib
@@ -38,9 +38,9 @@ from modeling_deit_ti.interop import export_onnx, save_timm, save_transformers
 
 REPOSITORY = Path(__file__).resolve().parents[1]
 QUICK = [*FOUR_STEPS, "--push_to_hub"]
-# In the form of a real one, so that it meets whatever looks for tokens on the way.
+# In the format of a real one, so that whatever looks for tokens on the way finds it.
 TOKEN = "hf_" + "Stranger" * 4
-SHARED = "tester/deit-ti.digits-distill"  # a name with all that a module's name must not have
+SHARED = "tester/deit-ti.digits-distill"  # a name with everything that a module's name must not have
 RESUMED = "tester/deit-ti-resumed"
 
 MODES = {
@@ -69,7 +69,7 @@ def train(*flags: str, env: dict[str, str]) -> subprocess.CompletedProcess:
 
 
 def run_alone(function, *arguments, env: dict[str, str], cwd: Path, isolated: bool = True) -> str:
-    """What a function of this file prints in a process of its own, which does not know the file or the project."""
+    """What a function of this file prints in a subprocess, which knows neither this file nor the project."""
     code = f"{inspect.getsource(function)}\n{function.__name__}(*{arguments!r})"
     command = [sys.executable, *["-I"] * isolated, "-c", code]
     result = subprocess.run(command, cwd=cwd, env=env, capture_output=True, text=True)
@@ -97,7 +97,7 @@ class Run(NamedTuple):
 
 @pytest.fixture(scope="module")
 def shared(hub, tmp_path_factory) -> Run:
-    """A run that is pushed to a public repository, with all exports."""
+    """A run pushed to a public repository, with all exports."""
     folder, env = tmp_path_factory.mktemp("shared") / "run", hub.env()
     output = train(
         *("--distill_mode=distill", "--num_train_epochs=4", "--learning_rate=1e-3"),
@@ -115,7 +115,7 @@ def shared(hub, tmp_path_factory) -> Run:
     return Run(folder, SHARED, output, Path(env["HF_HOME"]))
 
 
-def test_a_pushed_repository_is_complete_and_holds_what_the_output_folder_holds(hub, shared):
+def test_a_pushed_repository_is_complete_and_equals_the_output_folder(hub, shared):
     stored = hub.files(shared.repo)
     assert stored.keys() == {
         ".gitattributes",
@@ -151,7 +151,7 @@ def test_a_pushed_repository_is_complete_and_holds_what_the_output_folder_holds(
     assert stored == without(contents(shared.folder), "checkpoint-", SETTINGS_FILE)
 
 
-def test_the_token_is_nowhere(hub, shared):
+def test_the_token_appears_nowhere(hub, shared):
     places = {"repository": hub.files(shared.repo), "folder": contents(shared.folder), "home": contents(shared.home)}
     for place, files in places.items():
         for path, content in files.items():
@@ -161,7 +161,7 @@ def test_the_token_is_nowhere(hub, shared):
     assert (arguments.hub_model_id, arguments.hub_token) == (SHARED, None)
 
 
-def test_the_pushed_card_tells_the_hub_and_the_reader_the_runs_numbers(hub, shared):
+def test_the_pushed_card_gives_the_hub_and_the_reader_the_runs_results(hub, shared):
     stored = hub.files(shared.repo)
     results = json.loads(stored["all_results.json"])
     card = ModelCard(stored["README.md"].decode())
@@ -184,8 +184,8 @@ def test_the_pushed_card_tells_the_hub_and_the_reader_the_runs_numbers(hub, shar
 
 def load_everywhere(repos: dict[str, str], answers: str, card_of: str) -> None:
     """
-    Loads each repository in every way that its files offer, and saves the logits for the images of the `.npy` file
-    that `repos` names, (N, 32, 32, 3), as `answers/<owner>/<name>.npz`. Runs the Python of one repository's card.
+    Loads each repository in every way that its files allow, and saves its logits for the images in the `.npy` file
+    that `repos` gives for it, (N, 32, 32, 3), as `answers/<owner>/<name>.npz`. Runs the Python code of one card.
     """
     import contextlib
     import importlib.util
@@ -273,13 +273,13 @@ def cifar10_images(cifar10_dir) -> np.ndarray:
 
 
 def digits() -> np.ndarray:
-    """The first 100 handwritten digits at the model's size, so that no way of loading has to resize: uint8 RGB."""
+    """The first 100 handwritten digits at the model's size, so that nothing has to be resized: uint8 RGB."""
     grey = load_digits().images[:100].repeat(4, axis=1).repeat(4, axis=2) * 255 / 16
     return grey[..., None].repeat(3, axis=3).astype(np.uint8)
 
 
 def upload(folders: dict[str, str]) -> None:
-    """Pushes folders, by the name of their repository."""
+    """Pushes each folder to its repository."""
     from huggingface_hub import HfApi
 
     for repo, folder in folders.items():
@@ -290,8 +290,8 @@ def upload(folders: dict[str, str]) -> None:
 @pytest.fixture(scope="module")
 def modes_on_the_hub(hub, tmp_path_factory) -> dict[str, str]:
     """
-    An untrained model of every mode, pushed as a run leaves it: mode to repository. Of the blocks, which are the same
-    in all modes, it has one: the trained model has all twelve, and their export to ONNX takes a while.
+    An untrained model of every mode, pushed as a run leaves it: mode to repository. It only has one block, since all
+    modes have the same blocks: the trained model has all twelve, and exporting them to ONNX takes a while.
     """
     root = tmp_path_factory.mktemp("modes")
     processor = image_processor(32)
@@ -301,7 +301,7 @@ def modes_on_the_hub(hub, tmp_path_factory) -> dict[str, str]:
         torch.manual_seed(0)
         config = DeiTTiConfig(image_size=32, patch_size=16, num_hidden_layers=1, **labels, **mode.network)
         model = DeiTTiForImageClassification(config).eval()
-        with torch.no_grad():  # no parameter stays at a value that an error could hide behind
+        with torch.no_grad():  # leave no parameter at a value that could hide an error
             for parameter in model.parameters():
                 parameter.add_(0.1 * torch.randn_like(parameter))
         folder = root / name
@@ -323,17 +323,17 @@ def modes_on_the_hub(hub, tmp_path_factory) -> dict[str, str]:
 
 
 class Answers(NamedTuple):
-    logits: dict[str, dict[str, np.ndarray]]  # repository, way of loading
+    logits: dict[str, dict[str, np.ndarray]]  # by repository and way of loading
     printed: list[str]  # by each block of the card
 
 
 @pytest.fixture(scope="module")
 def strangers(hub, shared, request, tmp_path_factory) -> Answers:
-    """One fresh process, without token, cache or project, that loads all repositories in all ways."""
+    """A fresh process, without a token, cache or this project, that loads every repository in every way."""
     folder = tmp_path_factory.mktemp("stranger")
     np.save(folder / "digits.npy", digits())
     repos = {shared.repo: str(folder / "digits.npy")}
-    with contextlib.suppress(pytest.skip.Exception):  # without CIFAR-10, only the tests of it are skipped
+    with contextlib.suppress(pytest.skip.Exception):  # without CIFAR-10, only its tests are skipped
         np.save(folder / "cifar10.npy", request.getfixturevalue("cifar10_images"))
         modes = request.getfixturevalue("modes_on_the_hub")
         repos |= dict.fromkeys(modes.values(), str(folder / "cifar10.npy"))
@@ -342,18 +342,18 @@ def strangers(hub, shared, request, tmp_path_factory) -> Answers:
 
 
 @torch.no_grad()
-def test_a_stranger_gets_the_trained_models_logits_in_every_way_of_loading(shared, strangers):
+def test_every_way_of_loading_gives_a_stranger_the_trained_models_logits(shared, strangers):
     model = DeiTTiForImageClassification.from_pretrained(shared.folder).eval()
     processor = AutoImageProcessor.from_pretrained(shared.folder)
     expected = model(**processor(list(digits()), return_tensors="pt")).logits.numpy()
-    assert len(np.unique(expected.argmax(-1))) > 1  # it says something
+    assert len(np.unique(expected.argmax(-1))) > 1  # the predictions vary
     for way, tolerance in {"native": 1e-5, "transformers": 1e-5, "timm": 1e-5, "onnx": 1e-4}.items():
         logits = strangers.logits[shared.repo][way]
         np.testing.assert_allclose(logits, expected, atol=tolerance, rtol=0, err_msg=way)
         np.testing.assert_array_equal(logits.argmax(-1), expected.argmax(-1), err_msg=way)
 
 
-def test_every_block_of_the_pushed_card_runs_for_a_stranger(hub, shared, strangers):
+def test_every_code_block_of_the_pushed_card_runs_for_a_stranger(hub, shared, strangers):
     card = hub.files(shared.repo)["README.md"].decode()
     assert len(strangers.printed) == card.count("```python\n")
     one_line, steps, without_remote_code, with_timm, with_onnx = strangers.printed
@@ -391,20 +391,20 @@ def test_every_way_of_loading_predicts_the_same_on_1000_cifar10_images(
 ):
     logits = strangers.logits[modes_on_the_hub[mode]]
     assert logits.keys() == {"native", "transformers", "timm", "onnx"}
-    assert len(np.unique(logits["native"].argmax(-1))) > 3  # it says something
+    assert len(np.unique(logits["native"].argmax(-1))) > 3  # the predictions vary
     for way in logits:
         assert logits[way].shape == (1000, 10)
         np.testing.assert_allclose(logits[way], logits["native"], atol=1e-4, rtol=0, err_msg=way)
         np.testing.assert_array_equal(logits[way].argmax(-1), logits["native"].argmax(-1), err_msg=way)
 
 
-# ---- Pushes that may not be ----
+# ---- Forbidden pushes ----
 
 
 REFUSED = {
     "without a token": ({}, "tester/refused"),
-    "with a token that nobody knows": ({"HF_TOKEN": TOKEN[::-1]}, "tester/refused"),
-    "with a token that may only read": ({"HF_TOKEN": "hf_stand_in_read"}, "tester/refused"),
+    "with an unknown token": ({"HF_TOKEN": TOKEN[::-1]}, "tester/refused"),
+    "with a read-only token": ({"HF_TOKEN": "hf_stand_in_read"}, "tester/refused"),
     "to somebody else's repository": ({"HF_TOKEN": "hf_stand_in_write"}, "somebody/refused"),
 }
 
@@ -444,7 +444,7 @@ def refused(hub, tmp_path_factory) -> dict[str, dict]:
 
 
 @pytest.mark.parametrize("push", REFUSED)
-def test_a_push_that_may_not_be_is_refused_before_training_by_one_message_and_exit_code_2(push, hub, refused):
+def test_a_forbidden_push_is_refused_before_training_with_one_message_and_code_2(push, hub, refused):
     answer, repo = refused[push], REFUSED[push][1]
     assert answer["code"] == 2
     (message,) = answer["errors"].splitlines()
@@ -475,8 +475,8 @@ class Interrupted(NamedTuple):
 @pytest.fixture(scope="module")
 def interrupted(hub, tmp_path_factory) -> Interrupted:
     """
-    A run of two epochs whose Hub has no room for commits after the first one, so that the repository is as if its
-    machine had died there; and the same run, taken up on another machine, whose Hub then fails to store large files.
+    A run of two epochs whose Hub refuses commits after the first epoch, so that the repository is as if the machine
+    had died there; and the same run, resumed on another machine, whose Hub then fails to store large files.
     """
     root = tmp_path_factory.mktemp("interrupted")
     folders = root / "first machine", root / "second machine"
@@ -493,7 +493,7 @@ def interrupted(hub, tmp_path_factory) -> Interrupted:
 
 
 @pytest.mark.parametrize("machine", ["first", "second"])
-def test_a_push_that_fails_leaves_a_complete_run_and_says_how_to_push_it_later(hub, interrupted, machine):
+def test_a_failed_push_leaves_a_complete_run_and_the_command_to_push_it_later(hub, interrupted, machine):
     folder, output = getattr(interrupted, machine), getattr(interrupted, f"{machine}_output")
     assert output.returncode == 1, output.stderr
     assert "Traceback" not in output.stderr
@@ -511,7 +511,7 @@ def test_a_push_that_fails_leaves_a_complete_run_and_says_how_to_push_it_later(h
     assert without(stored, "last-checkpoint/") == without(contents(folder), "checkpoint-", SETTINGS_FILE)
 
 
-def test_a_checkpoint_that_cannot_be_pushed_is_told_in_one_line_and_training_goes_on(interrupted):
+def test_a_failed_checkpoint_push_is_reported_in_one_line_and_training_continues(interrupted):
     for output, epoch_ends in ((interrupted.first_output, ["8"]), (interrupted.second_output, ["8"])):
         told = re.findall(
             r"^Hub: checkpoint-(\d+) was not pushed \(.+\); training continues", output.stdout, re.MULTILINE
@@ -519,7 +519,7 @@ def test_a_checkpoint_that_cannot_be_pushed_is_told_in_one_line_and_training_goe
         assert told == epoch_ends
 
 
-def test_told_to_stop_in_its_push_a_run_is_pushed_by_the_same_command(hub, interrupted, tmp_path):
+def test_a_run_stopped_during_its_push_is_pushed_by_the_same_command(hub, interrupted, tmp_path):
     repo = "tester/deit-ti-late"
     shutil.copytree(interrupted.second, tmp_path / "run")
     before = contents(tmp_path / "run")
@@ -536,7 +536,7 @@ def test_told_to_stop_in_its_push_a_run_is_pushed_by_the_same_command(hub, inter
     assert contents(tmp_path / "run") == before
 
 
-def test_the_last_checkpoint_on_the_hub_is_enough_to_go_on_elsewhere_to_the_same_weights(interrupted):
+def test_resuming_elsewhere_from_the_hubs_last_checkpoint_gives_the_same_weights(interrupted):
     assert json.loads(interrupted.resumed_from["last-checkpoint/trainer_state.json"])["epoch"] == 1
     states = [
         json.loads((folder / "trainer_state.json").read_text()) for folder in (interrupted.first, interrupted.second)
@@ -549,7 +549,7 @@ def test_the_last_checkpoint_on_the_hub_is_enough_to_go_on_elsewhere_to_the_same
     assert all(torch.equal(uninterrupted[name], resumed[name]) for name in resumed)
 
 
-def test_a_private_repository_is_for_its_owner_only(hub, interrupted):
+def test_a_private_repository_is_only_visible_to_its_owner(hub, interrupted):
     def info(**headers: str) -> dict:
         request = urllib.request.Request(f"{hub.endpoint}/api/models/{RESUMED}", headers=headers)
         with urllib.request.urlopen(request) as answer:
@@ -560,7 +560,7 @@ def test_a_private_repository_is_for_its_owner_only(hub, interrupted):
         info()
 
 
-def test_a_token_in_the_environment_is_nowhere_either(hub, interrupted):
+def test_a_token_in_the_environment_appears_nowhere_either(hub, interrupted):
     for files in (interrupted.resumed_from, contents(interrupted.first), contents(interrupted.second)):
         assert not [path for path, content in files.items() if TOKEN.encode() in content]
     for output in (interrupted.first_output, interrupted.second_output):

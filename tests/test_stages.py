@@ -1,4 +1,4 @@
-"""Recipes with `stages`: each a run that starts from the model of the one before it, resumed as one."""
+"""Recipes with `stages`: each is a run from the model of the stage before it, and all resume as one."""
 
 import json
 import re
@@ -59,7 +59,7 @@ def test_a_recipe_without_stages_is_one_run():
         ([{"patch_size": 7}, {}], "--patch_size 7 does not divide"),
     ],
 )
-def test_stages_that_make_no_sense_are_a_users_mistake(tmp_path, stages, message):
+def test_invalid_stages_are_a_user_error(tmp_path, stages, message):
     with pytest.raises(UserError, match=message):
         parse_stages([write_recipe(tmp_path, stages)])
 
@@ -71,7 +71,7 @@ def test_stages_find_their_own_checkpoint(tmp_path):
         parse_stages([config, "--resume_from_checkpoint=a/folder"])
 
 
-def test_a_run_killed_in_its_second_stage_goes_on_there_and_ends_the_same(tmp_path):
+def test_a_run_killed_in_its_second_stage_resumes_there_and_ends_the_same(tmp_path):
     flags = [*FOUR_STEPS[1:], "--dataset_name=digits", "--distill_mode=none", write_recipe(tmp_path, STAGES)]
     fault = {"function": "modeling_deit_ti.trainer.DistillationTrainer.compute_loss", "call": 6}
     ended = run(*flags, f"--output_dir={tmp_path / 'whole'}")

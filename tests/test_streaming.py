@@ -1,4 +1,4 @@
-"""Streaming: every image once an epoch, whoever reads it; an order that a seed decides; runs that resume exactly."""
+"""Streaming: every image once per epoch, whichever process reads it; order set by the seed; exact resuming."""
 
 import dataclasses
 import io
@@ -39,13 +39,13 @@ from modeling_deit_ti.trainer import DistillationTrainer
 REPOSITORY = Path(train_hf.__file__).parent
 NAMES = ["a", "b", "c"]
 ENCODED = Features({"image": Image(), "label": ClassLabel(names=NAMES)})
-# Files and row groups of any size: 487 images, sorted by label as image folders are.
+# Files and row groups of various sizes: 487 images, sorted by label as image folders are.
 FILES = ((100, 40), (203, 64), (17, 17), (167, 30))
 NUM_IMAGES = sum(size for size, _ in FILES)
 
 
 def picture(number: int) -> bytes:
-    """A PNG of 8x8 pixels that tells its number."""
+    """An 8x8 PNG that encodes its number."""
     file = io.BytesIO()
     PILImage.new("RGB", (8, 8), (number % 256, number // 256, 7)).save(file, "PNG")
     return file.getvalue()
@@ -136,13 +136,13 @@ def numbers(batches: list[list[dict]]) -> list[int]:
 
 
 @pytest.mark.parametrize("workers", [0, 2])
-def test_each_image_comes_once_in_an_epoch_over_all_processes_and_workers(parquet, workers):
+def test_each_image_comes_once_per_epoch_across_all_processes_and_workers(parquet, workers):
     split = load(parquet).train
     assert len(split) == NUM_IMAGES
     left_out = []
     for number in range(2):
         batches = epoch(split, number, processes=2, workers=workers)
-        assert [len(process) for process in batches] == [24, 24]  # as many steps in each process
+        assert [len(process) for process in batches] == [24, 24]  # the same number of steps in each process
         assert all(batch["pixel_values"].shape == (10, 2) for process in batches for batch in process)
         seen = numbers(batches)
         assert len(set(seen)) == len(seen) == 480
@@ -152,7 +152,7 @@ def test_each_image_comes_once_in_an_epoch_over_all_processes_and_workers(parque
     assert left_out[0] != left_out[1]
 
 
-def test_a_process_reads_its_own_part_and_little_more(parquet, monkeypatch):
+def test_a_process_reads_little_more_than_its_own_part(parquet, monkeypatch):
     split, read = load(parquet).train, []
     original = ParquetRows.read
     monkeypatch.setattr(
@@ -162,7 +162,7 @@ def test_a_process_reads_its_own_part_and_little_more(parquet, monkeypatch):
     assert len(read) == 480
 
 
-def test_seed_and_epoch_decide_the_order_and_the_augmentation(parquet):
+def test_seed_and_epoch_determine_the_order_and_the_augmentation(parquet):
     split = load(parquet).train
     runs = [epoch(split, number, seed=seed, workers=2) for seed, number in ((1, 0), (1, 0), (1, 1), (2, 0))]
     assert all(
@@ -175,7 +175,7 @@ def test_seed_and_epoch_decide_the_order_and_the_augmentation(parquet):
     assert len(set(seeds)) == len(seeds)
 
 
-def test_the_buffer_mixes_files_that_are_sorted_by_label(parquet):
+def test_the_buffer_mixes_files_sorted_by_label(parquet):
     def labels_of_first_batch(buffer_size):
         return set(epoch(load(parquet).train, batch_size=40, buffer_size=buffer_size)[0][0]["labels"].tolist())
 
@@ -188,7 +188,7 @@ def test_the_buffer_mixes_files_that_are_sorted_by_label(parquet):
 
 
 @pytest.mark.parametrize("workers", [0, 2])
-def test_repeated_augmentation_shows_each_image_three_times_differently(parquet, workers):
+def test_repeated_augmentation_shows_three_different_views_of_each_image(parquet, workers):
     (batches,) = epoch(load(parquet).train, repeats=3, workers=workers)
     assert len(batches) == 48
     seen = numbers([batches])
@@ -201,7 +201,7 @@ def test_repeated_augmentation_shows_each_image_three_times_differently(parquet,
 @pytest.mark.parametrize(
     ("processes", "workers", "accumulation"), [(2, 0, 1), (2, 0, 4), (4, 3, 1), (8, 0, 1), (1, 0, 2)]
 )
-def test_whoever_reads_a_step_has_the_same_images_and_reads_each_once(
+def test_a_step_has_the_same_images_whoever_reads_it_and_each_is_read_once(
     parquet, monkeypatch, processes, workers, accumulation
 ):
     split, read = load(parquet).train, []
@@ -225,7 +225,7 @@ def test_whoever_reads_a_step_has_the_same_images_and_reads_each_once(
 
 @pytest.mark.parametrize("workers", [0, 2])
 @pytest.mark.parametrize("repeats", [1, 3])
-def test_skipped_batches_leave_the_others_as_they_were(parquet, workers, repeats):
+def test_skipping_batches_does_not_change_the_others(parquet, workers, repeats):
     split, options = load(parquet).train, {"workers": workers, "repeats": repeats, "buffer_size": 100}
     (whole,) = epoch(split, 3, **options)
     for skip in (1, 17, 48):
@@ -242,13 +242,11 @@ def test_skipped_batches_are_not_read(parquet, monkeypatch):
     monkeypatch.setattr(
         ParquetRows, "read", lambda self, *args: (read.append(row) or row for row in original(self, *args))
     )
-    epoch(
-        split, skip=40, buffer_size=50
-    )  # 80 images are left, and those in the buffer are looked for in their row groups
+    epoch(split, skip=40, buffer_size=50)  # reads the 80 images left, and the buffer's from their row groups
     assert 80 <= len(read) < 350
 
 
-def test_an_image_is_augmented_as_it_would_be_from_a_split_in_memory(parquet):
+def test_streamed_images_are_augmented_like_those_of_a_split_in_memory(parquet):
     streamed = load(parquet)
     args = AugmentationArguments(augment_on="loader", repeated_augmentation=1)
     processor = make_image_processor(ModelArguments(image_size=32), args)
@@ -267,7 +265,7 @@ def test_an_image_is_augmented_as_it_would_be_from_a_split_in_memory(parquet):
 # ---- Sources ----
 
 
-def test_an_image_folder_streams_without_a_buffer_between_its_classes(image_folder):
+def test_an_image_folder_streams_with_mixed_classes_even_without_a_buffer(image_folder):
     data = load(image_folder)
     assert data.label_names == NAMES and len(data.train) == 60 and len(data.evaluation) == 6
     (batches,) = epoch(data.train, workers=2, buffer_size=1)
@@ -277,7 +275,7 @@ def test_an_image_folder_streams_without_a_buffer_between_its_classes(image_fold
         assert batch["labels"].tolist() == [n // 20 for n in batch["pixel_values"][:, 0].tolist()]
 
 
-def test_labels_that_are_strings_are_numbered_as_without_streaming(tmp_path):
+def test_string_labels_are_numbered_as_without_streaming(tmp_path):
     features = Features({"image": Image(), "label": Value("string")})
     folder = write_dataset(tmp_path, features, label=lambda number: "xyz"[3 * number // NUM_IMAGES])
     data = load(folder)
@@ -286,7 +284,7 @@ def test_labels_that_are_strings_are_numbered_as_without_streaming(tmp_path):
     assert batch["labels"].tolist() == [3 * n // NUM_IMAGES for n in batch["pixel_values"][:, 0].tolist()]
 
 
-def test_what_save_to_disk_wrote_and_the_digits_stream_too(tmp_path):
+def test_save_to_disk_datasets_and_the_digits_stream_too(tmp_path):
     digits = load("digits")
     assert len(digits.train) == 1438 and digits.fingerprint == load("digits").fingerprint
     batch = epoch(digits.train, batch_size=16)[0][0]
@@ -305,7 +303,7 @@ def test_labels_are_counted_without_reading_an_image(parquet, image_folder):
         dataclasses.replace(streamed, source="hub").label_counts()
 
 
-def test_the_fingerprint_follows_the_files_not_the_place(parquet, image_folder, tmp_path):
+def test_the_fingerprint_depends_on_the_files_not_their_location(parquet, image_folder, tmp_path):
     for source in (parquet, image_folder):
         before = load(source).fingerprint
         copy = tmp_path / source.name
@@ -317,7 +315,7 @@ def test_the_fingerprint_follows_the_files_not_the_place(parquet, image_folder, 
     assert load(tmp_path / image_folder.name).fingerprint != load(image_folder).fingerprint
 
 
-def test_without_labels_the_images_stream_for_the_teacher_to_name(tmp_path):
+def test_unlabelled_images_stream_for_the_teacher_to_label(tmp_path):
     folder = write_dataset(tmp_path)
     for file in folder.glob("train-*.parquet"):
         Dataset.from_parquet(str(file)).remove_columns("label").to_parquet(file)
@@ -332,7 +330,7 @@ def test_without_labels_the_images_stream_for_the_teacher_to_name(tmp_path):
 
 
 def make_trainer(folder: Path, output_dir: Path, **flags) -> DistillationTrainer:
-    """Six steps of 80 images an epoch with a one-block student, and all that is random."""
+    """Six steps of 80 images per epoch with a one-block student, and everything random on."""
     settings = {
         "per_device_train_batch_size": 80,
         "num_train_epochs": 2,
@@ -369,7 +367,7 @@ def make_trainer(folder: Path, output_dir: Path, **flags) -> DistillationTrainer
     ],
     ids=["mid-epoch", "end of an epoch, workers", "second epoch, workers", "accumulation"],
 )
-def test_a_resumed_run_ends_with_the_weights_of_one_that_never_stopped(parquet, tmp_path, step, options):
+def test_a_resumed_run_ends_with_the_weights_of_an_uninterrupted_one(parquet, tmp_path, step, options):
     recipe = {"save_strategy": "steps", "save_steps": step, "logging_strategy": "steps", "logging_steps": 3} | options
     whole = make_trainer(parquet, tmp_path, **recipe)
     whole.train()
@@ -401,7 +399,7 @@ def in_process(monkeypatch, *flags: str) -> None:
     train_hf.main()
 
 
-def test_a_streamed_run_fits_its_teacher_and_the_next_takes_it(monkeypatch, tmp_path, caplog):
+def test_a_streamed_run_fits_its_teacher_and_the_next_run_reuses_it(monkeypatch, tmp_path, caplog):
     caplog.set_level(logging.INFO, "modeling_deit_ti")
     flags = [
         "--dataset_name=digits",
@@ -428,7 +426,7 @@ def test_a_streamed_run_fits_its_teacher_and_the_next_takes_it(monkeypatch, tmp_
     assert "1,438" in card and "streaming" in card
 
 
-def test_a_bad_image_in_the_middle_ends_the_run_with_its_place_and_leaves_the_checkpoint(monkeypatch, tmp_path):
+def test_a_bad_image_mid_run_ends_it_naming_the_row_and_keeps_the_checkpoint(monkeypatch, tmp_path):
     folder = write_dataset(tmp_path / "data")
     images = [{"bytes": picture(n) if n != 317 else b"no image", "path": None} for n in range(303, 320)]
     Dataset.from_dict({"image": images, "label": [2] * 17}, features=ENCODED).to_parquet(
@@ -480,7 +478,7 @@ def test_two_processes_stream_through_accelerate_launch(parquet, tmp_path):
 
 
 @pytest.mark.parametrize("label", [None, -1])
-def test_a_missing_label_is_told_with_its_row(tmp_path, label):
+def test_a_missing_label_is_reported_with_its_row(tmp_path, label):
     folder = write_dataset(tmp_path)
     write_parquet(folder / "train-00002.parquet", range(17), 5, label=lambda n: label if n == 11 else 0)
     (batches,) = epoch(load(folder).train, workers=2)
@@ -489,7 +487,7 @@ def test_a_missing_label_is_told_with_its_row(tmp_path, label):
     assert error == f"Split `train`, file {folder}/train-00002.parquet, row 11: the label is {said}."
 
 
-def test_a_label_out_of_range_and_a_file_that_is_cut_off_are_told(tmp_path):
+def test_an_out_of_range_label_and_a_truncated_file_are_reported(tmp_path):
     folder = write_dataset(tmp_path)
     data = load(folder)
     out_of_range = StreamedSplit(data.train.rows, "image", "label", None, num_labels=1)
@@ -508,12 +506,12 @@ def test_a_label_out_of_range_and_a_file_that_is_cut_off_are_told(tmp_path):
         ({"shuffle_buffer_size": 0}, "--shuffle_buffer_size 0"),
     ],
 )
-def test_flags_that_streaming_cannot_keep_are_refused(flags, message):
+def test_flags_that_streaming_cannot_honour_are_refused(flags, message):
     with pytest.raises(UserError, match=message):
         arguments(streaming=True, **flags)
 
 
-def test_datasets_that_cannot_be_streamed_are_told_before_training(parquet, tmp_path):
+def test_datasets_that_cannot_be_streamed_are_reported_before_training(parquet, tmp_path):
     with pytest.raises(UserError, match="there is no such folder"):
         load(tmp_path / "nowhere")
     (tmp_path / "csv").mkdir()

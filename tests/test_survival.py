@@ -1,4 +1,4 @@
-"""A run that is killed or told to stop, at any moment, ends as one that never was: the real command, real signals."""
+"""A run killed or told to stop at any moment ends like an uninterrupted one: the real command, real signals."""
 
 import json
 import os
@@ -39,7 +39,7 @@ FLAGS = (
     "--disable_tqdm=true",
     "--report_to=none",
 )
-# What differs from process to process.
+# Parts of the names of metrics that differ from process to process.
 OWN = ("runtime", "per_second", "seconds", "teacher_path", "teacher_cached")
 
 
@@ -71,8 +71,8 @@ def shared(metrics: dict) -> dict:
 
 def assert_same_end(reference: Path, folder: Path, logged_alike: bool = True) -> None:
     """
-    Weights, results and the whole log of student and teacher, bit by bit. A run that was told to stop has logged what
-    it had until then, so its means are those of other steps (`logged_alike=False`); what it measured is the same.
+    Compares weights, results and the whole log of student and teacher, bit for bit. A run that was told to stop logged
+    early, so its means are over different steps (`logged_alike=False`); its evaluations are the same.
     """
     for runs in zip(runs_of(reference), runs_of(folder), strict=True):
         first, second = ((run / "model.safetensors").read_bytes() for run in runs)
@@ -98,15 +98,15 @@ STEP = "modeling_deit_ti.trainer.DistillationTrainer.training_step"
 EVALUATION = "transformers.Trainer.prediction_step"
 WRITE_WEIGHTS = "transformers.modeling_utils.safe_save_file"
 SEAL = "modeling_deit_ti.trainer.seal"
-# Runs that are killed again and again, each time a little later; the calls are counted in each process anew. A
-# checkpoint calls torch.save for arguments, optimizer, schedule, random states, and the arguments again.
+# Runs that are killed again and again, each time a little later; every process counts its own calls. A checkpoint
+# calls torch.save for arguments, optimizer, schedule, random states, and the arguments again.
 FITTING = {
     "in a step": (STEP, 20, "after"),
     "while a checkpoint's weights are written": (WRITE_WEIGHTS, 2, "half"),
     "before a checkpoint is sealed": (SEAL, 1, "before"),
     "in the evaluation after an epoch": (EVALUATION, 3, "after"),
     "after its last checkpoint": ("transformers.Trainer.save_state", 1, "before"),
-    "resumed at its last step, in the closing evaluation": (EVALUATION, 1, "after"),
+    "resumed at its last step, in the final evaluation": (EVALUATION, 1, "after"),
     "while the finished model is written": (WRITE_WEIGHTS, 1, "half"),
     "while its card is written": ("modeling_deit_ti.outcome.write_model_card", 1, "before"),
     "before all_results.json": ("transformers.Trainer.save_metrics", 3, "before"),
@@ -142,7 +142,7 @@ TRAINING = [
 
 
 def kill_and_resume(folder: Path, moments: dict) -> list[str]:
-    """Kills a run at one moment after the other, lets it end, and gives what every process said."""
+    """Kills a run at one moment after another, lets it finish, and returns the output of every process."""
     said = []
     for moment, (function, call, when) in moments.items():
         fault = {"function": function, "call": call, "moment": when}
@@ -156,7 +156,7 @@ def kill_and_resume(folder: Path, moments: dict) -> list[str]:
     return [*said, ended.stdout]
 
 
-def test_killed_again_and_again_while_the_teacher_is_fitted(reference, tmp_path):
+def test_a_run_killed_repeatedly_while_its_teacher_is_fitted_ends_the_same(reference, tmp_path):
     said = kill_and_resume(tmp_path, FITTING)
     assert ["resuming from" in output for output in said] == [False, *[True] * 9, False, False]
     assert not list((tmp_path / "teachers").glob("*/checkpoint-*"))
@@ -164,13 +164,13 @@ def test_killed_again_and_again_while_the_teacher_is_fitted(reference, tmp_path)
 
 
 @pytest.mark.parametrize("moments", TRAINING, ids=["first", "second"])
-def test_killed_again_and_again_while_the_student_is_trained(reference, tmp_path, moments):
+def test_a_run_killed_repeatedly_while_its_student_is_trained_ends_the_same(reference, tmp_path, moments):
     kill_and_resume(with_teacher(reference, tmp_path), moments)
     assert_same_end(reference, tmp_path)
 
 
-def test_killed_with_one_checkpoint_kept_there_is_always_a_complete_one(reference, tmp_path):
-    """Between a new checkpoint and the end of the old one."""
+def test_a_killed_run_that_keeps_one_checkpoint_always_has_a_complete_one(reference, tmp_path):
+    """Even if killed between writing the new checkpoint and deleting the old one."""
     with_teacher(reference, tmp_path)
     for function, call in ((SEAL, 2), ("modeling_deit_ti.trainer.delete_older", 2)):
         flags = [*FLAGS, *places(tmp_path), "--save_total_limit=1"]
@@ -180,8 +180,8 @@ def test_killed_with_one_checkpoint_kept_there_is_always_a_complete_one(referenc
 
 
 @pytest.mark.slow
-def test_killed_again_and_again_at_random_moments(reference, tmp_path):
-    """At least thirty kills, each at a random moment of what is left of a run; REPORT gets what happened."""
+def test_a_run_killed_repeatedly_at_random_moments_ends_the_same(reference, tmp_path):
+    """At least thirty kills, each at a random moment of the rest of a run; prints a summary."""
     chance = random.Random(0)
     started = time.monotonic()
     whole = run(*FLAGS, *places(tmp_path / "timed"))
@@ -204,18 +204,18 @@ def test_killed_again_and_again_at_random_moments(reference, tmp_path):
         assert_same_end(reference, folder)
         shutil.rmtree(folder)
         runs += 1
-    print(f"{kills} kills in {runs} runs of {seconds:.0f} s, all ended the same; {late} runs were done before theirs")
+    print(f"{kills} kills in {runs} runs of {seconds:.0f} s, all ended the same; {late} runs ended before their kill")
 
 
 def start(folder: Path, processes: int) -> list[Run]:
-    """The command in so many processes, which together take the images of a step."""
+    """The command in this many processes, which share the images of a step."""
     flags = [*FLAGS, *places(folder), f"--per_device_train_batch_size={16 // processes}", "--use_cpu"]
     return start_together(processes, *flags)
 
 
 @pytest.mark.slow
-def test_killed_again_and_again_while_the_number_of_processes_changes(reference, tmp_path):
-    """A hundred kills, each at a random moment of what is left of a run in one process or two."""
+def test_a_run_killed_while_the_number_of_processes_changes_ends_the_same(reference, tmp_path):
+    """A hundred kills, each at a random moment of the rest of a run in one or two processes."""
     chance = random.Random(0)
     seconds = {}
     for processes in (1, 2):
@@ -252,14 +252,14 @@ def test_killed_again_and_again_while_the_number_of_processes_changes(reference,
                 assert second[name] == pytest.approx(first[name], rel=1e-5), (name, first["step"])
         shutil.rmtree(folder)
         runs += 1
-    print(f"{kills} kills in {runs} runs, {changes} changes of the processes; {late} runs were done before theirs")
+    print(f"{kills} kills in {runs} runs, {changes} changes of process count; {late} runs ended before their kill")
 
 
 # ---- Told to stop ----
 
 
 @pytest.mark.parametrize("signum", [signal.SIGTERM, signal.SIGINT], ids=["SIGTERM", "Ctrl-C"])
-def test_told_to_stop_in_a_step(reference, tmp_path, signum):
+def test_a_run_told_to_stop_finishes_its_step_and_writes_a_checkpoint(reference, tmp_path, signum):
     with_teacher(reference, tmp_path)
     stopped = run(*FLAGS, *places(tmp_path), fault={"function": STEP, "call": 9, "signum": signum})
     name = {signal.SIGTERM: "SIGTERM", signal.SIGINT: "Ctrl-C"}[signum]
@@ -276,7 +276,7 @@ def test_told_to_stop_in_a_step(reference, tmp_path, signum):
     assert state["log_history"][-1]["step"] == 9  # nothing unlogged is left behind
 
 
-def test_what_was_told_to_stop_goes_on_to_the_same_end(reference, tmp_path):
+def test_a_stopped_run_resumes_and_ends_the_same(reference, tmp_path):
     with_teacher(reference, tmp_path)
     for call in (4, 1, 2):  # in steps 4, 5 and 7
         fault = {"function": STEP, "call": call, "signum": signal.SIGTERM}
@@ -290,7 +290,7 @@ def test_what_was_told_to_stop_goes_on_to_the_same_end(reference, tmp_path):
     [(STEP, 6, 6), (EVALUATION, 3, 12)],
     ids=["last step of an epoch", "evaluation of the last epoch"],
 )
-def test_told_to_stop_at_the_end_of_an_epoch_it_is_evaluated_first(reference, tmp_path, function, call, step):
+def test_a_run_told_to_stop_at_the_end_of_an_epoch_is_evaluated_first(reference, tmp_path, function, call, step):
     with_teacher(reference, tmp_path)
     stopped = run(*FLAGS, *places(tmp_path), fault={"function": function, "call": call, "signum": signal.SIGTERM})
     assert stopped.returncode == 75 and f"after step {step} of 12" in stopped.stderr
@@ -300,7 +300,7 @@ def test_told_to_stop_at_the_end_of_an_epoch_it_is_evaluated_first(reference, tm
     assert_same_end(reference, tmp_path)
 
 
-def test_told_to_stop_while_the_teacher_is_fitted(reference, tmp_path):
+def test_a_run_told_to_stop_while_fitting_its_teacher_writes_a_checkpoint(reference, tmp_path):
     stopped = run(*FLAGS, *places(tmp_path), fault={"function": STEP, "call": 20, "signum": signal.SIGTERM})
     assert stopped.returncode == 75 and "stopped by SIGTERM after step 20 of 48" in stopped.stderr
     assert [path.name for path in (tmp_path / "run").iterdir()] == [SETTINGS_FILE]
@@ -309,7 +309,7 @@ def test_told_to_stop_while_the_teacher_is_fitted(reference, tmp_path):
 
 
 @pytest.mark.parametrize("signum", [signal.SIGTERM, signal.SIGINT], ids=["SIGTERM", "Ctrl-C"])
-def test_told_to_stop_outside_of_training_it_ends_at_once(reference, tmp_path, signum):
+def test_a_run_told_to_stop_outside_training_ends_at_once(reference, tmp_path, signum):
     with_teacher(reference, tmp_path)
     measuring = "modeling_deit_ti.trainer.DistillationTrainer.measure_teacher"
     stopped = run(*FLAGS, *places(tmp_path), fault={"function": measuring, "signum": signum})
@@ -317,8 +317,8 @@ def test_told_to_stop_outside_of_training_it_ends_at_once(reference, tmp_path, s
     assert stopped.stderr.splitlines()[-1].startswith("train_hf.py: stopped by ")
 
 
-def test_told_to_stop_while_what_it_leaves_is_written_it_goes_on(reference, tmp_path):
-    """In the export of the trained model, and in its card."""
+def test_a_run_told_to_stop_while_writing_its_outputs_resumes_and_ends_the_same(reference, tmp_path):
+    """During the export of the trained model, and while its card is written."""
     with_teacher(reference, tmp_path)
     for function in ("modeling_deit_ti.outcome.save_transformers", "modeling_deit_ti.outcome.write_model_card"):
         stopped = run(*FLAGS, *places(tmp_path), fault={"function": function, "signum": signal.SIGTERM})
@@ -330,8 +330,8 @@ def test_told_to_stop_while_what_it_leaves_is_written_it_goes_on(reference, tmp_
     assert_same_end(reference, tmp_path)
 
 
-def test_a_group_that_is_signalled_with_its_workers_still_finishes_the_step(reference, tmp_path):
-    """As SLURM and a terminal do: the loader's workers get the signal as well."""
+def test_a_run_signalled_together_with_its_workers_still_finishes_the_step(reference, tmp_path):
+    """SLURM and terminals signal the whole process group, including the loader's workers."""
     with_teacher(reference, tmp_path)
     command = Run(*FLAGS, *places(tmp_path), "--dataloader_num_workers=2", "--num_train_epochs=50")
     wait_for(lambda: last_complete(tmp_path / "run"))
@@ -362,7 +362,7 @@ def checkpoint(tmp_path) -> Path:
     return folder
 
 
-def test_a_sealed_checkpoint_has_no_flaw(checkpoint):
+def test_a_sealed_checkpoint_is_usable(checkpoint):
     assert "was being written" in why_unusable(checkpoint)
     seal(checkpoint)
     assert why_unusable(checkpoint) is None
@@ -371,7 +371,7 @@ def test_a_sealed_checkpoint_has_no_flaw(checkpoint):
 
 
 @pytest.mark.parametrize("file", ["model.safetensors", "global_step4/shard.pt", "trainer_state.json"])
-def test_a_flipped_bit_a_cut_and_a_lost_file_are_found(checkpoint, file):
+def test_a_flipped_bit_a_truncated_file_and_a_missing_file_are_found(checkpoint, file):
     seal(checkpoint)
     whole = (checkpoint / file).read_bytes()
     (checkpoint / file).write_bytes(bytes([whole[0] ^ 1]) + whole[1:])
@@ -382,7 +382,7 @@ def test_a_flipped_bit_a_cut_and_a_lost_file_are_found(checkpoint, file):
     assert why_unusable(checkpoint) == f"its {file} is missing or cannot be read"
 
 
-def test_damaged_checksums_are_no_checksums(checkpoint):
+def test_damaged_checksums_make_a_checkpoint_unusable(checkpoint):
     for content in ("", "[]", '{"model', "3"):
         (checkpoint / "checksums.json").write_text(content)
         assert why_unusable(checkpoint) == "its checksums.json is damaged"
@@ -395,12 +395,12 @@ def test_damaged_checksums_are_no_checksums(checkpoint):
         (12, 1, None, [12]),
         (12, 2, 4, [12, 4]),
         (12, 1, 4, [12, 4]),  # as transformers does
-        (8, 2, None, [8, 4]),  # 12 is of an earlier course, which was resumed from 4
+        (8, 2, None, [8, 4]),  # 12 is from before the run was resumed from 4
         (8, 1, None, [8]),
         (12, 3, None, [12, 8, 4]),
     ],
 )
-def test_older_checkpoints_are_deleted_by_their_steps_whatever_the_clock_said(tmp_path, latest, limit, best, left):
+def test_older_checkpoints_are_deleted_by_step_whatever_the_clock_said(tmp_path, latest, limit, best, left):
     for hours, step in enumerate((12, 8, 4)):  # a clock that jumped back before each
         (tmp_path / f"checkpoint-{step}").mkdir()
         os.utime(tmp_path / f"checkpoint-{step}", (hours * 3600, hours * 3600))

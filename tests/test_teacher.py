@@ -71,12 +71,12 @@ def test_it_sees_the_students_image_in_its_own_normalisation_and_size():
     torch.testing.assert_close(teacher((images - mean) / std), model(expected).logits, atol=1e-5, rtol=1e-5)
 
 
-def test_an_image_in_its_own_format_is_not_touched():
+def test_an_image_already_in_its_own_format_is_left_untouched():
     model, images = tiny_vit(["a", "b"]), torch.randn(2, 3, 16, 16)
     torch.testing.assert_close(Teacher(model, 16, MEAN, STD, MEAN, STD)(images), model(images).logits, atol=0, rtol=0)
 
 
-def test_it_answers_in_the_datasets_order_of_labels():
+def test_it_answers_in_the_datasets_label_order():
     model, images = tiny_vit(["dog", "emu", "cat"]), torch.randn(2, 3, 16, 16)
     order = match_labels(["dog", "emu", "cat"], ["cat", "dog", "emu"])
     teacher = Teacher(model, 16, MEAN, STD, MEAN, STD, order)
@@ -112,7 +112,7 @@ def test_labels_match_by_name(teacher, dataset, order):
         (["cat", "Cat", "dog"], ["cat", "dog"], "more than one label is called 'cat'"),
     ],
 )
-def test_labels_that_match_in_part_or_twice_are_refused(teacher, dataset, message):
+def test_labels_that_match_only_partly_or_twice_are_refused(teacher, dataset, message):
     with pytest.raises(UserError, match=message):
         match_labels(teacher, dataset)
 
@@ -147,7 +147,7 @@ def digits():
 
 
 def student_arguments(folder, **flags):
-    """Those of a run with a teacher that knows the digits within seconds, unless a flag says otherwise."""
+    """The arguments of a run whose teacher learns the digits within seconds, unless a flag says otherwise."""
     defaults = {
         "dataset_name": "digits",
         "distill_mode": "both",
@@ -207,7 +207,7 @@ def test_another_recipe_or_dataset_fits_another_teacher(digits, tmp_path):
     assert len(paths) == 5
 
 
-def test_fitting_gives_the_same_teacher_again(digits, tmp_path):
+def test_fitting_again_gives_the_same_teacher(digits, tmp_path):
     weights = []
     for name in ("a", "b"):
         torch.manual_seed(len(name))
@@ -227,9 +227,7 @@ def test_a_folder_without_its_recipe_is_not_reused(digits, tmp_path):
     assert not list(Path(path).glob("checkpoint-*"))
 
 
-def test_a_teacher_whose_run_was_killed_while_it_saved_resumes_and_ends_the_same(
-    digits, tmp_path, monkeypatch, caplog
-):
+def test_a_teacher_killed_while_saving_resumes_and_ends_the_same(digits, tmp_path, monkeypatch, caplog):
     few, quick = replace(digits, train=digits.train.select(range(128))), {"teacher_num_train_epochs": 2}
     whole, *_ = prepare(few, tmp_path / "whole", **quick)
 
@@ -249,7 +247,7 @@ def test_a_teacher_whose_run_was_killed_while_it_saved_resumes_and_ends_the_same
     assert not list(Path(path).glob("checkpoint-*"))
 
 
-def test_a_teacher_that_knows_the_labels_is_taken_as_it_is(digits, tmp_path):
+def test_a_teacher_that_knows_the_labels_is_used_as_it_is(digits, tmp_path):
     folder = save_classifier(tmp_path / "vit", list(reversed(DIGITS)))
     teacher, record, path = prepare(digits, tmp_path, teacher_model_name_or_path=folder)
     assert record.fitted is None and path == folder and not (tmp_path / "teachers").exists()
@@ -259,7 +257,7 @@ def test_a_teacher_that_knows_the_labels_is_taken_as_it_is(digits, tmp_path):
     torch.testing.assert_close(teacher(images), model(own).logits.flip(1), atol=1e-5, rtol=1e-5)
 
 
-def test_a_classifier_of_other_labels_is_fitted_from_its_weights(digits, tmp_path):
+def test_a_classifier_with_other_labels_is_fitted_from_its_weights(digits, tmp_path):
     folder = save_classifier(tmp_path / "vit", ["cat", "dog"])
     teacher, record, _ = prepare(
         digits, tmp_path, teacher_model_name_or_path=folder, teacher_num_train_epochs=0.1, teacher_learning_rate=1e-9
@@ -271,7 +269,7 @@ def test_a_classifier_of_other_labels_is_fitted_from_its_weights(digits, tmp_pat
     assert teacher.model.classifier.out_features == 10
 
 
-def test_a_pretrained_timm_network_that_was_fitted_at_another_size_is_used_at_that_size_later(digits, tmp_path):
+def test_a_pretrained_timm_network_fitted_at_another_size_is_later_used_at_that_size(digits, tmp_path):
     pretrained = new_timm_classifier(TINY_CNN, ["cat", "dog"], 48, image_processor(48))
     pretrained.save_pretrained(tmp_path / "pretrained")
     flags = {"teacher_num_train_epochs": 0.1, "teacher_image_size": 64}
@@ -284,7 +282,7 @@ def test_a_pretrained_timm_network_that_was_fitted_at_another_size_is_used_at_th
     torch.testing.assert_close(later(images), fitted(images), rtol=0, atol=0)
 
 
-def test_a_linear_probe_trains_the_head_alone_and_leaves_the_statistics_of_batch_norm(digits, tmp_path):
+def test_a_linear_probe_trains_only_the_head_and_keeps_the_batch_norm_statistics(digits, tmp_path):
     pretrained = new_timm_classifier(TINY_CNN, ["cat", "dog"], 32, image_processor(32))
     pretrained.save_pretrained(tmp_path / "pretrained")
     config = tmp_path / "probe.yaml"
@@ -301,7 +299,7 @@ def test_a_linear_probe_trains_the_head_alone_and_leaves_the_statistics_of_batch
     assert after["timm_model.fc.weight"].std() > 2 * first.timm_model.fc.weight.std()  # it has learned
 
 
-def test_a_teacher_with_an_untrained_head_is_refused_unless_it_is_asked_for(digits, tmp_path):
+def test_a_teacher_with_an_untrained_head_is_refused_unless_allowed(digits, tmp_path):
     folder = save_classifier(tmp_path / "vit", ["cat", "dog"])
     flags = {"teacher_model_name_or_path": folder, "teacher_num_train_epochs": 0}
     with pytest.raises(UserError, match="--teacher_num_train_epochs 0 forbids fitting"):
@@ -323,7 +321,7 @@ def test_a_teacher_with_an_untrained_head_is_refused_unless_it_is_asked_for(digi
         ({"teacher_num_train_epochs": 0}, "--teacher_num_train_epochs 0 forbids"),
     ],
 )
-def test_a_teacher_that_cannot_be_had_is_an_error(digits, tmp_path, arguments, message):
+def test_an_unavailable_teacher_is_an_error(digits, tmp_path, arguments, message):
     with pytest.raises(UserError, match=message):
         prepare(digits, tmp_path, **arguments)
 
@@ -342,12 +340,12 @@ def test_a_pickled_teacher_is_never_loaded(digits, tmp_path):
         prepare(digits, tmp_path, teacher_model_name_or_path=str(folder))
 
 
-# ---- A recipe of its own ----
+# ---- The teacher's own recipe ----
 
 
 def write_config(folder: Path, **recipe) -> Path:
     file = folder / "teacher.yaml"
-    file.write_text(json.dumps(recipe))  # which is YAML as well
+    file.write_text(json.dumps(recipe))  # JSON is YAML too
     return file
 
 
@@ -382,7 +380,7 @@ def test_a_teacher_config_sets_any_flag_of_the_teachers_run_and_none_of_the_stud
     assert (record.hyperparameters["optim"], record.hyperparameters["batch_size"]) == ("sgd", 48)
 
 
-def test_the_teachers_own_flags_win_over_its_config(tmp_path):
+def test_the_teachers_own_flags_override_its_config(tmp_path):
     flags = {
         "teacher_model_name_or_path": "resnet18",
         "teacher_image_size": 40,
@@ -392,7 +390,7 @@ def test_the_teachers_own_flags_win_over_its_config(tmp_path):
     run = student_arguments(tmp_path, teacher_config=write_config(tmp_path, **RECIPE), **flags).fitting
     assert (run.model.model_name_or_path, run.model.image_size) == ("resnet18", 40)
     assert (run.training.num_train_epochs, run.training.learning_rate) == (3, 0.5)
-    assert (run.training.optim, run.training.per_device_train_batch_size) == ("sgd", 48)  # which no flag sets
+    assert (run.training.optim, run.training.per_device_train_batch_size) == ("sgd", 48)  # no flag sets these
 
 
 @pytest.mark.parametrize(
@@ -411,14 +409,14 @@ def test_the_teachers_own_flags_win_over_its_config(tmp_path):
         ("optim", "newton", "newton"),
     ],
 )
-def test_what_a_teacher_config_may_not_say_is_refused_with_the_file_and_the_flag(tmp_path, key, value, message):
+def test_invalid_teacher_config_settings_are_refused_naming_the_file_and_the_flag(tmp_path, key, value, message):
     file = write_config(tmp_path, **{key: value})
     with pytest.raises(UserError, match=f"^--teacher_config {re.escape(str(file))}: .*{message}"):
         student_arguments(tmp_path, teacher_config=file)
 
 
 @pytest.mark.parametrize("text", [None, "a: [", "- a\n- b\n"], ids=["missing", "broken", "a list"])
-def test_a_teacher_config_that_is_no_recipe_is_refused_with_its_name(tmp_path, text):
+def test_a_teacher_config_that_is_not_a_recipe_is_refused_naming_the_file(tmp_path, text):
     file = tmp_path / "teacher.yaml"
     if text is not None:
         file.write_text(text)
@@ -426,7 +424,7 @@ def test_a_teacher_config_that_is_no_recipe_is_refused_with_its_name(tmp_path, t
         student_arguments(tmp_path, teacher_config=file)
 
 
-def test_each_teacher_config_has_a_teacher_of_its_own(digits, tmp_path):
+def test_each_teacher_config_has_its_own_teacher(digits, tmp_path):
     quick = {"model_name_or_path": TINY_CNN, "num_train_epochs": 0.1}
     changes = [{"optim": "sgd"}, {"auto_augment": "rand-m3-mstd0.5-inc1"}, {"weight_decay": 0}, {"mixup": 0.2}]
     paths = [
@@ -468,7 +466,7 @@ def test_a_fitted_teacher_is_a_finished_run_with_its_card_curves_and_results(dig
         ([0] * 7000 + [1] * 3000, 0.72, 0.76),
     ],
 )
-def test_no_better_than_chance_is_refused_with_the_accuracy(labels, refused, accepted):
+def test_a_teacher_no_better_than_chance_is_refused_with_its_accuracy(labels, refused, accepted):
     check_better_than_chance(accepted, labels, "good")
     with pytest.raises(UserError, match=f"no better than chance: its accuracy .* is {refused:.4f}"):
         check_better_than_chance(refused, labels, "bad")
@@ -505,7 +503,7 @@ def test_the_teacher_sees_what_its_own_image_processor_would_give_it(tmp_path, p
     torch.testing.assert_close(teacher(ours), model(own).logits, atol=1e-4, rtol=1e-4)
 
 
-def test_a_processor_that_exchanges_colours_is_refused(tmp_path):
+def test_a_processor_that_swaps_colours_is_refused(tmp_path):
     MobileViTImageProcessor(size={"shortest_edge": 16}, crop_size={"height": 16, "width": 16}).save_pretrained(
         tmp_path
     )
@@ -517,7 +515,7 @@ def test_a_processor_that_exchanges_colours_is_refused(tmp_path):
 
 
 @pytest.mark.parametrize("mode", [resolve_mode("distill"), resolve_mode("distill", single_token=True)])
-def test_a_deit_ti_of_other_labels_is_fitted_with_the_head_that_learns(digits, tmp_path, mode):
+def test_a_deit_ti_with_other_labels_is_fitted_with_only_a_class_token(digits, tmp_path, mode):
     config = DeiTTiConfig(image_size=32, patch_size=16, **label_maps(["cat", "dog"]), **mode.network)
     DeiTTiForImageClassification(config).save_pretrained(tmp_path / "deit")
     image_processor(32).save_pretrained(tmp_path / "deit")
@@ -533,7 +531,7 @@ def test_a_deit_ti_of_other_labels_is_fitted_with_the_head_that_learns(digits, t
     assert teacher(torch.randn(2, 3, 32, 32)).shape == (2, 10)
 
 
-def test_a_backbone_without_a_head_does_not_know_any_labels(digits, tmp_path):
+def test_a_backbone_without_a_head_knows_no_labels(digits, tmp_path):
     folder = Path(save_classifier(tmp_path / "vit", ["0", "1"]))
     tiny_vit(["0", "1"]).vit.save_pretrained(folder)
     two = replace(digits, label_names=["a", "b"])
@@ -549,7 +547,7 @@ def test_a_damaged_teacher_is_an_error(digits, tmp_path):
         prepare(digits, tmp_path, teacher_model_name_or_path=str(folder))
 
 
-def test_an_image_size_that_the_teacher_cannot_take_is_an_error(digits, tmp_path):
+def test_an_image_size_that_the_teacher_does_not_accept_is_an_error(digits, tmp_path):
     folder = save_classifier(tmp_path / "vit", DIGITS)
     with pytest.raises(UserError, match="does not accept images of 24x24 pixels"):
         prepare(digits, tmp_path, teacher_model_name_or_path=folder, teacher_image_size=24)

@@ -1,4 +1,4 @@
-"""The teacher's cache: the network is not asked twice, nothing comes out differently, and no wrong row is believed."""
+"""The teacher's cache: no logits are computed twice, no result changes, and no wrong row is trusted."""
 
 import json
 import os
@@ -102,13 +102,13 @@ def assert_same(first: tuple, second: tuple) -> None:
     assert first[1] == second[1]
 
 
-# ---- The network is not asked twice ----
+# ---- No logits are computed twice ----
 
 
 def test_with_nothing_random_every_image_is_computed_once_for_all_epochs_and_runs(digits, tmp_path):
     first = make_trainer(digits, tmp_path, **NOTHING_RANDOM, num_train_epochs=3)
     first.train()
-    assert first.teacher.calls == [16] * 4  # of the first epoch's four steps
+    assert first.teacher.calls == [16] * 4  # the first epoch's four steps
     assert first.teacher_cache.share_read == pytest.approx(2 / 3)
     other = {"seed": 7, "distill_mode": "soft", "num_train_epochs": 1, "per_device_train_batch_size": 32}
     second = make_trainer(digits, tmp_path, **NOTHING_RANDOM, **other)
@@ -127,7 +127,7 @@ def test_with_nothing_random_every_image_is_computed_once_for_all_epochs_and_run
     ],
     ids=["static", "augmented", "the paper's recipe, in the loader", "on the device"],
 )
-def test_a_run_from_the_cache_is_the_run_that_filled_it(digits, tmp_path, flags):
+def test_a_run_from_the_cache_equals_the_run_that_filled_it(digits, tmp_path, flags):
     runs = [make_trainer(digits, tmp_path, **flags) for _ in range(2)]
     for trainer in runs:
         trainer.train()
@@ -138,7 +138,7 @@ def test_a_run_from_the_cache_is_the_run_that_filled_it(digits, tmp_path, flags)
     assert soft.teacher.calls == []
 
 
-def test_the_rounded_logits_are_the_teachers_and_its_decision_is_the_same_read_or_computed(digits, tmp_path):
+def test_logits_are_the_teachers_rounded_and_identical_whether_read_or_computed(digits, tmp_path):
     cache, again = (make_cache(digits, tmp_path, **NOTHING_RANDOM) for _ in range(2))
     teacher, sampler = tiny_teacher(), TrainSampler(64, 16, seed=42)
     images, seeds = torch.randn(16, 3, 32, 32), np.array([seed for _, seed in sampler][:16])
@@ -157,7 +157,7 @@ def test_a_longer_run_reads_the_epochs_of_a_shorter_one(digits, tmp_path):
 
 
 @pytest.mark.parametrize("flags", [NOTHING_RANDOM, {"repeated_augmentation": 1}], ids=["static", "augmented"])
-def test_a_run_resumed_in_mid_epoch_ends_as_one_that_never_stopped(digits, tmp_path, flags):
+def test_a_run_resumed_mid_epoch_ends_like_an_uninterrupted_one(digits, tmp_path, flags):
     flags = {**flags, "save_strategy": "steps", "save_steps": 2, "save_total_limit": 100}
     whole = make_trainer(digits, tmp_path / "whole", **flags)
     whole.train()
@@ -177,11 +177,11 @@ def test_a_run_resumed_in_mid_epoch_ends_as_one_that_never_stopped(digits, tmp_p
     assert_same(result(whole), result(resumed))
 
 
-# ---- No wrong row is believed ----
+# ---- No wrong row is trusted ----
 
 
 class Epoch:
-    """Four batches of eight images, what a made-up teacher says of them, and caches on one folder."""
+    """Four batches of eight images, a made-up teacher's answers to them, and caches in one folder."""
 
     def __init__(self, folder: Path):
         self.folder, self.calls = folder, 0
@@ -197,8 +197,8 @@ class Epoch:
     def cache(self, key="a", is_static=False, mixes=True) -> TeacherCache:
         return TeacherCache(self.folder, {"key": key}, 10, is_static, mixes)
 
-    def read(self, cache: TeacherCache, batches=None) -> list[torch.Tensor]:
-        """The logits of all batches, all checked."""
+    def read(self, cache: TeacherCache, batches=None) -> None:
+        """Reads all batches and checks their logits."""
         self.calls = 0
         for keys in batches or self.batches:
             images = self.images[[index for index, _ in keys]]
@@ -213,7 +213,7 @@ def epoch(tmp_path) -> Epoch:
 
 @pytest.mark.parametrize("is_static", [True, False])
 @pytest.mark.parametrize("offset", [0, 4, 11, 12, 31], ids=["checksum", "tag", "tag's end", "logits", "logits' end"])
-def test_a_flipped_byte_costs_its_row_and_is_mended(epoch, is_static, offset):
+def test_a_flipped_byte_costs_its_row_and_is_repaired(epoch, is_static, offset):
     epoch.read(epoch.cache(is_static=is_static))
     (file,) = epoch.folder.glob("*.bin")
     content = bytearray(file.read_bytes())
@@ -227,7 +227,7 @@ def test_a_flipped_byte_costs_its_row_and_is_mended(epoch, is_static, offset):
 
 
 @pytest.mark.parametrize("kept", [0, 1, 8 * 32, 9 * 32 + 17, 32 * 32 - 1])
-def test_of_a_file_that_is_cut_off_the_whole_rows_are_used(epoch, kept):
+def test_complete_rows_of_a_truncated_file_are_used(epoch, kept):
     epoch.read(epoch.cache())
     (file,) = epoch.folder.glob("*.bin")
     os.truncate(file, kept)
@@ -236,25 +236,25 @@ def test_of_a_file_that_is_cut_off_the_whole_rows_are_used(epoch, kept):
 
 
 @pytest.mark.parametrize("garbage", [b"\0", b"\xff", bytes(range(256))])
-def test_a_file_of_anything_else_is_not_used(epoch, garbage):
+def test_a_file_of_garbage_is_not_used(epoch, garbage):
     epoch.folder.mkdir()
     (epoch.folder / "epoch-0000.bin").write_bytes(garbage * 5000)
     epoch.read(epoch.cache())
     assert epoch.calls == 4
 
 
-def test_rows_of_another_key_seed_epoch_or_batch_are_not_used(epoch):
+def test_rows_from_another_key_seed_epoch_or_batch_are_not_used(epoch):
     epoch.read(epoch.cache())
     epoch.read(epoch.cache(key="another"))
     assert epoch.calls == 4
-    epoch.read(epoch.cache())  # which those of the other key have overwritten
+    epoch.read(epoch.cache())  # overwritten by those of the other key
     assert epoch.calls == 4
     halves = [batch[start : start + 4] for batch in epoch.batches for start in (0, 4)]
-    epoch.read(epoch.cache(), halves)  # in which each image has the partner that it had
+    epoch.read(epoch.cache(), halves)  # each image keeps its partner
     assert epoch.calls == 0
     epoch.read(epoch.cache(), [batch[::-1] for batch in halves])
     assert epoch.calls == 0
-    epoch.read(epoch.cache(), [batch[1:] + batch[:1] for batch in epoch.batches])  # mixed with another, it is another
+    epoch.read(epoch.cache(), [batch[1:] + batch[:1] for batch in epoch.batches])  # another partner, another image
     assert epoch.calls == 4
     (epoch.folder / "epoch-0000.bin").rename(epoch.folder / "epoch-0001.bin")
     epoch.sampler.set_epoch(1)
@@ -263,7 +263,7 @@ def test_rows_of_another_key_seed_epoch_or_batch_are_not_used(epoch):
     assert epoch.calls == 4
 
 
-def test_a_row_of_the_same_seed_and_another_image_is_not_used(epoch):
+def test_a_row_with_the_same_seed_but_another_image_is_not_used(epoch):
     cache = epoch.cache(mixes=False)
     epoch.read(cache)
     shifted = [(31 - index, seed) for index, seed in epoch.sampler]
@@ -272,7 +272,7 @@ def test_a_row_of_the_same_seed_and_another_image_is_not_used(epoch):
     assert epoch.calls == 1
 
 
-def test_a_batch_that_is_not_of_the_epoch_turns_the_cache_off(epoch, log):
+def test_a_batch_from_another_epoch_turns_the_cache_off(epoch, log):
     cache = epoch.cache()
     epoch.read(cache)
     later = TrainSampler(32, 8, seed=1)
@@ -281,7 +281,7 @@ def test_a_batch_that_is_not_of_the_epoch_turns_the_cache_off(epoch, log):
     assert epoch.calls == 1 and "seeds that are not from its epoch" in log.text
 
 
-def test_two_processes_fill_one_file_each_with_its_own_rows(epoch):
+def test_two_processes_each_fill_their_own_rows_of_one_file(epoch):
     parts = [[batch[start : start + 4] for batch in epoch.batches] for start in (0, 4)]
     first, second = epoch.cache(), epoch.cache()
     for step in range(4):
@@ -293,10 +293,10 @@ def test_two_processes_fill_one_file_each_with_its_own_rows(epoch):
         assert epoch.calls == 0
 
 
-def test_what_a_killed_process_leaves_is_right_or_not_used(epoch):
+def test_rows_left_by_a_killed_process_are_correct_or_not_used(epoch):
     child = os.fork()
     if child == 0:
-        while True:  # over and over, so that the end comes in the middle of something
+        while True:  # over and over, so that the kill comes in the middle of something
             (epoch.folder / "epoch-0000.bin").unlink(missing_ok=True)
             epoch.read(epoch.cache())
     while not list(epoch.folder.glob("*.bin")):
@@ -309,11 +309,11 @@ def test_what_a_killed_process_leaves_is_right_or_not_used(epoch):
     assert epoch.calls == 0
 
 
-# ---- What cannot be stored ----
+# ---- Logits that cannot be stored ----
 
 
 @pytest.mark.parametrize("value", [7e4, float("inf"), float("nan")])
-def test_logits_outside_of_half_precision_are_used_as_they_are_and_not_stored(epoch, value):
+def test_logits_beyond_half_precision_are_used_as_they_are_and_not_stored(epoch, value):
     def teacher(pixel_values):
         return torch.full((8, 10), 1 / 3).index_fill(1, torch.tensor([2]), value)
 
@@ -325,8 +325,8 @@ def test_logits_outside_of_half_precision_are_used_as_they_are_and_not_stored(ep
 
 
 @pytest.mark.parametrize("rows", [0, 10, 20])
-def test_on_a_full_disk_the_run_goes_on_and_says_so(epoch, log, rows):
-    """A limit on a file's size is the error of a full disk without one: the file cannot be made, or not filled."""
+def test_on_a_full_disk_the_run_continues_and_reports_it(epoch, log, rows):
+    """A limit on the file size fails like a full disk: the file cannot be created, or cannot be filled."""
     cache = epoch.cache()
     if rows:
         epoch.folder.mkdir()
@@ -342,11 +342,11 @@ def test_on_a_full_disk_the_run_goes_on_and_says_so(epoch, log, rows):
     assert calls == epoch.calls == 4
     (message,) = log.messages
     assert f"cannot store its logits in {epoch.folder}" in message
-    epoch.read(epoch.cache())  # there is room again, and what was written whole is used
+    epoch.read(epoch.cache())  # there is room again, and complete rows are used
     assert epoch.calls == 4 - rows // 8
 
 
-def test_a_folder_that_cannot_be_made_turns_the_cache_off(epoch, log):
+def test_a_folder_that_cannot_be_created_turns_the_cache_off(epoch, log):
     epoch.folder.write_text("a file")
     epoch.read(epoch.cache())
     assert epoch.calls == 4 and "cannot store its logits in" in log.text
@@ -365,13 +365,13 @@ STATIC_CHANGES = {
     "weights": {"teacher": changed_weights},
     "teacher's input size": {"teacher": lambda: tiny_teacher(image_size=64)},
     "teacher's normalisation": {"teacher": lambda: tiny_teacher(image_mean=[0.5, 0.5, 0.5])},
-    "order of labels": {"teacher": lambda: tiny_teacher(label_order=[1, 0, *range(2, 10)])},
+    "label order": {"teacher": lambda: tiny_teacher(label_order=[1, 0, *range(2, 10)])},
     "image size": {"image_size": 48},
     "precision": {"bf16": True, "use_cpu": True},
     "where images are prepared": {"augment_on": "device"},
     "compilation": {"torch_compile": True},
-    "compilation's mode": {"torch_compile_mode": "max-autotune"},
-    "compilation's backend": {"torch_compile_backend": "aot_eager"},
+    "compilation mode": {"torch_compile_mode": "max-autotune"},
+    "compilation backend": {"torch_compile_backend": "aot_eager"},
 }
 REPLAY_CHANGES = {
     "crop": {"crop": "none"},
@@ -393,14 +393,14 @@ REPLAY_CHANGES = {
     + [({}, change) for change in (STATIC_CHANGES | REPLAY_CHANGES).values()],
     ids=[*STATIC_CHANGES, *(f"augmented, {name}" for name in STATIC_CHANGES | REPLAY_CHANGES)],
 )
-def test_what_changes_the_logits_changes_the_key(digits, tmp_path, base, change):
+def test_anything_that_changes_the_logits_changes_the_key(digits, tmp_path, base, change):
     changed = {**base, **change}
     teacher = changed.pop("teacher", tiny_teacher)()
     folder = make_cache(digits, tmp_path, **base).folder
     assert make_cache(digits, tmp_path, teacher, **changed).folder != folder
 
 
-def test_other_images_and_libraries_change_the_key(digits, tmp_path, monkeypatch):
+def test_other_images_and_library_versions_change_the_key(digits, tmp_path, monkeypatch):
     folders = {make_cache(digits, tmp_path).folder, make_cache(replace(digits, fingerprint="f"), tmp_path).folder}
     for library in module.LIBRARIES:
         with monkeypatch.context() as patch:
@@ -414,7 +414,7 @@ def test_other_images_and_libraries_change_the_key(digits, tmp_path, monkeypatch
     assert len(folders) == 2 + len(module.LIBRARIES)
 
 
-def test_code_that_makes_pixels_or_logits_changes_the_key_and_no_other_does(digits, tmp_path, monkeypatch):
+def test_only_code_that_computes_pixels_or_logits_changes_the_key(digits, tmp_path, monkeypatch):
     package = tmp_path / "package"
     shutil.copytree(Path(module.__file__).parent, package)
     monkeypatch.setattr(module, "__file__", str(package / "teacher_cache.py"))
@@ -451,7 +451,7 @@ def test_code_that_makes_pixels_or_logits_changes_the_key_and_no_other_does(digi
     ],
     ids=["static", "augmented"],
 )
-def test_what_does_not_change_the_logits_does_not_change_the_key(digits, tmp_path, base, changes):
+def test_settings_that_do_not_change_the_logits_do_not_change_the_key(digits, tmp_path, base, changes):
     folder = make_cache(digits, tmp_path, **base).folder
     assert make_cache(digits, tmp_path, **{**base, **changes}).folder == folder
     make_trainer(digits, tmp_path, **base, max_steps=1).train()
@@ -472,22 +472,22 @@ def test_what_does_not_change_the_logits_does_not_change_the_key(digits, tmp_pat
         ({"repeated_augmentation": 2}, False),
     ],
 )
-def test_logits_are_shared_by_all_epochs_only_where_nothing_is_random(digits, tmp_path, flags, is_static):
+def test_logits_are_shared_by_all_epochs_only_if_nothing_is_random(digits, tmp_path, flags, is_static):
     assert make_cache(digits, tmp_path, **{**NOTHING_RANDOM, **flags}).is_static == is_static
 
 
-def test_auto_stores_no_more_than_its_limit_and_on_stores_all_the_same(digits, tmp_path, monkeypatch, log):
+def test_auto_stores_nothing_above_its_limit_but_on_stores_anyway(digits, tmp_path, monkeypatch, log):
     monkeypatch.setattr(module, "MAX_AUTO_BYTES", 2 * 64 * 32)
     assert make_cache(digits, tmp_path) is not None  # two epochs of 64 rows of 32 bytes
     log.clear()
     assert make_cache(digits, tmp_path, num_train_epochs=2.5) is None
     assert "--teacher_cache on" in log.text
     assert make_cache(digits, tmp_path, max_steps=9) is None
-    assert make_cache(digits, tmp_path, **NOTHING_RANDOM, num_train_epochs=100) is not None  # one file, whatever
+    assert make_cache(digits, tmp_path, **NOTHING_RANDOM, num_train_epochs=100) is not None  # always one file
     assert make_cache(digits, tmp_path, num_train_epochs=3, teacher_cache="on") is not None
 
 
-def test_off_and_streams_have_no_cache(digits, tmp_path, log):
+def test_off_and_streaming_mean_no_cache(digits, tmp_path, log):
     assert make_cache(digits, tmp_path, teacher_cache="off") is None
     stream = replace(digits, train=digits.train.to_iterable_dataset())
     assert make_cache(stream, tmp_path) is None
@@ -499,7 +499,7 @@ def test_off_and_streams_have_no_cache(digits, tmp_path, log):
 # ---- The command ----
 
 
-def test_the_second_run_of_the_command_reads_what_the_first_stored(tmp_path):
+def test_the_second_run_of_the_command_reads_the_logits_that_the_first_stored(tmp_path):
     flags = [
         "--config=recipes/digits.yaml",
         "--max_train_samples=128",

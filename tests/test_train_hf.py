@@ -1,4 +1,4 @@
-"""The command, as a user runs it: what it leaves and what it says. How it takes mistakes is in test_bad_input.py."""
+"""The command as a user runs it: what it writes and what it prints. Mistakes are covered in test_bad_input.py."""
 
 import json
 import os
@@ -28,7 +28,7 @@ from modeling_deit_ti.preflight import checkpoint_to_resume
 REPOSITORY = Path(train_hf.__file__).parent
 QUICK = [
     *FOUR_STEPS,
-    "--patch_init=normal",  # of the two the one that is better than chance, and too unsure, after four steps
+    "--patch_init=normal",  # of the two, the one that is better than chance, and underconfident, after four steps
     "--teacher_model_name_or_path=test_resnet",
     "--teacher_num_train_epochs=12",
     "--teacher_learning_rate=2e-2",
@@ -58,7 +58,7 @@ def teachers(tmp_path_factory) -> str:
 
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory, teachers) -> tuple[Path, subprocess.CompletedProcess]:
-    """A run in mode distill, by `accelerate launch` and the CPU config, as the README has it."""
+    """A run in mode distill with `accelerate launch` and the CPU config, as in the README."""
     folder = tmp_path_factory.mktemp("runs") / "distill"
     launcher = (sys.executable, "-m", "accelerate.commands.launch", "--config_file=accelerate_configs/cpu.yaml")
     flags = [teachers, "--distill_mode=distill", "--temperature_scaling", f"--output_dir={folder}"]
@@ -70,14 +70,14 @@ def finished(tmp_path_factory, teachers) -> tuple[Path, subprocess.CompletedProc
 # ---- What a run leaves ----
 
 
-def test_a_run_leaves_the_files_that_the_design_names(finished):
+def test_run_leaves_the_files_the_design_specifies(finished):
     folder, _ = finished
     names = {path.relative_to(folder).as_posix() for path in folder.rglob("*")}
     assert names >= {
         "model.safetensors",
         "config.json",
         "preprocessor_config.json",
-        "example_8.png",  # of the first classes, an image each
+        "example_8.png",  # one image for each of the first classes
         "configuration_deit_ti.py",
         "modeling_deit_ti.py",
         "README.md",
@@ -111,7 +111,7 @@ def test_results_hold_every_accuracy_as_a_fraction(finished):
     assert any({"loss", "label_loss", "distillation_loss", "teacher_agreement"} <= set(entry) for entry in log)
 
 
-def test_the_report_is_of_the_final_evaluation_and_evaluate_hf_gives_the_same(finished, tmp_path):
+def test_report_covers_the_final_evaluation_and_matches_evaluate_hf(finished, tmp_path):
     folder, _ = finished
     results = json.loads((folder / "all_results.json").read_text())
     report = json.loads((folder / "report.json").read_text())
@@ -133,7 +133,7 @@ def test_the_report_is_of_the_final_evaluation_and_evaluate_hf_gives_the_same(fi
     assert comparison["same_wrong_label"] == counts["same_wrong_label"]
 
 
-def test_the_saved_model_has_the_temperature_in_the_weights_of_its_heads(finished):
+def test_saved_model_has_the_temperature_folded_into_its_heads(finished):
     folder, _ = finished
     scaling = json.loads((folder / "report.json").read_text())["temperature_scaling"]
     assert (scaling["num_fitted"], scaling["num_measured"], scaling["is_applied"]) == (50, 50, True)
@@ -145,7 +145,7 @@ def test_the_saved_model_has_the_temperature_in_the_weights_of_its_heads(finishe
     assert "it is folded into the weights of the heads" in (folder / "README.md").read_text()
 
 
-def test_a_run_tells_the_person_what_came_out(finished):
+def test_run_prints_its_results_without_warnings(finished):
     folder, result = finished
     results = json.loads((folder / "all_results.json").read_text())
     for line in (
@@ -159,7 +159,7 @@ def test_a_run_tells_the_person_what_came_out(finished):
         assert unwanted not in result.stderr + result.stdout, result.stderr
 
 
-def test_the_summary_is_a_table_whatever_the_teachers_name(finished, monkeypatch, tmp_path, capsys):
+def test_summary_stays_aligned_whatever_the_teachers_name(finished, monkeypatch, tmp_path, capsys):
     fitted = json.loads((finished[0] / "all_results.json").read_text())["teacher_path"]
     teacher = shutil.copytree(fitted, tmp_path / "a-teacher-in-a-folder-with-a-long-name")
     flags = ["--distill_mode=both", f"--teacher_model_name_or_path={teacher}", f"--output_dir={tmp_path / 'run'}"]
@@ -185,7 +185,7 @@ def test_the_saved_model_predicts_with_the_head_of_its_mode(finished):
     assert best["score"] == pytest.approx(output.logits.softmax(-1).max().item(), rel=1e-4)
 
 
-def test_the_reported_accuracy_is_that_of_the_saved_model(finished):
+def test_reported_accuracy_matches_the_saved_model(finished):
     folder, _ = finished
     data = load_images(ImageArguments(dataset_name="digits", max_train_samples=128, max_eval_samples=100))
     images = EvalImages(data.evaluation, AutoImageProcessor.from_pretrained(folder)).__getitems__(list(range(100)))
@@ -196,7 +196,7 @@ def test_the_reported_accuracy_is_that_of_the_saved_model(finished):
     assert accuracy == pytest.approx(json.loads((folder / "all_results.json").read_text())["eval_accuracy"])
 
 
-def test_the_same_command_with_one_seed_gives_the_same_numbers(finished, teachers, tmp_path):
+def test_same_command_and_seed_give_the_same_numbers(finished, teachers, tmp_path):
     folder, _ = finished
     flags = [teachers, "--distill_mode=distill", "--temperature_scaling", f"--output_dir={tmp_path / 'again'}"]
     result = run(*QUICK, *flags, "--use_cpu")
@@ -205,7 +205,7 @@ def test_the_same_command_with_one_seed_gives_the_same_numbers(finished, teacher
     first, second = (load_file(path / "model.safetensors") for path in (folder, tmp_path / "again"))
     assert all(torch.equal(first[name], second[name]) for name in first)
     numbers = [json.loads((path / "all_results.json").read_text()) for path in (folder, tmp_path / "again")]
-    # The second has taken the teacher's logits from the first.
+    # The second run reused the teacher's logits from the first.
     assert [metrics.pop("teacher_cached") for metrics in numbers] == [0, 1]
     timings = {name for name in numbers[0] if "runtime" in name or "per_second" in name or "seconds" in name}
     assert {k: v for k, v in numbers[0].items() if k not in timings} == {
@@ -213,7 +213,7 @@ def test_the_same_command_with_one_seed_gives_the_same_numbers(finished, teacher
     }
 
 
-def test_the_cnn_baseline_goes_through_the_same_code(monkeypatch, tmp_path):
+def test_cnn_baseline_is_trained_by_the_same_code(monkeypatch, tmp_path):
     flags = [*QUICK, "--distill_mode=none", "--model_name_or_path=test_resnet", f"--output_dir={tmp_path / 'cnn'}"]
     in_process(monkeypatch, *flags, "--num_train_epochs=8", "--learning_rate=2e-2")
     results = json.loads((tmp_path / "cnn" / "all_results.json").read_text())
@@ -226,7 +226,7 @@ def test_the_cnn_baseline_goes_through_the_same_code(monkeypatch, tmp_path):
 @pytest.mark.parametrize(
     ("flags", "evaluations"),
     [
-        (["--eval_strategy=epoch"], 2),  # of two epochs, four steps each
+        (["--eval_strategy=epoch"], 2),  # two epochs of four steps each
         (["--eval_strategy=no"], 1),
         (["--eval_strategy=steps", "--eval_steps=3"], 3),  # after steps 3, 6 and 8
         (["--eval_strategy=steps", "--eval_steps=4"], 2),
@@ -236,9 +236,7 @@ def test_the_cnn_baseline_goes_through_the_same_code(monkeypatch, tmp_path):
         (["--bf16_full_eval", "--use_cpu"], 3),
     ],
 )
-def test_the_results_take_an_evaluation_of_their_own_only_if_training_has_not_done_it(
-    monkeypatch, tmp_path, flags, evaluations
-):
+def test_final_evaluation_runs_only_if_training_has_not_already_done_it(monkeypatch, tmp_path, flags, evaluations):
     counted, evaluation_loop = [], Trainer.evaluation_loop
 
     def count(self, *args, **kwargs):
@@ -260,7 +258,7 @@ def test_the_results_take_an_evaluation_of_their_own_only_if_training_has_not_do
     log = json.loads((tmp_path / "trainer_state.json").read_text())["log_history"]
     assert log[-1] == {**results, "step": 8} and "train_runtime" in log[-2]
 
-    # Ended before its results were written, and resumed at its last step: this process has measured nothing yet.
+    # Stopped before its results were written, then resumed at its last step: nothing is evaluated in this process yet.
     (tmp_path / "all_results.json").unlink()
     counted.clear()
     in_process(monkeypatch, *command)
@@ -273,7 +271,7 @@ def test_the_results_take_an_evaluation_of_their_own_only_if_training_has_not_do
     assert [set(entry) for entry in resumed] == [set(entry) for entry in log]
 
 
-def test_training_goes_on_from_a_finished_model(finished, teachers, monkeypatch, tmp_path):
+def test_training_continues_from_a_finished_model(finished, teachers, monkeypatch, tmp_path):
     folder, _ = finished
     flags = [*QUICK, teachers, "--distill_mode=both", f"--output_dir={tmp_path / 'more'}"]
     in_process(monkeypatch, *flags, f"--model_name_or_path={folder}", "--learning_rate=1e-12")
@@ -309,7 +307,7 @@ def test_every_recipe_parses(recipe):
     assert "distill_mode" in yaml.safe_load(recipe.read_text())
 
 
-def test_nothing_given_is_the_papers_recipe_on_cifar10():
+def test_defaults_are_the_papers_recipe_on_cifar10():
     args = arguments()
     assert (args.images.dataset_name, args.model.model_name_or_path) == ("uoft-cs/cifar10", "deit_ti")
     assert (args.model.image_size, args.model.patch_size) == (224, 16)
@@ -320,12 +318,12 @@ def test_nothing_given_is_the_papers_recipe_on_cifar10():
     assert arguments(distill_mode="hard").teacher.teacher_model_name_or_path == "regnetx_004"
 
 
-def test_a_bare_no_in_a_recipe_is_a_word(tmp_path):
+def test_bare_no_in_a_recipe_is_a_string(tmp_path):
     (tmp_path / "recipe.yaml").write_text("save_strategy: no\n")
     assert arguments(config=tmp_path / "recipe.yaml").training.save_strategy == "no"
 
 
-# ---- Runs that were there before ----
+# ---- Earlier runs ----
 
 
 def test_only_complete_checkpoints_are_resumed_from(finished, tmp_path):
@@ -349,7 +347,7 @@ def test_only_complete_checkpoints_are_resumed_from(finished, tmp_path):
         with pytest.raises(UserError, match=f"not a complete checkpoint; .*{flaw}"):
             resume(str(tmp_path / f"checkpoint-{step}"))
     shutil.rmtree(tmp_path / "checkpoint-4")
-    assert resume("auto") is None  # nothing complete yet: from the beginning
+    assert resume("auto") is None  # nothing complete yet: start from the beginning
     (tmp_path / "model.safetensors").touch()
     with pytest.raises(UserError, match="its model.safetensors would be overwritten"):
         resume("auto")

@@ -1,4 +1,4 @@
-"""The trainer: the teacher is in the loss and nowhere else, and what it logs and measures is true."""
+"""The trainer: the teacher is in the loss and nowhere else, and everything logged and measured is correct."""
 
 import dataclasses
 import json
@@ -66,7 +66,7 @@ def make_trainer(data, folder, teacher=True, **flags) -> DistillationTrainer:
         "patch_size": 8,
         "drop_path_rate": 0,
         **NOTHING_RANDOM,
-        "augment_on": "loader",  # a batch then holds what the networks see
+        "augment_on": "loader",  # so batches hold what the networks see
         "per_device_train_batch_size": 16,
         "num_train_epochs": 1,
         "learning_rate": 1e-3,
@@ -101,9 +101,7 @@ def without_timings(trainer: DistillationTrainer) -> list[dict]:
 # ---- Averaged weights ----
 
 
-def test_averaged_weights_follow_their_recursion_are_evaluated_and_saved_while_training_goes_on_from_its_own(
-    digits, tmp_path
-):
+def test_averaged_weights_follow_their_recursion_and_are_evaluated_and_saved_but_not_trained(digits, tmp_path):
     flags = {"save_strategy": "steps", "save_steps": 2, "eval_strategy": "steps", "eval_steps": 2, "ema_decay": 0.6}
     trainer, plain = (make_trainer(digits, tmp_path / name, **own) for name, own in (("a", flags), ("b", {})))
     steps = []
@@ -127,7 +125,7 @@ def test_averaged_weights_follow_their_recursion_are_evaluated_and_saved_while_t
     assert evaluations[-1] != pytest.approx(plain.evaluate()["eval_loss"], abs=1e-4)
 
 
-def test_averaged_weights_and_sharded_ones_exclude_each_other(digits, tmp_path, monkeypatch):
+def test_averaged_weights_cannot_be_combined_with_sharded_ones(digits, tmp_path, monkeypatch):
     monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
     with pytest.raises(UserError, match="--ema_decay needs whole weights"):
         arguments(output_dir=tmp_path, ema_decay=0.9)
@@ -136,7 +134,7 @@ def test_averaged_weights_and_sharded_ones_exclude_each_other(digits, tmp_path, 
 # ---- The loss ----
 
 
-def test_the_loss_of_a_step_is_the_modes_on_the_teachers_logits(digits, tmp_path):
+def test_a_steps_loss_is_the_modes_loss_on_the_teachers_logits(digits, tmp_path):
     trainer = make_trainer(digits, tmp_path, label_smoothing_factor=0.1)
     batch = next(iter(trainer.get_train_dataloader()))
     model = trainer.model.train()
@@ -161,7 +159,7 @@ def test_accumulated_batches_give_the_gradient_of_one_large_batch(digits, tmp_pa
     assert_same(results[0][0], results[1][0], atol=1e-6, rtol=1e-5)
 
 
-def test_mixed_images_reach_student_and_teacher_alike(digits, tmp_path):
+def test_student_and_teacher_see_the_same_mixed_images(digits, tmp_path):
     trainer = make_trainer(digits, tmp_path, mixup=0.8, cutmix=1.0)
     seen = {}
     trainer.teacher.register_forward_hook(lambda module, args, output: seen.update(teacher=args[0]))
@@ -208,7 +206,7 @@ def test_the_teachers_accuracy_is_measured_on_every_evaluation_image(digits, tmp
     assert trainer.measure_teacher() == pytest.approx((predicted == labels).float().mean().item())
 
 
-def test_in_evaluation_pixels_are_normalised_where_the_model_is(digits, tmp_path):
+def test_evaluation_pixels_are_normalised_on_the_models_device(digits, tmp_path):
     trainer = make_trainer(digits, tmp_path, per_device_eval_batch_size=16)
     assert all(batch["pixel_values"].dtype == torch.uint8 for batch in trainer.get_eval_dataloader())
     seen = {"student": [], "teacher": []}
@@ -235,7 +233,7 @@ def test_in_bf16_the_teacher_runs_in_bf16_as_well(digits, tmp_path):
 def test_in_bf16_the_mean_of_both_heads_is_the_prediction(digits, tmp_path):
     trainer = make_trainer(digits, tmp_path, distill_mode="both", bf16=True, use_cpu=True)
     for head in (trainer.model.class_head, trainer.model.distillation_head):
-        torch.nn.init.constant_(head.bias, 20)  # around it bfloat16 has steps of 1/8, so that means are rounded
+        torch.nn.init.constant_(head.bias, 20)  # near 20, bfloat16 has steps of 1/8, so means are rounded
     kept = trainer.predict(trainer.eval_dataset).predictions[0]
     assert (kept[:, 0] == kept[:, trainer.readouts.index("_both")]).all()
 
@@ -244,7 +242,7 @@ def test_in_bf16_the_mean_of_both_heads_is_the_prediction(digits, tmp_path):
 
 
 @pytest.mark.parametrize("augment_on", ["loader", "device"])
-def test_the_same_seed_gives_the_same_weights_and_another_seed_others(digits, tmp_path, augment_on):
+def test_the_same_seed_gives_the_same_weights_and_another_seed_different_ones(digits, tmp_path, augment_on):
     recipe = {**DEITS_AUGMENTATION, "augment_on": augment_on}
     runs = []
     for seed in (1, 1, 2):
@@ -256,7 +254,7 @@ def test_the_same_seed_gives_the_same_weights_and_another_seed_others(digits, tm
 
 
 @pytest.mark.parametrize("step", [2, 4, 5], ids=["mid-epoch", "end of an epoch", "second epoch"])
-def test_a_resumed_run_ends_with_the_weights_of_one_that_never_stopped(digits, tmp_path, step):
+def test_a_resumed_run_ends_with_the_weights_of_an_uninterrupted_one(digits, tmp_path, step):
     recipe = {
         **DEITS_AUGMENTATION,
         "augment_on": "auto",
@@ -275,11 +273,11 @@ def test_a_resumed_run_ends_with_the_weights_of_one_that_never_stopped(digits, t
     assert without_timings(whole) == without_timings(resumed)
 
 
-def test_time_and_rate_of_a_resumed_run_are_those_of_the_whole(digits, tmp_path):
+def test_runtime_and_throughput_of_a_resumed_run_cover_the_whole_run(digits, tmp_path):
     recipe = {"num_train_epochs": 2, "save_strategy": "epoch", "logging_strategy": "steps", "logging_steps": 3}
     make_trainer(digits, tmp_path, **recipe).train()
     state = json.loads((tmp_path / "checkpoint-4" / "trainer_state.json").read_text())
-    state["log_history"][-1]["train_seconds"] = 1000.0  # what the first process would have taken
+    state["log_history"][-1]["train_seconds"] = 1000.0  # as if the first process had taken this long
     (tmp_path / "checkpoint-4" / "trainer_state.json").write_text(json.dumps(state))
     metrics = make_trainer(digits, tmp_path, **recipe).train(resume_from_checkpoint=tmp_path / "checkpoint-4").metrics
     assert 1000 < metrics["train_runtime"] < 1100
@@ -290,14 +288,14 @@ def test_time_and_rate_of_a_resumed_run_are_those_of_the_whole(digits, tmp_path)
     ("augment_on", "kept_bytes", "workers"),
     [("device", 2**20, (0, 0)), ("loader", 2**20, (2, 0)), ("device", 0, (0, 2))],
 )
-def test_workers_are_for_images_that_take_work(digits, tmp_path, monkeypatch, augment_on, kept_bytes, workers):
+def test_only_images_that_need_work_get_workers(digits, tmp_path, monkeypatch, augment_on, kept_bytes, workers):
     monkeypatch.setattr(inputs, "MAX_KEPT_BYTES", kept_bytes)
     options = {"dataloader_num_workers": 2, "dataloader_prefetch_factor": 3, "dataloader_persistent_workers": True}
     trainer = make_trainer(digits, tmp_path, augment_on=augment_on, **options)
     train, evaluation = trainer.get_train_dataloader(), trainer.get_eval_dataloader()
     assert (train.num_workers, evaluation.num_workers) == workers
     assert [len(loader) for loader in (train, evaluation)] == [4, 1]
-    assert trainer.args.dataloader_num_workers == 2  # as it was given, in what the run leaves
+    assert trainer.args.dataloader_num_workers == 2  # recorded as it was given
 
 
 def test_tokens_positions_norms_and_biases_do_not_decay(digits, tmp_path):
@@ -308,13 +306,13 @@ def test_tokens_positions_norms_and_biases_do_not_decay(digits, tmp_path):
     assert len(decays) == 2 * 4 + 3  # qkv, projection, fc1 and fc2 of each block; patches and two heads
 
 
-def test_a_compiled_run_compiles_once_and_ends_as_the_uncompiled_and_the_resumed_one(digits, tmp_path, monkeypatch):
-    monkeypatch.setenv("ACCELERATE_DYNAMO_BACKEND", "no")  # TrainingArguments set it, for all later tests as well
+def test_a_compiled_run_compiles_once_and_ends_like_uncompiled_and_resumed_ones(digits, tmp_path, monkeypatch):
+    monkeypatch.setenv("ACCELERATE_DYNAMO_BACKEND", "no")  # TrainingArguments sets it for later tests too
     recipe = {
         "mixup": 0.8,
         "num_train_epochs": 2,
         "eval_strategy": "epoch",
-        "per_device_eval_batch_size": 16,  # the last of 50 images are two
+        "per_device_eval_batch_size": 16,  # the last batch of the 50 images has two
         "save_strategy": "epoch",
     }
     uncompiled = make_trainer(digits, tmp_path / "uncompiled", **recipe)
@@ -350,8 +348,8 @@ def test_a_compiled_run_compiles_once_and_ends_as_the_uncompiled_and_the_resumed
     assert_same(weights(resumed), saved.state_dict())
 
 
-def test_a_compiled_teachers_logits_outlive_their_memory(digits, tmp_path, monkeypatch):
-    """As with CUDA graphs: what the teacher has returned is overwritten as soon as the student runs."""
+def test_a_compiled_teachers_logits_survive_the_reuse_of_their_memory(digits, tmp_path, monkeypatch):
+    """As with CUDA graphs, the teacher's output is overwritten as soon as the student runs."""
     uncompiled = make_trainer(digits, tmp_path / "uncompiled", distill_mode="soft")
     uncompiled.train()
     events, returned = [], []
@@ -383,8 +381,8 @@ def test_a_compiled_teachers_logits_outlive_their_memory(digits, tmp_path, monke
 
 
 @pytest.mark.parametrize(("tf32", "precision"), [(True, "tf32"), (False, "ieee")])
-def test_tf32_is_said_in_both_of_torchs_ways(tmp_path, tf32, precision):
-    """What reads the one that was not set fails, as max-autotune does. (torch keeps the flags without a GPU, too.)"""
+def test_tf32_is_set_through_both_of_torchs_apis(tmp_path, tf32, precision):
+    """Code that reads one that was not set fails, as max-autotune does. (torch keeps the flags without a GPU, too.)"""
     code = f"""
 import torch
 from transformers import training_args
@@ -400,7 +398,7 @@ print(torch.get_float32_matmul_precision(), *(f.allow_tf32 for f in flags), *(f.
 
 
 def test_deepspeed_saves_its_float32_weights(digits, tmp_path, monkeypatch):
-    """Not the half precision that it trains in. (In its place: a function that knows what they were before.)"""
+    """Not the half-precision ones it trains. (A function that has the originals stands in for DeepSpeed.)"""
     trainer = make_trainer(digits, tmp_path)
     kept = {parameter: parameter.detach().clone() for parameter in trainer.model.parameters()}
     expected = weights(trainer)
@@ -415,7 +413,7 @@ def test_deepspeed_saves_its_float32_weights(digits, tmp_path, monkeypatch):
     assert_same(saved.state_dict(), expected)
 
 
-def test_the_optimizer_is_fused_adamw_and_attention_the_faster_of_two(digits, tmp_path):
+def test_the_optimizer_is_fused_adamw_and_attention_the_faster_of_the_two(digits, tmp_path):
     trainer = make_trainer(digits, tmp_path)
     optimizer = trainer.create_optimizer()
     assert type(optimizer) is torch.optim.AdamW and all(group["fused"] for group in optimizer.param_groups)
@@ -428,7 +426,7 @@ def test_the_optimizer_is_fused_adamw_and_attention_the_faster_of_two(digits, tm
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
-def test_on_a_gpu_copies_do_not_block_and_tf32_is_on_unless_asked_otherwise(tmp_path):
+def test_on_a_gpu_copies_do_not_block_and_tf32_is_on_by_default(tmp_path):
     args = arguments(output_dir=tmp_path).training
     assert args.accelerator_config.non_blocking and args.dataloader_pin_memory
     if torch.cuda.get_device_capability() >= (8, 0):
@@ -437,7 +435,7 @@ def test_on_a_gpu_copies_do_not_block_and_tf32_is_on_unless_asked_otherwise(tmp_
         assert torch.backends.cuda.matmul.fp32_precision == "ieee"
 
 
-def test_gradient_checkpointing_trains(digits, tmp_path):
+def test_gradient_checkpointing_gives_the_same_weights(digits, tmp_path):
     runs = []
     for checkpointing in (False, True):
         trainer = make_trainer(digits, tmp_path, gradient_checkpointing=checkpointing)
@@ -449,7 +447,7 @@ def test_gradient_checkpointing_trains(digits, tmp_path):
 # ---- Logs and metrics ----
 
 
-def test_logged_parts_are_means_and_make_up_the_loss(digits, tmp_path):
+def test_logged_loss_parts_are_means_and_add_up_to_the_loss(digits, tmp_path):
     trainer = make_trainer(digits, tmp_path, logging_strategy="steps", logging_steps=2)
     students, teachers = [], []
     trainer.model.register_forward_hook(lambda module, args, output: students.append(output.logits.argmax(-1)))
@@ -466,7 +464,7 @@ def test_logged_parts_are_means_and_make_up_the_loss(digits, tmp_path):
 
 
 @pytest.mark.parametrize("mode", ["none", "distill", "both"])
-def test_evaluation_reports_every_read_out_top_1_and_top_5(digits, tmp_path, mode):
+def test_evaluation_reports_top_1_and_top_5_of_every_read_out(digits, tmp_path, mode):
     trainer = make_trainer(digits, tmp_path, distill_mode=mode, teacher=False, per_device_eval_batch_size=16)
     metrics = trainer.evaluate()
     samples = trainer.eval_dataset.__getitems__(list(range(50)))
@@ -498,13 +496,13 @@ def test_evaluation_reports_every_read_out_top_1_and_top_5(digits, tmp_path, mod
         ({"label_smoothing_factor": 1.0}, "--label_smoothing_factor"),
     ],
 )
-def test_arguments_out_of_range_are_refused_by_their_flag(tmp_path, options, message):
+def test_out_of_range_arguments_are_refused_naming_the_flag(tmp_path, options, message):
     with pytest.raises(UserError, match=message):
         arguments(output_dir=tmp_path, **options)
 
 
-def test_several_gpus_of_one_process_are_refused(tmp_path, monkeypatch):
-    """The Trainer would take nn.DataParallel, which trains in float32 whatever the card says."""
+def test_several_gpus_in_one_process_are_refused(tmp_path, monkeypatch):
+    """The Trainer would use nn.DataParallel, which trains in float32 whatever the model card says."""
     monkeypatch.setattr(TrainingArguments, "n_gpu", 4)
     with pytest.raises(UserError, match="4 GPUs.*accelerate launch --num_processes 4 .*CUDA_VISIBLE_DEVICES"):
         arguments(output_dir=tmp_path, bf16=True, use_cpu=True)
@@ -519,7 +517,7 @@ def test_fp16_without_a_gpu_is_refused(tmp_path, monkeypatch):
         arguments(output_dir=tmp_path)
 
 
-def test_the_token_is_not_pickled_with_the_arguments(tmp_path):
+def test_the_hub_token_is_not_pickled_with_the_arguments(tmp_path):
     args = arguments(output_dir=tmp_path, hub_token="hf_secret").training
     torch.save(args, tmp_path / "training_args.bin")
     assert b"hf_secret" not in (tmp_path / "training_args.bin").read_bytes()
@@ -527,7 +525,7 @@ def test_the_token_is_not_pickled_with_the_arguments(tmp_path):
     assert torch.load(tmp_path / "training_args.bin", weights_only=False).learning_rate == args.learning_rate
 
 
-def test_a_loss_that_is_not_a_number_ends_the_run_at_its_step_before_a_checkpoint_holds_it(digits, tmp_path):
+def test_a_non_finite_loss_ends_the_run_at_its_step_and_reaches_no_checkpoint(digits, tmp_path):
     trainer = make_trainer(
         digits, tmp_path, learning_rate=1e30, save_strategy="steps", save_steps=1, max_grad_norm=0, num_train_epochs=2
     )
@@ -544,7 +542,7 @@ def test_a_loss_that_is_not_a_number_ends_the_run_at_its_step_before_a_checkpoin
         assert all(np.isfinite(entry["loss"]) for entry in state["log_history"] if "loss" in entry)
 
 
-def test_a_step_that_overflows_in_fp16_is_left_out_and_counted(digits, tmp_path):
+def test_steps_that_overflow_in_fp16_are_skipped_and_counted(digits, tmp_path):
     trainer = make_trainer(digits, tmp_path, logging_strategy="steps", logging_steps=2, num_train_epochs=2)
     # A scale at which the first gradients overflow; it is halved until they do not.
     trainer.accelerator.scaler = torch.amp.GradScaler("cpu", init_scale=2.0**127, growth_interval=10**6)
@@ -556,7 +554,7 @@ def test_a_step_that_overflows_in_fp16_is_left_out_and_counted(digits, tmp_path)
     assert all(torch.isfinite(value).all() for value in trainer.model.state_dict().values())
 
 
-def test_told_to_stop_in_the_last_evaluation_a_run_without_checkpoints_writes_one(digits, tmp_path):
+def test_a_run_without_checkpoints_writes_one_if_stopped_in_its_last_evaluation(digits, tmp_path):
     class Scheduler(TrainerCallback):
         def on_prediction_step(self, args, state, control, **kwargs):
             if state.global_step == state.max_steps:
@@ -573,11 +571,11 @@ def test_told_to_stop_in_the_last_evaluation_a_run_without_checkpoints_writes_on
     resumed = make_trainer(digits, tmp_path, **recipe)
     resumed.train(resume_from_checkpoint=str(tmp_path / "checkpoint-4"))
     assert_same(weights(trainer), weights(resumed))
-    assert without_timings(resumed)[:-1] == without_timings(trainer)  # the last sums up what is done
+    assert without_timings(resumed)[:-1] == without_timings(trainer)  # the last entry is the final summary
 
 
 @pytest.mark.parametrize("step", [3, 6], ids=["mid-epoch", "the last step"])
-def test_a_run_of_max_steps_is_resumed_to_them_and_no_further(digits, tmp_path, step):
+def test_a_resumed_run_ends_at_max_steps(digits, tmp_path, step):
     recipe = {
         "num_train_epochs": 2,
         "max_steps": 6,
@@ -597,19 +595,19 @@ def test_a_run_of_max_steps_is_resumed_to_them_and_no_further(digits, tmp_path, 
 
 # ---- Early stopping ----
 
-# Of seven evaluations; the best is the third.
+# Of seven evaluations; the best within the patience of two is the third.
 ACCURACIES = (0.3, 0.4, 0.6, 0.6, 0.5, 0.7, 0.8)
 
 
 def make_stopping_trainer(data, folder) -> DistillationTrainer:
-    """With an evaluation at each of its steps, which finds `ACCURACIES`, and a patience of two."""
+    """Evaluates after every step, with `ACCURACIES` as the results, and has a patience of two."""
     steps = {"eval_strategy": "steps", "eval_steps": 1, "save_strategy": "steps", "save_steps": 1}
     trainer = make_trainer(data, folder, distill_mode="none", num_train_epochs=2, early_stopping_patience=2, **steps)
     trainer.compute_metrics = lambda prediction: {"accuracy": ACCURACIES[trainer.state.global_step - 1]}
     return trainer
 
 
-def test_a_run_stops_when_its_accuracy_has_not_improved_and_keeps_the_best_model(digits, tmp_path):
+def test_a_run_ends_when_its_accuracy_stops_improving_and_keeps_the_best_model(digits, tmp_path):
     trainer = make_stopping_trainer(digits, tmp_path)
     trainer.train()
     assert trainer.state.global_step == 5 and trainer.has_stopped_early
@@ -618,7 +616,7 @@ def test_a_run_stops_when_its_accuracy_has_not_improved_and_keeps_the_best_model
 
 
 @pytest.mark.parametrize("step", [4, 5], ids=["with one evaluation left", "with none left"])
-def test_a_resumed_run_has_the_patience_that_was_left(digits, tmp_path, step):
+def test_a_resumed_run_has_the_remaining_patience(digits, tmp_path, step):
     make_stopping_trainer(digits, tmp_path).train()
     resumed = make_stopping_trainer(digits, tmp_path)
     resumed.train(resume_from_checkpoint=str(tmp_path / f"checkpoint-{step}"))
@@ -635,7 +633,7 @@ def test_early_stopping_without_evaluations_and_checkpoints_is_refused(tmp_path,
 # ---- Class weights ----
 
 
-def test_balanced_class_weights_are_scikit_learns_and_those_of_unseen_labels_finite():
+def test_balanced_class_weights_are_scikit_learns_and_zero_for_unseen_labels():
     labels = [0] * 10 + [2] * 5 + [3]
     weights = balanced_class_weights(np.bincount(labels, minlength=5))
     seen = compute_class_weight("balanced", classes=np.array([0, 2, 3]), y=labels)
@@ -643,7 +641,7 @@ def test_balanced_class_weights_are_scikit_learns_and_those_of_unseen_labels_fin
 
 
 @pytest.mark.parametrize("mode", ["none", "both"])
-def test_the_trainers_loss_has_the_class_weights_in_the_term_of_the_labels(digits, tmp_path, mode):
+def test_class_weights_apply_only_to_the_label_term_of_the_loss(digits, tmp_path, mode):
     trainer = make_trainer(digits, tmp_path, distill_mode=mode, class_weights="balanced", mixup=0.8)
     expected = balanced_class_weights(np.bincount(digits.train["label"], minlength=10))
     assert torch.equal(trainer.class_weights, expected)
@@ -654,7 +652,7 @@ def test_the_trainers_loss_has_the_class_weights_in_the_term_of_the_labels(digit
     assert trainer._step_sums.get("distillation_loss") == unweighted._step_sums.get("distillation_loss")
 
 
-def test_balanced_class_weights_teach_the_rare_classes_of_unbalanced_digits(tmp_path):
+def test_balanced_class_weights_improve_recall_of_rare_classes_in_unbalanced_digits(tmp_path):
     data = load_images(ImageArguments("digits", max_eval_samples=300))
     labels, seen = data.train["label"][:], Counter()
     kept = []
@@ -679,7 +677,7 @@ def test_balanced_class_weights_teach_the_rare_classes_of_unbalanced_digits(tmp_
     assert recalls[1] > recalls[0] + 0.1
 
 
-def test_class_weights_without_a_loss_of_labels_are_refused(tmp_path):
+def test_class_weights_without_a_label_loss_are_refused(tmp_path):
     with pytest.raises(UserError, match="^--class_weights balanced applies to the label loss"):
         arguments(output_dir=tmp_path, distill_mode="distill", single_token="true", class_weights="balanced")
 
@@ -688,6 +686,6 @@ def test_class_weights_without_a_loss_of_labels_are_refused(tmp_path):
     "option",
     [{"remove_unused_columns": True}, {"do_train": False}, {"do_predict": True}, {"enable_jit_checkpoint": True}],
 )
-def test_trainer_flags_that_have_no_meaning_here_are_refused(tmp_path, option):
+def test_trainer_flags_without_meaning_here_are_refused(tmp_path, option):
     with pytest.raises(UserError, match=f"--{next(iter(option))}"):
         arguments(output_dir=tmp_path, **option)

@@ -1,4 +1,4 @@
-"""Two processes on the CPU, by `accelerate launch` and the config for it or as two machines, do what one does."""
+"""Two processes on the CPU do what one does, under `accelerate launch` with its config or as two machines."""
 
 import json
 import os
@@ -63,7 +63,7 @@ def one(tmp_path_factory) -> Path:
 
 @pytest.fixture(scope="module")
 def two(one, tmp_path_factory) -> tuple[Path, subprocess.CompletedProcess]:
-    """With the teacher of the other: after many steps, what rounding does to one may change its decisions."""
+    """Uses the teacher of `one`: over many steps of fitting, rounding may change a teacher's decisions."""
     folder = tmp_path_factory.mktemp("two")
     shutil.copytree(one / "teachers", folder / "teachers")
     ended = launch(
@@ -87,7 +87,7 @@ def assert_same_losses(first: Path, second: Path) -> None:
         assert [entry[name] for entry in logs[1]] == pytest.approx([entry[name] for entry in logs[0]], rel=1e-5), name
 
 
-def test_the_loss_of_every_step_is_that_of_one_process_at_the_same_global_batch(one, two):
+def test_every_steps_loss_is_that_of_one_process_at_the_same_global_batch_size(one, two):
     assert_same_losses(one / "run", two[0] / "run")
     first, second = (load_file(folder / "run" / "model.safetensors") for folder in (one, two[0]))
     for name in first:
@@ -107,7 +107,7 @@ def test_every_evaluation_image_counts_once(one, two):
     assert mistakes[0] == mistakes[1]
 
 
-def test_every_file_is_written_and_everything_said_by_one_process(one, two):
+def test_one_process_writes_every_file_and_prints_every_message(one, two):
     folder, ended = two
     assert ended.stdout.count("Trained in") == 1 and ended.stdout.count("split correctly") == 1
     names = [{path.relative_to(root) for path in root.rglob("*")} for root in (one / "run", folder / "run")]
@@ -120,7 +120,7 @@ def test_the_teacher_is_neither_wrapped_nor_saved(two):
     assert not any(name.startswith(("teacher", "module")) for name in saved)
 
 
-def test_a_run_that_is_killed_in_both_processes_goes_on_in_both_or_in_one(one, two, tmp_path):
+def test_a_run_killed_in_both_processes_resumes_in_both_or_in_one(one, two, tmp_path):
     places = [f"--output_dir={tmp_path / 'run'}", f"--teacher_output_dir={two[0] / 'teachers'}"]
     flags = [*FLAGS, *places, "--per_device_train_batch_size=8", "--save_strategy=steps", "--save_steps=2"]
     fault = {"function": STEP, "call": 9, "rank": 1}
@@ -130,7 +130,7 @@ def test_a_run_that_is_killed_in_both_processes_goes_on_in_both_or_in_one(one, t
     alone = run(*flags, f"--output_dir={tmp_path / 'alone'}")
     assert alone.returncode == 0, alone.stderr
     assert "checkpoint-8; the global batch of 16 is now 1 x 2 x 8 (processes x accumulation x batch)\n" in alone.stdout
-    assert "do not match" not in alone.stderr  # transformers' warning of other batches
+    assert "do not match" not in alone.stderr  # transformers' warning about a different batch size
     assert_same_losses(one / "run", tmp_path / "alone")
     for process in start_together(2, *flags):
         ended = process.wait()
@@ -139,7 +139,7 @@ def test_a_run_that_is_killed_in_both_processes_goes_on_in_both_or_in_one(one, t
     assert all(torch.equal(first[name], second[name]) for name in first)
 
 
-def test_a_failure_of_one_process_ends_the_other_within_seconds_and_says_why_first(two, tmp_path):
+def test_a_failing_process_ends_the_other_within_seconds_and_reports_the_reason_first(two, tmp_path):
     places = [f"--output_dir={tmp_path / 'run'}", f"--teacher_output_dir={two[0] / 'teachers'}"]
     fault = {"function": STEP, "call": 3, "rank": 1, "moment": "failing"}
     failed = launch(json.dumps(fault), *FLAGS, *places, script="tests/real_command.py")
@@ -171,7 +171,7 @@ def test_the_teacher_is_fitted_once_by_two_processes_then_one_then_two_and_a_sig
     assert ended.stdout.count("resuming from") == 1 and ended.stdout.count("Teacher: epoch 12/12, ") == 1
     assert not list((tmp_path / "teachers").glob("*/checkpoint-*"))
     assert len(list((tmp_path / "teachers").glob("*/model.safetensors"))) == 1
-    # Its batch norms saw all 16 images of each step. What rounding does to a fitting grows with the steps.
+    # Its batch norms saw all 16 images of each step. Rounding differences grow with the number of steps.
     teachers = [next((folder / "teachers").glob("test_resnet-*")) for folder in (one, tmp_path)]
     assert teachers[0].name == teachers[1].name
     (first_epoch, *epochs), (five_steps, sixth, *others) = (
@@ -184,14 +184,14 @@ def test_the_teacher_is_fitted_once_by_two_processes_then_one_then_two_and_a_sig
 
 
 class Machine(NamedTuple):
-    enter: list[str]  # runs a command on it
+    enter: list[str]  # the prefix that runs a command on it
     address: str
     interface: str
 
 
 @pytest.fixture
 def machines(tmp_path):
-    """Two network namespaces joined by a cable; two loopback addresses where namespaces are not permitted."""
+    """Two network namespaces joined by a virtual cable, or two loopback addresses where these are not permitted."""
     names = [f"deit-ti-{os.getpid()}-{number}" for number in (0, 1)]
 
     def ip(*words: str) -> bool:
@@ -220,19 +220,19 @@ def kill_machine(launcher: subprocess.Popen) -> None:
 
 
 @pytest.mark.slow
-def test_a_machine_that_is_lost_is_waited_for_and_the_run_goes_on_from_its_checkpoint(two, machines, tmp_path):
+def test_a_lost_machine_is_waited_for_and_the_run_resumes_from_its_checkpoint(two, machines, tmp_path):
     places = [f"--output_dir={tmp_path / 'run'}", f"--teacher_output_dir={two[0] / 'teachers'}"]
     flags = [*FLAGS, *places, "--per_device_train_batch_size=8", "--save_strategy=steps", "--save_steps=2"]
     meeting_point = f"{machines[0].address}:{free_port()}"
 
     def start(number: int, name: str, *command: str) -> subprocess.Popen:
         machine = machines[number]
-        # Which of them is the meeting point's host cannot be told by name: they share the computer's.
+        # Host names cannot tell which machine hosts the meeting point: both have this computer's.
         options = ["--nnodes=2", "--nproc-per-node=1", "--max-restarts=2", "--rdzv-backend=c10d"]
         options += [f"--rdzv-endpoint={meeting_point}", f"--local-addr={machine.address}"]
         options += [f"--rdzv-conf=is_host={1 - number},keep_alive_interval=1"]
         launcher = [*machine.enter, sys.executable, "-m", "torch.distributed.run", *options, *command, *flags]
-        # torch otherwise hands its store to a machine that starts again under a key that only the first round wrote.
+        # Otherwise torch hands its store to a restarted machine under a key that only the first round wrote.
         environment = os.environ | {"GLOO_SOCKET_IFNAME": machine.interface, "TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1"}
         output = (tmp_path / name).open("w")
         return subprocess.Popen(launcher, cwd=REPOSITORY, env=environment, stdout=output, stderr=output)

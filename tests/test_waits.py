@@ -1,5 +1,5 @@
 # ruff: noqa: F401, F811  (fixtures of other files)
-"""What training waits for on a GPU: nothing, between two logs. Counted on one that is pretended."""
+"""Between two logs, training never waits for the GPU. Waits are counted on a pretended one."""
 
 from types import SimpleNamespace
 
@@ -26,7 +26,7 @@ def gpu(monkeypatch) -> PretendedGPU:
 
 @pytest.fixture
 def late(monkeypatch) -> None:
-    """No copy is there before something waits for it."""
+    """No copy arrives until something waits for it."""
     monkeypatch.setattr(HostCopy, "is_there", property(lambda self: False))
 
 
@@ -34,7 +34,7 @@ def on_gpu(tensor: torch.Tensor) -> torch.Tensor:
     return tensor.pin_memory().to("cuda", non_blocking=True)
 
 
-def test_the_pretended_gpu_counts_what_waits_and_nothing_else(gpu):
+def test_the_pretended_gpu_counts_waits_and_nothing_else(gpu):
     with gpu:
         pinned = torch.tensor([1.0, -2.0]).pin_memory()
         tensor = pinned.to("cuda", non_blocking=True)
@@ -87,7 +87,7 @@ def test_no_step_waits_whether_the_teachers_logits_are_computed_or_read(digits, 
 
 
 def losses_on(gpu: PretendedGPU, trainer) -> list[float]:
-    """Of an epoch's batches, without backward passes, on a GPU that has copied nothing when the CPU is done."""
+    """The losses of an epoch without backward passes, on a GPU that has copied nothing when the CPU is done."""
     batches = list(trainer.get_train_dataloader())
     trainer.create_optimizer_and_scheduler(4)
     trainer.args._setup_devices = torch.device("cuda")
@@ -101,13 +101,13 @@ def losses_on(gpu: PretendedGPU, trainer) -> list[float]:
                 batch[name] = on_gpu(batch[name])
             losses.append(trainer.compute_loss(model, batch).values.item())
             trainer.state.global_step += 1
-            trainer.state.epoch = trainer.state.global_step / 8  # not at its end, where there is a log
+            trainer.state.epoch = trainer.state.global_step / 8  # before the end of the epoch, which logs
             trainer.run_callback.on_step_end(trainer.args, trainer.state, TrainerControl())
     return losses
 
 
 def record(gpu: PretendedGPU, trainer, label_loss: float) -> None:
-    """A step whose two terms are `label_loss` and 1."""
+    """Records a step whose two loss terms are `label_loss` and 1."""
     label_loss, distillation_loss = (on_gpu(torch.tensor(value)) for value in (label_loss, 1.0))
     logits = torch.zeros(2, 10, device="cuda")
     parts = LossParts(label_loss + distillation_loss, label_loss, distillation_loss)
@@ -119,14 +119,14 @@ def end_step(trainer, **flags) -> None:
     trainer.run_callback.on_step_end(trainer.args, trainer.state, TrainerControl(**flags))
 
 
-def trainer_at_its_start(data, folder):  # of an epoch that does not end with the next steps
+def trainer_at_its_start(data, folder):  # of an epoch that does not end in the next steps
     trainer = make_trainer(data, folder)
     trainer.create_optimizer_and_scheduler(8)
     trainer.state.epoch, trainer.state.max_steps = 0.1, 8
     return trainer
 
 
-def test_a_loss_is_checked_when_the_gpu_has_copied_it(digits, tmp_path, gpu):
+def test_a_loss_is_checked_once_the_gpu_has_copied_it(digits, tmp_path, gpu):
     trainer = trainer_at_its_start(digits, tmp_path)
     with gpu:
         for label_loss in (0.5, torch.inf, torch.nan):
@@ -139,7 +139,7 @@ def test_a_loss_is_checked_when_the_gpu_has_copied_it(digits, tmp_path, gpu):
 
 
 @pytest.mark.parametrize("flag", ["should_log", "should_save", "should_evaluate"])
-def test_before_a_log_a_checkpoint_or_an_evaluation_all_losses_are_checked(digits, tmp_path, gpu, flag):
+def test_all_losses_are_checked_before_a_log_a_checkpoint_or_an_evaluation(digits, tmp_path, gpu, flag):
     trainer = trainer_at_its_start(digits, tmp_path)
     with gpu:
         record(gpu, trainer, torch.nan)
@@ -150,7 +150,7 @@ def test_before_a_log_a_checkpoint_or_an_evaluation_all_losses_are_checked(digit
 
 
 @pytest.mark.parametrize("save_strategy", ["epoch", "steps"])
-def test_a_run_whose_losses_come_late_saves_none_that_is_not_a_number(digits, tmp_path, late, save_strategy):
+def test_no_checkpoint_is_saved_after_a_non_finite_loss_even_if_it_arrives_late(digits, tmp_path, late, save_strategy):
     flags = {"learning_rate": 1e30, "warmup_steps": 0, "max_grad_norm": 0, "save_strategy": save_strategy}
     said = []
     for schedule in ({}, {"logging_strategy": "steps", "logging_steps": 1}):  # a log waits
@@ -166,7 +166,7 @@ def test_a_run_whose_losses_come_late_saves_none_that_is_not_a_number(digits, tm
 
 
 def ask(gpu: PretendedGPU, epoch: Epoch, cache: TeacherCache, batch: list[tuple[int, int]], teacher=None):
-    """The logits of a batch, which do not come from the file before the GPU has copied them."""
+    """The logits of a batch, which are not read from the file before the GPU has copied them."""
     images = on_gpu(epoch.images[[index for index, _ in batch]])
     seeds = np.array([seed for _, seed in batch])
     logits = cache(teacher or epoch.teacher, images, seeds, epoch.sampler)
@@ -178,7 +178,7 @@ def expected(epoch: Epoch, batch: list[tuple[int, int]]) -> torch.Tensor:
     return epoch.teacher(epoch.images[[index for index, _ in batch]]).half().float()
 
 
-def test_rows_are_written_when_the_gpu_has_copied_them_and_before_the_next_epoch(epoch, gpu):
+def test_rows_are_written_once_the_gpu_has_copied_them_and_before_the_next_epoch(epoch, gpu):
     cache = epoch.cache(is_static=True)
 
     def stored() -> int:
@@ -199,7 +199,7 @@ def test_rows_are_written_when_the_gpu_has_copied_them_and_before_the_next_epoch
     assert (cache.num_computed, cache.num_read) == (32, 8)
 
 
-def test_a_batch_that_is_stored_in_part_does_not_wait_either_and_keeps_what_is_stored(epoch, gpu):
+def test_a_partly_stored_batch_does_not_wait_and_keeps_its_stored_rows(epoch, gpu):
     first, second = epoch.batches[:2]
     with gpu:
         cache = epoch.cache(is_static=True)
@@ -218,7 +218,7 @@ def test_a_batch_that_is_stored_in_part_does_not_wait_either_and_keeps_what_is_s
 
 
 @pytest.mark.parametrize("value", [7e4, float("inf"), float("nan")])
-def test_logits_outside_of_half_precision_are_neither_rounded_nor_stored_nor_waited_for(epoch, gpu, value):
+def test_logits_outside_half_precision_are_not_rounded_stored_or_waited_for(epoch, gpu, value):
     exact = torch.full((8, 10), 1 / 3).index_fill(1, torch.tensor([2]), value)
     with gpu:
         answer, cache = on_gpu(exact), epoch.cache()
@@ -231,7 +231,7 @@ def test_logits_outside_of_half_precision_are_neither_rounded_nor_stored_nor_wai
 
 
 @pytest.mark.parametrize("interrupted", [False, True])
-def test_what_comes_late_is_stored_when_training_ends_even_by_an_error(digits, tmp_path, late, interrupted):
+def test_late_logits_are_stored_when_training_ends_even_with_an_error(digits, tmp_path, late, interrupted):
     first = make_trainer(digits, tmp_path)
 
     def stop(teacher, args, output):
@@ -254,7 +254,7 @@ def test_what_comes_late_is_stored_when_training_ends_even_by_an_error(digits, t
 # ---- Batches ----
 
 
-def test_a_streams_batches_are_pinned_and_copied_without_a_wait(parquet, gpu, monkeypatch):
+def test_a_streams_batches_are_pinned_and_copied_without_waiting(parquet, gpu, monkeypatch):
     monkeypatch.setattr(torch.accelerator, "is_available", lambda: True)
     monkeypatch.setattr(torch.accelerator, "current_accelerator", lambda: torch.device("cuda"))
     args = SimpleNamespace(
