@@ -272,6 +272,8 @@ def plot_curves(curves: dict, table: dict, file: Path) -> Figure:
     figure = Figure(figsize=(10, 6), dpi=150, layout="constrained")
     axes = figure.subplots()
     top1 = {row["row"]: row["top1"] for row in table["rows"]}
+    facts = next(fact for row in table["rows"] for fact in row["runs"])  # the images are the same for all
+    is_subset = facts["validation_images"] < facts["test_images"]
     # Best final accuracy first.
     for row in sorted((row for row in ROWS if row.name in curves), key=lambda row: -top1[row.name]):
         label = f"{100 * top1[row.name]:.1f} %  {row.name}"
@@ -288,11 +290,15 @@ def plot_curves(curves: dict, table: dict, file: Path) -> Figure:
         axes.plot(epochs, accuracies.mean(0), **style, label=label)
         if len(of_seeds) > 1:
             axes.fill_between(epochs, accuracies.min(0), accuracies.max(0), color=row.colour, alpha=0.15, linewidth=0)
-    facts = next(fact for row in table["rows"] for fact in row["runs"])  # the images are the same for all
+        if is_subset:
+            axes.plot(epochs[-1], top1[row.name], "*", color=row.colour, markersize=11, clip_on=False)
     images = f"{facts['validation_images']:,} images of the {facts['test_split']} split"
     style_axes(axes, f"{table['budget']}: accuracy during training, {images}", "epoch")
     axes.xaxis.set_major_locator(MaxNLocator(integer=True))
-    axes.get_legend().set_title("top-1 after the last epoch, as in the table")
+    if len(curves) <= 4:  # there is room below so few rising curves
+        axes.legend(frameon=False, handlelength=3, loc="lower right", alignment="left")
+    stars = f"\n(stars: on all {facts['test_images']:,} test images)" if is_subset else ""
+    axes.get_legend().set_title("top-1 after the last epoch, as in the table" + stars)
     figure.savefig(file)
     return figure
 

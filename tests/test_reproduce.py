@@ -507,9 +507,25 @@ def test_the_plot_has_all_rows_and_nothing_covers_the_curves(recorded):
     figure.draw_without_rendering()
     box, plot = legend.get_window_extent(), axes.get_window_extent()
     assert box.x0 >= plot.x1 and box.x1 <= figure.bbox.x1 and box.y0 >= 0 and box.y1 <= figure.bbox.y1
-    looks = {(line.get_color(), line.get_linestyle()) for line in axes.get_lines()}
+    stars = [line for line in axes.get_lines() if line.get_marker() == "*"]
+    looks = {(line.get_color(), line.get_linestyle()) for line in axes.get_lines() if line not in stars}
     assert len(looks) == len(accuracy.ROWS)
+    top1 = [row["top1"] for row in table["rows"] if row["row"] != "teacher"]
+    assert sorted(line.get_ydata()[0] for line in stars) == sorted(top1)
     assert axes.get_xlim()[0] == 0 and axes.get_xlim()[1] < runs[-1].epochs + 1  # the teacher's epochs are different
+
+
+def test_few_curves_have_their_legend_below_them(recorded):
+    args, runs = recorded
+    curves, table = accuracy.make_curves(runs), accuracy.make_table(args.name, args.settings(), runs, {})
+    figure = accuracy.plot_curves({"no distillation": curves["no distillation"]}, table, Path("curves.png"))
+    (axes,) = figure.axes
+    figure.draw_without_rendering()
+    box, plot = axes.get_legend().get_window_extent(), axes.get_window_extent()
+    assert plot.x0 <= box.x0 and box.x1 <= plot.x1 and plot.y0 <= box.y0
+    (curve, _) = axes.get_lines()
+    points = axes.transData.transform(curve.get_xydata())
+    assert not any(box.contains(*point) for point in points)
 
 
 def test_committed_table_matches_what_the_code_renders_from_its_numbers():
