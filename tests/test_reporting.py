@@ -68,5 +68,5 @@ def test_trackio_has_the_same_in_separate_runs_for_student_and_teacher(reported,
 def test_missing_tool_is_named_with_the_package_to_install(tool, tmp_path):
     if importlib.util.find_spec(tool):
         pytest.skip(f"{tool} is installed")
-    with pytest.raises(UserError, match=rf"^--report_to {tool} needs .* missing: pip install {tool}\.$"):
+    with pytest.raises(UserError, match=rf"^--report_to {tool} is not installed: pip install {tool}\.$"):
         arguments(output_dir=tmp_path, report_to=tool)

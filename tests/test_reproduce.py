@@ -183,7 +183,7 @@ def test_table_picture_cards_and_state_cover_every_finished_run(finished):
     assert (
         "| [digits-tiny](digits-tiny/table.md) | 3 of 10 runs | hard, cnn, teacher; not yet run: none, soft," in state
     )
-    assert state.count("<!-- ") == 2 and "## What was tried" in state
+    assert state.count("<!-- ") == 2 and "## Targets, met and missed" in state
 
 
 def test_finished_runs_are_not_trained_again(finished, call):
