@@ -266,8 +266,9 @@ def make_curves(runs: list[Run]) -> dict:
 
 def plot_curves(curves: dict, table: dict, file: Path) -> Figure:
     """
-    Plots the accuracy of all rows over the epochs, 1500 x 900 pixels; for several seeds, the mean and the range.
-    `curves` is from [`make_curves`], `table` from [`make_table`].
+    Plots the accuracy of all rows over the epochs, 1500 x 900 pixels; for several seeds, the mean and the range. If
+    the curves use only some of the test images, stars show the accuracy on all of them. `curves` is from
+    [`make_curves`], `table` from [`make_table`].
     """
     figure = Figure(figsize=(10, 6), dpi=150, layout="constrained")
     axes = figure.subplots()
