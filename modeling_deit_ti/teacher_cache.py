@@ -145,14 +145,12 @@ class TeacherCache:
         recipe_file = self.folder / RECIPE_FILE
         if not recipe_file.exists():
             recipe_file.write_text(json.dumps(self.recipe, indent=2, default=str) + "\n")
-        path = self.folder / ("images.bin" if self.is_static else f"epoch-{sampler.epoch:04d}.bin")
-        path.touch()
-        # Read through a memory map, but written as a file: a full disk is then an error, not a crash.
-        self._file = open(path, "r+b", buffering=0)  # noqa: SIM115 (stays open for the epoch)
+        self._path = self.folder / ("images.bin" if self.is_static else f"epoch-{sampler.epoch:04d}.bin")
+        self._path.touch()
         num_bytes = num_rows * self._record.itemsize
-        if os.fstat(self._file.fileno()).st_size < num_bytes:
-            self._file.truncate(num_bytes)  # extends a new or truncated file; zeros are not a valid row
-        self._records = np.memmap(self._file, self._record, mode="r", shape=(num_rows,))
+        if self._path.stat().st_size < num_bytes:
+            os.truncate(self._path, num_bytes)  # extends a new or truncated file; zeros are not a valid row
+        self._records = np.memmap(self._path, self._record, mode="r", shape=(num_rows,))
         self._opened = sampler, sampler.epoch
 
     def _locate(self, seeds: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
@@ -178,9 +176,11 @@ class TeacherCache:
         records["tag"], records["logits"] = tags, logits
         records["checksum"] = self._checksums(records)
         try:
-            for row, record in zip(rows.tolist(), records, strict=True):
-                self._file.seek(row * self._record.itemsize)
-                self._file.write(record.tobytes())
+            # Read through a memory map, but written as a file: a full disk is then an error, not a crash.
+            with open(self._path, "r+b", buffering=0) as file:
+                for row, record in zip(rows.tolist(), records, strict=True):
+                    file.seek(row * self._record.itemsize)
+                    file.write(record.tobytes())
         except OSError as error:
             self._disable(error)
 

@@ -1,11 +1,13 @@
 """The teacher's cache: no logits are computed twice, no result changes, and no wrong row is trusted."""
 
+import gc
 import json
 import os
 import resource
 import shutil
 import signal
 import time
+import warnings
 from dataclasses import replace
 from pathlib import Path
 
@@ -291,6 +293,14 @@ def test_two_processes_each_fill_their_own_rows_of_one_file(epoch):
     for part in parts:
         epoch.read(epoch.cache(), part)
         assert epoch.calls == 0
+
+
+def test_no_file_is_left_open(epoch, recwarn):
+    warnings.simplefilter("always", ResourceWarning)
+    for _ in range(2):
+        epoch.read(epoch.cache())
+    gc.collect()
+    assert not recwarn.list
 
 
 def test_rows_left_by_a_killed_process_are_correct_or_not_used(epoch):
