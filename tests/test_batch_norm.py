@@ -25,6 +25,8 @@ def cnn_of_torch() -> nn.Module:
         nn.BatchNorm2d(6, affine=False),
         nn.Conv2d(6, 4, kernel_size=3),
         nn.BatchNorm2d(4, momentum=None),
+        nn.Unflatten(1, (4, 1)),
+        nn.BatchNorm3d(4),
         nn.Flatten(),
         nn.BatchNorm1d(4 * 6 * 6, track_running_stats=False),
         nn.Linear(4 * 6 * 6, 10),

@@ -99,7 +99,7 @@ def test_downloads_into_an_empty_cache_give_the_same_bytes(
     assert operations(hub)[asked:] == ["info"]
 
 
-def test_an_interrupted_download_resumes_where_it_stopped(hub: HubStandIn, api: HfApi, folder: Path) -> None:
+def test_a_range_of_bytes_can_be_requested(hub: HubStandIn, api: HfApi, folder: Path) -> None:
     api.create_repo(REPO)
     api.upload_folder(repo_id=REPO, folder_path=folder)
     for path, content in (("model.safetensors", WEIGHTS), ("README.md", CARD.encode())):

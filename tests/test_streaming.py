@@ -152,7 +152,7 @@ def test_each_image_comes_once_per_epoch_across_all_processes_and_workers(parque
     assert left_out[0] != left_out[1]
 
 
-def test_a_process_reads_little_more_than_its_own_part(parquet, monkeypatch):
+def test_each_process_reads_only_its_own_part(parquet, monkeypatch):
     split, read = load(parquet).train, []
     original = ParquetRows.read
     monkeypatch.setattr(
