@@ -46,7 +46,7 @@ HYPERPARAMETERS = (
 # As above, but only recorded if set, so that what was fitted before these flags existed still matches.
 OPTIONAL_HYPERPARAMETERS = ("class_weights", "early_stopping_patience", "ema_decay")
 # How a deit_ti from scratch is initialised.
-INITIALIZATION = ("patch_init", "position_init", "attention_init")
+INITIALIZATION = ("patch_init", "position_init")
 
 
 def check(group, name: str, is_valid: Callable[[float], bool], requirement: str) -> None:
@@ -196,10 +196,6 @@ class ModelArguments:
         default="normal",
         help="How the patch projection of a deit_ti from scratch is initialised: `whitening` scales the principal "
         "components of the training images' patches to the same size.",
-    )
-    attention_init: Literal["normal", "mimetic"] = HfArg(
-        default="normal",
-        help="How the attention of a deit_ti from scratch is initialised: `mimetic`, as it looks in trained networks.",
     )
     freeze_backbone: bool = HfArg(
         default=False, help="Train only the heads (a linear probe); the rest of the network stays as it is."

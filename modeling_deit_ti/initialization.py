@@ -66,35 +66,3 @@ def start_from_whitened_patches(network: DeiTTiForImageClassification, images: t
         whitening = (width / rank) ** 0.5 * nn.init.orthogonal_(torch.empty(width, rank)) @ whitening
     projection.weight.copy_(whitening.view_as(projection.weight))
     projection.bias.zero_()
-
-
-@torch.no_grad()
-def start_from_mimetic_attention(network: DeiTTiForImageClassification) -> None:
-    """
-    Initialises attention as it looks in trained networks ("Mimetic initialization of self-attention layers", Trockman
-    and Kolter, 2023, section 4): in each head, W_query W_key^T is close to 0.7 Z + 0.7 I; over all heads, W_value
-    W_projection is close to 0.4 Z - 0.4 I. Each Z is a new square matrix of normal values with variance 1 / D, where D
-    is the width.
-    """
-    width = network.config.hidden_size
-    for layer in network.deit_ti.layers:
-        attention = layer.attention
-        query, key, value = attention.qkv.weight.view(3, width, width)
-        for head in range(attention.num_heads):
-            rows = slice(head * attention.head_dim, (head + 1) * attention.head_dim)
-            left, right = _factors(0.7 * _noise(width) + 0.7 * torch.eye(width), attention.head_dim)
-            query[rows], key[rows] = left.T, right.T
-        left, right = _factors(0.4 * _noise(width) - 0.4 * torch.eye(width), width)
-        value.copy_(left.T)
-        attention.projection.weight.copy_(right)
-
-
-def _noise(width: int) -> torch.Tensor:
-    return torch.randn(width, width) * width**-0.5
-
-
-def _factors(matrix: torch.Tensor, rank: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """`(D, rank)` matrices L and R whose product L R^T is as close to the `(D, D)` matrix as that rank allows."""
-    left, values, right = torch.linalg.svd(matrix)
-    root = values[:rank].sqrt()
-    return left[:, :rank] * root, right[:rank].T * root

@@ -174,7 +174,7 @@ def parse_stages(argv: list[str], description: str | None = None) -> list[Argume
     for position, (stage, folder) in enumerate(zip(stages, [*folders, final.training.output_dir], strict=True)):
         own = [*parser.flags(stage), *argv, f"--output_dir={folder}"]
         if position > 0:
-            own += [f"--model_name_or_path={folders[position - 1]}", "--attention_init=normal"]
+            own += [f"--model_name_or_path={folders[position - 1]}"]
         if position < len(folders):
             own += ["--push_to_hub=False"]
         run = _parse_run(parser, [*shared, *own], argv)
@@ -204,8 +204,6 @@ def _check_combinations(args: Arguments) -> None:
             f"--model_name_or_path {model.model_name_or_path} has one head, but --distill_mode "
             f"{training.distill_mode} needs a class and a distillation token: use deit_ti, or mode none, soft or hard."
         )
-    if model.attention_init != "normal" and not model.is_new_deit_ti:
-        raise UserError("--attention_init is for a deit_ti from scratch; any other model has its own initialisation.")
     if model.image_size % model.patch_size and not model.is_timm_architecture:
         raise UserError(
             f"--patch_size {model.patch_size} does not divide --image_size {model.image_size}: use a multiple, such "

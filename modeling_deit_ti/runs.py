@@ -28,11 +28,7 @@ from .data import ImageData
 from .data.inputs import EvalImages, make_image_processor, make_train_images, sample_images
 from .device import PRECISION_NAMES, automatic_precision, is_faster_in_eager_attention, keep_freed_memory
 from .errors import UserError, first_line
-from .initialization import (
-    start_from_mimetic_attention,
-    start_from_sincos_positions,
-    start_from_whitened_patches,
-)
+from .initialization import start_from_sincos_positions, start_from_whitened_patches
 from .interop import is_vit, load_student
 from .modeling_deit_ti import DeiTTiForImageClassification
 from .outcome import calibrate, save_exports, write_reports
@@ -93,8 +89,6 @@ def build_network(args: Arguments, data: ImageData) -> tuple[PreTrainedModel, De
         start_from_whitened_patches(network, images)
     if model.position_init == "sincos":
         start_from_sincos_positions(network)
-    if model.attention_init == "mimetic":
-        start_from_mimetic_attention(network)
     return network, image_processor, []
 
 

@@ -12,12 +12,7 @@ from modeling_deit_ti import DeiTTiConfig, DeiTTiForImageClassification
 from modeling_deit_ti.arguments import ImageArguments
 from modeling_deit_ti.data import load_images
 from modeling_deit_ti.data.inputs import EvalImages, make_image_processor, sample_images
-from modeling_deit_ti.errors import UserError
-from modeling_deit_ti.initialization import (
-    sincos_positions,
-    start_from_mimetic_attention,
-    start_from_whitened_patches,
-)
+from modeling_deit_ti.initialization import sincos_positions, start_from_whitened_patches
 from modeling_deit_ti.runs import build_network, run_settings
 
 
@@ -85,62 +80,6 @@ def test_network_started_from_another_keeps_its_positions_and_patches(digits, tm
     student = network(digits, tmp_path, model_name_or_path=tmp_path / "source", patch_init="whitening")
     assert torch.equal(positions_of(student), positions_of(source))
     assert torch.equal(patches_weight_of(student), patches_weight_of(source))
-
-
-# ---- Attention ----
-
-
-def products(layer) -> tuple[torch.Tensor, torch.Tensor]:
-    """W_query W_key^T of each head, `(H, D, D)`, and W_value W_projection, for images as rows."""
-    query, key, value = layer.attention.qkv.weight.detach().view(3, 3, 64, 192)
-    return query.mT @ key, value.reshape(192, 192).T @ layer.attention.projection.weight.detach().T
-
-
-def test_mimetic_products_have_the_papers_diagonals(digits, tmp_path):
-    model = network(digits, tmp_path, attention_init="mimetic")
-    # The mean diagonal of the rank-64 matrix closest to 0.7 Z + 0.7 I, computed independently.
-    generator = np.random.default_rng(0)
-    left, values, right = np.linalg.svd(
-        0.7 * generator.normal(size=(20, 192, 192)) / 192**0.5 + 0.7 * np.eye(192), full_matrices=False
-    )
-    closest = (left[:, :, :64] * values[:, None, :64]) @ right[:, :64]
-    expected = np.trace(closest, axis1=1, axis2=2).mean() / 192
-    for layer in model.deit_ti.layers:
-        query_key, value_projection = products(layer)
-        diagonals = query_key.diagonal(dim1=1, dim2=2).mean(dim=1)
-        torch.testing.assert_close(diagonals, torch.full((3,), expected, dtype=torch.float32), atol=0.02, rtol=0)
-        assert value_projection.diagonal().mean().item() == pytest.approx(-0.4, abs=0.01)
-        others = (value_projection + 0.4 * torch.eye(192)).std().item()
-        assert others == pytest.approx(0.4 / 192**0.5, rel=0.02)
-        assert all(torch.linalg.matrix_rank(product) == 64 for product in query_key)
-
-
-def test_mimetic_factors_are_the_closest_of_their_rank(digits, tmp_path, monkeypatch):
-    noise = torch.randn(4, 192, 192, generator=torch.Generator().manual_seed(1)) * 192**-0.5
-    drawn = iter(noise)
-    monkeypatch.setattr("modeling_deit_ti.initialization._noise", lambda width: next(drawn))
-    model = network(digits, tmp_path)
-    del model.deit_ti.layers[1:]
-    start_from_mimetic_attention(model)
-    query_key, value_projection = products(model.deit_ti.layers[0])
-    for head in range(3):
-        whole = 0.7 * noise[head] + 0.7 * torch.eye(192)
-        error = torch.linalg.svdvals(whole - query_key[head])[0]
-        torch.testing.assert_close(error, torch.linalg.svdvals(whole)[64], atol=1e-4, rtol=0)  # Eckart-Young
-    torch.testing.assert_close(value_projection, 0.4 * noise[3] - 0.4 * torch.eye(192), atol=1e-5, rtol=0)
-
-
-def test_mimetic_attention_depends_on_the_seed_and_changes_nothing_else(digits, tmp_path):
-    normal = network(digits, tmp_path).state_dict()
-    first, second, other = (
-        network(digits, tmp_path, attention_init="mimetic", seed=seed).state_dict() for seed in (42, 42, 7)
-    )
-    assert all(torch.equal(first[name], second[name]) for name in first)
-    differing = {name.split(".", 3)[-1] for name in first if not torch.equal(first[name], normal[name])}
-    assert differing == {"attention.qkv.weight", "attention.projection.weight"}
-    assert not torch.equal(
-        first["deit_ti.layers.0.attention.qkv.weight"], other["deit_ti.layers.0.attention.qkv.weight"]
-    )
 
 
 # ---- Patches ----
@@ -226,14 +165,8 @@ def test_stream_provides_its_first_images(tmp_path):
 
 
 def test_only_a_new_deit_ti_records_its_initialisation(digits, tmp_path):
-    args = arguments(output_dir=tmp_path, attention_init="mimetic", distill_mode="hard")
+    args = arguments(output_dir=tmp_path, patch_init="whitening", distill_mode="hard")
     settings = run_settings(args, digits)
-    assert [settings[f"{part}_init"] for part in ("patch", "position", "attention")] == ["normal", "sincos", "mimetic"]
+    assert (settings["patch_init"], settings["position_init"]) == ("whitening", "sincos")
     cnn = arguments(output_dir=tmp_path, model_name_or_path=TINY_CNN)
     assert not [name for name in (*run_settings(cnn, digits), *run_settings(args.fitting, digits)) if "_init" in name]
-
-
-@pytest.mark.parametrize("name", [TINY_CNN, "some/model"])
-def test_mimetic_attention_for_other_networks_is_refused(name, tmp_path):
-    with pytest.raises(UserError, match="--attention_init is for a deit_ti from scratch"):
-        arguments(output_dir=tmp_path, model_name_or_path=name, attention_init="mimetic")

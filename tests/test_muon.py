@@ -250,7 +250,7 @@ def test_card_checkpoint_and_teacher_recipe_name_muon(distilled):
     assert "0.5 2^2 KL(softmax(z(teacher) / 2) || softmax(z(distillation) / 2))" in card
     settings = json.loads((distilled / "run" / "checkpoint-4" / SETTINGS_FILE).read_text())
     assert (settings["optim"], settings["teacher_optim"]) == ("muon", "muon")
-    assert (settings["position_init"], settings["attention_init"]) == ("sincos", "normal")
+    assert (settings["patch_init"], settings["position_init"]) == ("whitening", "sincos")
     assert settings["teacher_targets"] == "standardized" and "teacher_position_init" not in settings
     (recipe,) = (distilled / "teachers").glob("test_resnet-*/teacher_recipe.json")
     recipe = json.loads(recipe.read_text())

@@ -23,7 +23,7 @@ STAGES = [
 
 def write_recipe(folder, stages, **flags) -> str:
     file = folder / "recipe.yaml"
-    file.write_text(yaml.safe_dump({"image_size": 32, "attention_init": "mimetic", "stages": stages, **flags}))
+    file.write_text(yaml.safe_dump({"image_size": 32, "position_init": "normal", "stages": stages, **flags}))
     return f"--config={file}"
 
 
@@ -104,7 +104,7 @@ def test_a_run_killed_in_its_second_stage_resumes_there_and_ends_the_same(tmp_pa
     assert "| 1 | 32x32 | 16x16 | 50 % | 1 | 0.001 | constant_with_warmup |" in card
     assert "| 2 | 32x32 | 8x8 | 0 % | 1 | 0.0005 | cosine |" in card
     assert "| Initial weights | random |" in card
-    assert "| attention_init | `mimetic` |" in card
+    assert "| position_init | `normal` |" in card
     assert " for all stages together (" in card
     last = json.loads((whole / "all_results.json").read_text())
     assert record.seconds == first["train_runtime"] + last["train_runtime"]
