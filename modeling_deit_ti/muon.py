@@ -85,7 +85,7 @@ def make_muon(model: PreTrainedModel, decaying: Collection[str], args: TrainingA
         )
     betas, eps = (args.adam_beta1, args.adam_beta2), args.adam_epsilon
     # With a fused AdamW, the gradient scaler leaves it to the optimizer to skip steps in which fp16 overflows.
-    return Muon(groups, lr=args.learning_rate, betas=betas, eps=eps, fused=not args.fp16)
+    return Muon(groups, lr=args.learning_rate, betas=betas, eps=eps, fused=args.mixed_precision != "fp16")
 
 
 def hidden_matrices(model: PreTrainedModel, decaying: Collection[str]) -> list[str]:

@@ -542,8 +542,11 @@ def test_a_non_finite_loss_ends_the_run_at_its_step_and_reaches_no_checkpoint(di
         assert all(np.isfinite(entry["loss"]) for entry in state["log_history"] if "loss" in entry)
 
 
-def test_steps_that_overflow_in_fp16_are_skipped_and_counted(digits, tmp_path):
-    trainer = make_trainer(digits, tmp_path, logging_strategy="steps", logging_steps=2, num_train_epochs=2)
+@pytest.mark.parametrize("optimizer", ["adamw_torch", "muon"])
+def test_steps_that_overflow_in_fp16_are_skipped_and_counted(digits, tmp_path, optimizer):
+    logging = {"logging_strategy": "steps", "logging_steps": 2}
+    trainer = make_trainer(digits, tmp_path, optim=optimizer, num_train_epochs=2, **logging)
+    trainer.args.mixed_precision = "fp16"  # as chosen automatically on older GPUs
     # A scale at which the first gradients overflow; it is halved until they do not.
     trainer.accelerator.scaler = torch.amp.GradScaler("cpu", init_scale=2.0**127, growth_interval=10**6)
     metrics = trainer.train().metrics
