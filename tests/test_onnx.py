@@ -3,6 +3,7 @@
 import contextlib
 import io
 import json
+import sys
 from functools import cache
 from pathlib import Path
 from typing import NamedTuple
@@ -15,7 +16,7 @@ from transformers import DeiTImageProcessor
 from modeling_deit_ti import DeiTTiConfig, DeiTTiForImageClassification
 from modeling_deit_ti.distillation import resolve_mode
 from modeling_deit_ti.errors import UserError
-from modeling_deit_ti.interop import export_onnx
+from modeling_deit_ti.interop import export_onnx, save_onnx
 from modeling_deit_ti.interop.__main__ import main
 
 
@@ -116,6 +117,13 @@ def test_command_prints_where_the_file_is_and_nothing_else(exported):
     export = exported(("class",), "class")
     assert export.output == f'Written. To load it: onnxruntime.InferenceSession("{export.file}")\n'
     assert export.errors == ""
+
+
+def test_an_export_that_lacks_a_package_leaves_nothing_behind(tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "onnxruntime.quantization", None)  # importing it fails
+    with pytest.raises(UserError, match="pip install onnx onnxruntime onnxscript"):
+        save_onnx(make_model(("class",), "class"), tmp_path / "onnx")
+    assert not list(tmp_path.iterdir())
 
 
 def test_images_of_another_size_get_interpolated_positions(tmp_path):

@@ -258,13 +258,14 @@ def save_onnx(model: DeiTTiForImageClassification, folder: str | os.PathLike) ->
     Raises:
         UserError: if `onnx`, `onnxruntime` or `onnxscript` is not installed.
     """
-    folder = Path(folder)
-    folder.mkdir(parents=True, exist_ok=True)
-    try:
-        export_onnx(model, folder / ONNX_FILE)
-        quantize_onnx(folder / ONNX_FILE, folder / QUANTIZED_FILE)
-    except ImportError as error:
-        raise UserError(
-            f"ONNX needs packages that are not installed ({error}): pip install onnx onnxruntime onnxscript."
-        ) from error
+    with tempfile.TemporaryDirectory() as unfinished:
+        file = Path(unfinished, ONNX_FILE)
+        try:
+            export_onnx(model, file)
+            quantize_onnx(file, file.with_name(QUANTIZED_FILE))
+        except ImportError as error:
+            raise UserError(
+                f"ONNX needs packages that are not installed ({error}): pip install onnx onnxruntime onnxscript."
+            ) from error
+        shutil.copytree(unfinished, folder, dirs_exist_ok=True)
     shutil.copy(Path(__file__).parent / "page" / "preprocessing.js", folder)
