@@ -8,6 +8,7 @@ import os
 import re
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import jinja2.meta
@@ -364,6 +365,9 @@ def test_epochs_and_time_include_all_stages(tmp_path):
     record.earlier_stages = [{**record.as_stage(), "epochs": 20.0, "seconds": 4266.0, "images_seen": 1_000_000}]
     card = render(record, tmp_path)
     assert "This model was trained for 28 epochs at 32x32 pixels" in card
+    assert "| 1 | 32x32 | 4x4 | 0 % | 20 |" in card
+    cnn = render(replace(record, architecture="resnet18", patch_size=None), tmp_path)
+    assert "| stage | input | epochs |" in cnn and "| 1 | 32x32 | 20 |" in cnn
     # plus 754.3 seconds at 1234.5 images per second
     assert "Training took 1 h 24 min for all stages together (385 images per second) on 2 CPU cores" in card
 
