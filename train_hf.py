@@ -65,7 +65,10 @@ def main() -> None:
     if last.training.process_index == 0 and any(flag.startswith("--hub_token") for flag in last.flags):
         print("--hub_token: every user of this machine can see it in the process list; HF_TOKEN is safer.")
     if earlier and not preflight.is_finished(last.training, is_last=True):
-        preflight.checkpoint_to_resume(last.training)  # fail now, not after hours of earlier stages
+        # Fail now, not after hours of earlier stages.
+        preflight.checkpoint_to_resume(last.training)
+        if last.training.push_to_hub and last.training.process_index == 0:
+            preflight.check_hub_access(last.training)
     for number, args in enumerate(stages, start=1):
         if earlier and args.training.process_index == 0:
             print(f"Stage {number} of {len(stages)}: {args.training.output_dir}", flush=True)
@@ -78,6 +81,7 @@ def train(args: Arguments, is_last: bool = True) -> None:
     """One run. If it has finished before, it is only pushed; a finished earlier stage is skipped."""
     # 1. Checks before anything else
     training, mode = args.training, args.training.mode
+    preflight.check_one_gpu(training)
     is_finished = preflight.is_finished(training, is_last)
     checkpoint = training.output_dir if is_finished else preflight.checkpoint_to_resume(training)
     preflight.check_folders(args)

@@ -229,6 +229,14 @@ class ModelArguments:
         """Whether to train from scratch. A name with a tag, such as `.fb_in1k`, means weights to start from."""
         return "." not in self.model_name_or_path and is_timm_architecture(self.model_name_or_path)
 
+    def check_patch_size(self) -> None:
+        """Raises a `UserError` if a DeiT-Ti's patches do not fill its input."""
+        if self.image_size % self.patch_size:
+            raise UserError(
+                f"--patch_size {self.patch_size} does not divide --image_size {self.image_size}: use a multiple, such "
+                f"as --image_size {max(1, round(self.image_size / self.patch_size)) * self.patch_size}."
+            )
+
 
 @dataclass
 class TeacherArguments:
@@ -261,8 +269,8 @@ class TeacherArguments:
     )
     allow_untrained_teacher: bool = HfArg(
         default=False,
-        help="With --teacher_num_train_epochs 0, teach with a head that was never trained, as the published baseline "
-        "did; and do not stop if the teacher is no better than chance.",
+        help="With --teacher_num_train_epochs 0, teach with a pretrained network whose head was never trained, as the "
+        "published baseline did; and do not stop if the teacher is no better than chance.",
     )
     teacher_cache: Literal["auto", "on", "off"] = HfArg(
         default="auto",
@@ -368,6 +376,7 @@ class DistillationTrainingArguments(TrainingArguments):
     # Fields of `TrainingArguments` that are not flags here.
     remove_unused_columns: bool = field(default=False, init=False)  # the augmentation needs the images' seeds
     enable_jit_checkpoint: bool = field(default=False, init=False)  # it saves in mid-step, and not on Ctrl-C
+    save_only_model: bool = field(default=False, init=False)  # a run would resume without its optimizer
     # Every evaluation image counts towards every read-out's accuracy.
     label_names: list[str] | None = field(default=None, init=False)
     batch_eval_metrics: bool = field(default=False, init=False)
@@ -404,10 +413,14 @@ class DistillationTrainingArguments(TrainingArguments):
                 "learns from the teacher alone."
             )
         if self.early_stopping_patience is not None:
-            if self.eval_strategy == "no" or self.save_strategy not in (self.eval_strategy, "best"):
+            is_saved = self.save_strategy in (self.eval_strategy, "best")
+            if self.save_strategy == "steps" and self.save_steps != (self.eval_steps or self.logging_steps):
+                is_saved = False
+            if self.eval_strategy == "no" or not is_saved:
                 raise UserError(
                     "--early_stopping_patience needs evaluations during training and a checkpoint with each: use "
-                    "--eval_strategy epoch --save_strategy epoch, or steps for both."
+                    "--eval_strategy epoch --save_strategy epoch, or steps for both, with the same --eval_steps and "
+                    "--save_steps."
                 )
             self.load_best_model_at_end = True
             self.metric_for_best_model = self.metric_for_best_model or "accuracy"
@@ -447,11 +460,6 @@ class DistillationTrainingArguments(TrainingArguments):
             # As in accelerate_configs/fsdp2_bf16.yaml. Wrapping layer by layer, accelerate would shard DeiT-Ti's patch
             # projection twice, which torch refuses.
             self.fsdp_plugin_args["auto_wrap_policy"] = "NO_WRAP"
-        if self.n_gpu > 1:  # the Trainer would use nn.DataParallel, which trains in float32 whatever the precision
-            raise UserError(
-                f"one process sees {self.n_gpu} GPUs: start one process per GPU with `accelerate launch "
-                f"--num_processes {self.n_gpu} train_hf.py ...`, or hide all but one with CUDA_VISIBLE_DEVICES=0."
-            )
         if self.tf32 is not None and is_torch_tf32_available():
             # transformers only sets torch's newer flags; torch then refuses to read the older ones, as max-autotune
             # does.
@@ -563,6 +571,8 @@ class Arguments(NamedTuple):
         shown = {name: getattr(self.training, name) for name in HYPERPARAMETERS}
         if self.training.max_steps < 0:
             del shown["max_steps"]  # epochs decide
+        if self.training.load_best_model_at_end:
+            shown["metric_for_best_model"] = self.training.metric_for_best_model
         if self.model.freeze_backbone:
             shown["freeze_backbone"] = True
         if self.model.patch_drop_rate > 0:

@@ -121,8 +121,10 @@ def _fit(args: Arguments, pretrained: PreTrainedModel | None, source: str, data:
     """The folder of the teacher fitted with this recipe; fits it if no earlier run has."""
     name = args.teacher.teacher_model_name_or_path
     if args.teacher.teacher_num_train_epochs == 0:
+        advice = " An untrained head needs a pretrained network: add --teacher_pretrained."
         raise UserError(
             f"The teacher {name} does not know the dataset's labels, and --teacher_num_train_epochs 0 forbids fitting."
+            + advice * args.teacher.allow_untrained_teacher
         )
     if not data.has_train_labels:
         raise UserError(

@@ -34,6 +34,7 @@ GROUPS = (ImageArguments, AugmentationArguments, ModelArguments, TeacherArgument
 INHERITED_BY_TEACHER = (
     *("per_device_train_batch_size", "per_device_eval_batch_size", "gradient_accumulation_steps"),
     *("fp16", "bf16", "tf32", "use_cpu", "torch_compile", "torch_compile_backend", "torch_compile_mode"),
+    "full_determinism",
     *("dataloader_num_workers", "disable_tqdm", "log_level", "project", "trackio_space_id", "trackio_bucket_id"),
 )
 MAX_YAML_NODES = 10_000  # in a recipe
@@ -176,7 +177,7 @@ def parse_stages(argv: list[str], description: str | None = None) -> list[Argume
         if position > 0:
             own += [f"--model_name_or_path={folders[position - 1]}"]
         if position < len(folders):
-            own += ["--push_to_hub=False"]
+            own += ["--push_to_hub=False", "--temperature_scaling=False"]
         run = _parse_run(parser, [*shared, *own], argv)
         runs.append(run._replace(earlier_stages=tuple(folders[:position])))
         if position < len(folders):
@@ -204,11 +205,8 @@ def _check_combinations(args: Arguments) -> None:
             f"--model_name_or_path {model.model_name_or_path} has one head, but --distill_mode "
             f"{training.distill_mode} needs a class and a distillation token: use deit_ti, or mode none, soft or hard."
         )
-    if model.image_size % model.patch_size and not model.is_timm_architecture:
-        raise UserError(
-            f"--patch_size {model.patch_size} does not divide --image_size {model.image_size}: use a multiple, such "
-            f"as --image_size {max(1, round(model.image_size / model.patch_size)) * model.patch_size}."
-        )
+    if model.is_new_deit_ti or training.mode.tokens != ("class",):  # other weights may be of a network without patches
+        model.check_patch_size()
     if args.images.streaming and args.augmentation.augment_on == "device":
         raise UserError(
             "--augment_on device needs images of one size, which --streaming cannot know: use --augment_on loader."

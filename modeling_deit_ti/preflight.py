@@ -139,6 +139,18 @@ def _prepare_repository(api: HfApi, name: str, args: DistillationTrainingArgumen
         )
 
 
+def check_one_gpu(args: DistillationTrainingArguments) -> None:
+    """
+    Raises a `UserError` if the process sees several GPUs: the Trainer would use nn.DataParallel, which trains in
+    float32 whatever the precision.
+    """
+    if args.n_gpu > 1:
+        raise UserError(
+            f"one process sees {args.n_gpu} GPUs: start one process per GPU with `accelerate launch "
+            f"--num_processes {args.n_gpu} train_hf.py ...`, or hide all but one with CUDA_VISIBLE_DEVICES=0."
+        )
+
+
 def check_folders(args: Arguments) -> None:
     """Raises a `UserError` if a run could not write to a folder that it needs."""
     if args.training.local_process_index == 0:  # each machine has its own datasets cache

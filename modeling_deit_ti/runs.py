@@ -29,7 +29,7 @@ from .data.inputs import EvalImages, make_image_processor, make_train_images, sa
 from .device import PRECISION_NAMES, automatic_precision, is_faster_in_eager_attention, keep_freed_memory
 from .errors import UserError, first_line
 from .initialization import start_from_sincos_positions, start_from_whitened_patches
-from .interop import is_vit, load_student
+from .interop import is_vit, load_student, timm_arguments
 from .modeling_deit_ti import DeiTTiForImageClassification
 from .outcome import calibrate, save_exports, write_reports
 from .reporting import finish_reports
@@ -48,7 +48,7 @@ def build_network(args: Arguments, data: ImageData) -> tuple[PreTrainedModel, De
     is. With only a class head, any pretrained classifier can be trained as it is; other heads need a DeiT-Ti.
 
     Raises:
-        UserError: if it cannot be loaded or does not accept the images.
+        UserError: if it cannot be loaded, does not accept the images, or cannot be exported as asked.
     """
     model, training = args.model, args.training
     name, image_processor = model.model_name_or_path, make_image_processor(model, args.augmentation)
@@ -63,8 +63,11 @@ def build_network(args: Arguments, data: ImageData) -> tuple[PreTrainedModel, De
             image_processor = make_image_processor(model, args.augmentation, mean, std)
             network = pretrained_with_new_head(name, FLAG, data.label_names, image_processor)
     if is_classifier:
+        if model.export:
+            raise UserError(f"--export is for a DeiT-Ti, and {FLAG} {name} is not one.")
         check_classifier(args, data, network, name)
         return network, image_processor, []
+    model.check_patch_size()
     config = DeiTTiConfig(
         image_size=model.image_size,
         patch_size=model.patch_size,
@@ -75,6 +78,8 @@ def build_network(args: Arguments, data: ImageData) -> tuple[PreTrainedModel, De
     )
     if not model.is_new_deit_ti:
         network, notes = load_student(name, config)
+        if "timm" in model.export:
+            timm_arguments(network.config)  # fail now, not after training
         return network, image_processor, notes
     try:
         network = DeiTTiForImageClassification(config)
@@ -111,8 +116,11 @@ def run_settings(args: Arguments, data: ImageData) -> dict:
         "precision": training.mixed_precision,
         **_shared_recipe(args),
     }
-    if args.teacher.allow_untrained_teacher:
-        settings["allow_untrained_teacher"] = True
+    if mode.has_teacher:
+        # Only if set, so that runs from before they were recorded still match.
+        for name in ("teacher_image_size", "teacher_pretrained", "allow_untrained_teacher"):
+            if getattr(args.teacher, name):
+                settings[name] = getattr(args.teacher, name)
     if args.fitting is not None:
         settings |= {f"teacher_{name}": value for name, value in _shared_recipe(args.fitting).items()}
     if data.is_streamed:

@@ -302,6 +302,15 @@ class DistillationTrainer(Trainer):
         finally:
             self.unwrapped_model.load_state_dict(latest)
 
+    def _finalize_training(self, *args, **kwargs):
+        """Like `Trainer`'s, but a stopped run, which will resume, keeps its latest weights and their checkpoint."""
+        best = self.state.best_model_checkpoint
+        if self.run_callback.stopped_by:
+            self.state.best_model_checkpoint = None
+        output = super()._finalize_training(*args, **kwargs)
+        self.state.best_model_checkpoint = best
+        return output
+
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model=None) -> None:
         super()._load_from_checkpoint(resume_from_checkpoint, model)
         self._load_average(resume_from_checkpoint)

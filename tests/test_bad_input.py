@@ -19,7 +19,13 @@ from datasets import ClassLabel, Dataset, DatasetDict, Features, Image, Value
 from PIL import Image as PILImage
 from real_command import REPOSITORY, Run, run
 from safetensors.torch import load_file
-from transformers import ResNetConfig, ResNetForImageClassification, ViTImageProcessor
+from transformers import (
+    ResNetConfig,
+    ResNetForImageClassification,
+    ViTConfig,
+    ViTForImageClassification,
+    ViTImageProcessor,
+)
 
 from modeling_deit_ti.checkpoints import last_complete, seal
 from modeling_deit_ti.classifiers import new_timm_classifier
@@ -179,6 +185,12 @@ def remote_code_teacher(folder: Path, labels: list[str] = DIGITS) -> None:
     )
 
 
+def transformers_vit(folder: Path) -> None:
+    """`vit/`: transformers' ViT in the size of a DeiT-Ti, with its own epsilon."""
+    size = {"hidden_size": 192, "intermediate_size": 768, "num_attention_heads": 3, "image_size": 32}
+    ViTForImageClassification(ViTConfig(**size, id2label=dict(enumerate(DIGITS)))).save_pretrained(folder / "vit")
+
+
 def billions_in_yaml() -> bytes:
     """Ten lines, each a list of nine references to the line before."""
     lines = [
@@ -310,6 +322,21 @@ MISTAKES = {
         ["--distill_mode=both", "--model_name_or_path=teacher"],
         ["test_resnet is not a DeiT"],
     ),
+    "export of another classifier": (
+        teacher(),
+        ["--model_name_or_path=teacher", "--export=timm"],
+        ["--export is for a DeiT-Ti, and --model_name_or_path teacher is not one"],
+    ),
+    "timm export with another epsilon": (
+        transformers_vit,
+        ["--model_name_or_path=vit", "--export=timm"],
+        ["timm's DeiT has layer_norm_eps 1e-06, but the model has 1e-12"],
+    ),
+    "patch of other weights does not divide the image": (
+        transformers_vit,
+        ["--model_name_or_path=vit", "--image_size=30", "--patch_size=16"],
+        ["--patch_size 16 does not divide --image_size 30"],
+    ),
     "batch norm over one image": (nothing, ["--max_train_samples=1"], ["test_resnet", "batches of 1 images"]),
     # The teacher
     "teacher missing": (nothing, [HARD, "--teacher_model_name_or_path=nowhere"], ["nowhere", "no such folder"]),
@@ -328,6 +355,11 @@ MISTAKES = {
         teacher(label_names=list("abcdefghij")),
         [HARD, TEACHER, "--teacher_num_train_epochs=0"],
         ["--teacher_num_train_epochs 0 forbids"],
+    ),
+    "untrained teacher without pretrained weights": (
+        nothing,
+        [HARD, "--allow_untrained_teacher", "--teacher_num_train_epochs=0"],
+        ["--teacher_num_train_epochs 0 forbids", "add --teacher_pretrained"],
     ),
     "teacher cut off": (cut_teacher, [HARD, TEACHER], ["--teacher_model_name_or_path teacher", "SafetensorError"]),
     "teacher pickled": (

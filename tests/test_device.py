@@ -97,8 +97,9 @@ def test_flags_override_the_launcher_and_both_override_the_device(cpu, monkeypat
 
 
 def test_a_teacher_inherits_an_explicit_precision_and_otherwise_chooses_its_own():
-    said = arguments(distill_mode="hard", bf16=False)
+    said = arguments(distill_mode="hard", bf16=False, full_determinism=True)
     assert "--bf16=False" in fitting_flags(said) and said.fitting.training.bf16 is False
+    assert said.fitting.training.full_determinism
     unsaid = arguments(distill_mode="hard")
     assert not [flag for flag in fitting_flags(unsaid) if "16" in flag.partition("=")[0]]
     assert unsaid.fitting.training.has_automatic_precision

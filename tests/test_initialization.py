@@ -5,11 +5,12 @@ import math
 import numpy as np
 import pytest
 import torch
-from building import TINY_CNN, arguments
+from building import TINY_CNN, arguments, image_processor
 from torch.nn import functional as F
 
 from modeling_deit_ti import DeiTTiConfig, DeiTTiForImageClassification
 from modeling_deit_ti.arguments import ImageArguments
+from modeling_deit_ti.classifiers import new_timm_classifier
 from modeling_deit_ti.data import load_images
 from modeling_deit_ti.data.inputs import EvalImages, make_image_processor, sample_images
 from modeling_deit_ti.initialization import sincos_positions, start_from_whitened_patches
@@ -162,6 +163,15 @@ def test_stream_provides_its_first_images(tmp_path):
 
 
 # ---- The command ----
+
+
+def test_a_pretrained_cnn_sees_images_that_patches_would_not_fill(digits, tmp_path):
+    cnn = new_timm_classifier(TINY_CNN, digits.label_names, 30, image_processor(30))
+    cnn.save_pretrained(tmp_path / "cnn")
+    flags = {"distill_mode": "none", "model_name_or_path": tmp_path / "cnn", "image_size": 30, "patch_size": 16}
+    again = network(digits, tmp_path, **flags)
+    state = again.state_dict()
+    assert state and all(torch.equal(value, state[name]) for name, value in cnn.state_dict().items())
 
 
 def test_only_a_new_deit_ti_records_its_initialisation(digits, tmp_path):

@@ -13,6 +13,7 @@ from pathlib import Path
 
 import pytest
 from PIL import Image
+from transformers import TrainingArguments
 
 import reproduce
 from benchmarks import accuracy
@@ -298,6 +299,11 @@ def test_a_mistake_is_reported_before_anything_runs(tmp_path, monkeypatch, capsy
     assert end.value.code == 2 and not (folder / "mistakes").exists()
     error = capsys.readouterr().err
     assert error.startswith("reproduce.py: error: ") and message in error and error.count("\n") == 1
+
+
+def test_the_runs_are_planned_where_one_process_would_see_several_gpus(monkeypatch):
+    monkeypatch.setattr(TrainingArguments, "n_gpu", 2)
+    assert list(runs_of("--budget=native")) == list(reproduce.RUNS)
 
 
 # ---- The recipes ----

@@ -6,7 +6,13 @@ import signal
 from pathlib import Path
 
 import pytest
+from building import arguments
 from real_command import run
+
+from modeling_deit_ti.arguments import ImageArguments
+from modeling_deit_ti.checkpoints import changed_settings
+from modeling_deit_ti.data import load_images
+from modeling_deit_ti.runs import run_settings
 
 
 FLAGS = (
@@ -65,6 +71,17 @@ def test_a_different_run_is_refused_in_one_line_that_names_the_difference(stoppe
     assert "Traceback" not in ended.stderr and "resuming" not in ended.stdout
     assert difference in message
     assert {path: path.stat().st_mtime_ns for path in stopped.rglob("*")} == before
+
+
+@pytest.mark.parametrize(
+    ("flag", "value"),
+    [("teacher_image_size", 64), ("teacher_pretrained", True), ("metric_for_best_model", "loss")],
+)
+def test_whatever_chooses_the_teacher_or_the_best_model_belongs_to_the_run(flag, value):
+    flags = {"distill_mode": "hard", "dataset_name": "digits", "early_stopping_patience": 1, "image_size": 32}
+    images = load_images(ImageArguments("digits", max_train_samples=64, max_eval_samples=50))
+    before, now = (run_settings(arguments(**flags | other), images) for other in ({}, {flag: value}))
+    assert changed_settings(before, now) == {flag: (before.get(flag), value)}
 
 
 def test_resume_from_checkpoint_false_leaves_an_unfinished_run_untouched(stopped):

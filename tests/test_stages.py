@@ -29,7 +29,8 @@ def write_recipe(folder, stages, **flags) -> str:
 
 def test_each_stage_starts_from_the_one_before_it(tmp_path):
     config = write_recipe(tmp_path, [*STAGES, {"patch_size": 4}], export=["timm"])
-    first, second, last = stages = parse_stages([config, f"--output_dir={tmp_path}", "--warmup_steps=5"])
+    flags = ["--warmup_steps=5", "--temperature_scaling"]
+    first, second, last = stages = parse_stages([config, f"--output_dir={tmp_path}", *flags])
     assert [stage.training.output_dir for stage in stages] == [
         str(tmp_path / "stage-1"), str(tmp_path / "stage-2"), str(tmp_path)
     ]  # fmt: skip
@@ -40,6 +41,7 @@ def test_each_stage_starts_from_the_one_before_it(tmp_path):
     assert [stage.training.learning_rate for stage in stages] == [1e-3, 5e-4, 5e-4]
     assert {stage.training.warmup_steps for stage in stages} == {5}
     assert [stage.model.export for stage in stages] == [[], [], ["timm"]]
+    assert [stage.training.temperature_scaling for stage in stages] == [False, False, True]
     assert last.earlier_stages == (first.training.output_dir, second.training.output_dir)
     assert parse_arguments([config, f"--output_dir={tmp_path}"]).model.patch_size == 4
 
@@ -69,6 +71,13 @@ def test_stages_find_their_own_checkpoint(tmp_path):
     assert parse_stages([config, "--resume_from_checkpoint=True"])[1].training.resume_from_checkpoint == "auto"
     with pytest.raises(UserError, match="--resume_from_checkpoint a/folder: a recipe with stages finds its own"):
         parse_stages([config, "--resume_from_checkpoint=a/folder"])
+
+
+def test_access_to_the_hub_is_checked_before_the_first_stage(tmp_path):
+    flags = [*FOUR_STEPS[1:], "--dataset_name=digits", "--distill_mode=none", write_recipe(tmp_path, STAGES)]
+    ended = run(*flags, f"--output_dir={tmp_path / 'run'}", "--push_to_hub")
+    assert ended.returncode == 2 and "--push_to_hub: cannot write to the repository" in ended.stderr
+    assert not ended.stdout
 
 
 def test_a_run_killed_in_its_second_stage_resumes_there_and_ends_the_same(tmp_path):

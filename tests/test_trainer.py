@@ -10,6 +10,7 @@ import sys
 from collections import Counter
 from importlib.machinery import ModuleSpec
 from importlib.util import module_from_spec
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -30,6 +31,7 @@ from modeling_deit_ti.device import is_faster_in_eager_attention
 from modeling_deit_ti.distillation import distillation_loss
 from modeling_deit_ti.errors import UserError
 from modeling_deit_ti.interruption import Interrupted
+from modeling_deit_ti.preflight import check_one_gpu
 from modeling_deit_ti.runs import balanced_class_weights, build_network, build_trainer
 from modeling_deit_ti.teacher import Teacher
 from modeling_deit_ti.trainer import AVERAGE_FILE, DistillationTrainer
@@ -504,8 +506,9 @@ def test_out_of_range_arguments_are_refused_naming_the_flag(tmp_path, options, m
 def test_several_gpus_in_one_process_are_refused(tmp_path, monkeypatch):
     """The Trainer would use nn.DataParallel, which trains in float32 whatever the model card says."""
     monkeypatch.setattr(TrainingArguments, "n_gpu", 4)
+    training = arguments(output_dir=tmp_path, bf16=True, use_cpu=True).training
     with pytest.raises(UserError, match="4 GPUs.*accelerate launch --num_processes 4 .*CUDA_VISIBLE_DEVICES"):
-        arguments(output_dir=tmp_path, bf16=True, use_cpu=True)
+        check_one_gpu(training)
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
@@ -627,7 +630,35 @@ def test_a_resumed_run_has_the_remaining_patience(digits, tmp_path, step):
     assert_same(load_file(tmp_path / "checkpoint-3" / "model.safetensors"), weights(resumed))
 
 
-@pytest.mark.parametrize("flags", [{"eval_strategy": "no"}, {"eval_strategy": "steps"}, {"save_strategy": "no"}])
+@pytest.mark.parametrize("limit", [1, 2])
+def test_a_run_stopped_after_its_best_evaluation_resumes_from_its_latest_weights(digits, tmp_path, limit):
+    class Scheduler(TrainerCallback):
+        def on_step_end(self, args, state, control, **kwargs):
+            if state.global_step == 4:
+                os.kill(os.getpid(), signal.SIGTERM)
+
+    make_stopping_trainer(digits, tmp_path / "whole").train()
+    stopped = make_stopping_trainer(digits, tmp_path / "stopped")
+    stopped.args.save_total_limit = limit
+    stopped.add_callback(Scheduler())
+    with pytest.raises(Interrupted, match="after step 4"):
+        stopped.train()
+    latest = [tmp_path / name / "checkpoint-4" for name in ("whole", "stopped")]
+    assert_same(*(load_file(checkpoint / "model.safetensors") for checkpoint in latest))
+    state = json.loads((latest[1] / "trainer_state.json").read_text())
+    assert state["best_global_step"] == 3 and Path(state["best_model_checkpoint"]).name == "checkpoint-3"
+    assert why_unusable(state["best_model_checkpoint"]) is None
+
+
+@pytest.mark.parametrize(
+    "flags",
+    [
+        {"eval_strategy": "no"},
+        {"eval_strategy": "steps"},
+        {"save_strategy": "no"},
+        {"eval_strategy": "steps", "save_strategy": "steps", "eval_steps": 50},
+    ],
+)
 def test_early_stopping_without_evaluations_and_checkpoints_is_refused(tmp_path, flags):
     with pytest.raises(UserError, match="^--early_stopping_patience needs .*: use --eval_strategy epoch"):
         arguments(output_dir=tmp_path, early_stopping_patience=3, **flags)

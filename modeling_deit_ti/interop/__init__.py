@@ -17,6 +17,7 @@ from .exports import (
     save_onnx,
     save_timm,
     save_transformers,
+    timm_arguments,
     to_timm,
     to_transformers,
 )
@@ -34,6 +35,7 @@ __all__ = [
     "save_onnx",
     "save_timm",
     "save_transformers",
+    "timm_arguments",
     "to_timm",
     "to_transformers",
 ]
