@@ -16,7 +16,8 @@ os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"  # before it is imported
 try:
     import gradio as gr
 except ImportError as error:
-    print(f"app.py: the page needs packages that are not installed ({error}): pip install gradio", file=sys.stderr)
+    advice = "pip install 'gradio>=6.24,<7'"
+    print(f"app.py: the page needs packages that are not installed ({error}): {advice}", file=sys.stderr)
     sys.exit(2)
 
 import torch
@@ -255,7 +256,7 @@ def make_page(models: Models, chosen: list[str], min_probability: float) -> gr.B
                 with gr.Column(min_width=320, visible=choice.value != NO_OTHER) as about:
                     known = gr.Markdown(models.facts(choice.value), container=True)
                 gr.on(
-                    [picture.change, choice.change, threshold.release, blocks.change],
+                    [picture.change, choice.change, threshold.change, blocks.change],
                     models.answer,
                     [picture, choice, threshold, blocks],
                     parts,
@@ -324,6 +325,10 @@ def run(options: argparse.Namespace) -> None:
         raise UserError(f"--min_probability {options.min_probability:g}: must be between 0 and 1.")
     if (options.dry_run or options.static) and not options.to_space:
         raise UserError("--dry_run and --static need --to_space USER/NAME.")
+    defaults = parse_arguments([])
+    for name in ("min_probability", "port", "share", "trust_remote_code") if options.to_space else ():
+        if getattr(options, name) != getattr(defaults, name):
+            raise UserError(f"--{name} does not apply to a Space: leave it out.")
     if options.node_modules and not options.static:
         raise UserError("--node_modules needs --static.")
     own_models = Path(__file__).with_name(MODELS_FOLDER)  # in a Space

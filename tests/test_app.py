@@ -306,6 +306,7 @@ MISTAKES = {
     "a probability above 1": (["runs/both", "--min_probability=50"], "between 0 and 1"),
     "a dry run without a Space": (["runs/both", "--dry_run=space"], "--to_space"),
     "unused node_modules": (["runs/both", "--to_space=me/it", "--node_modules=."], "--node_modules needs --static"),
+    "a port for a Space": (["runs/both", "--to_space=me/it", "--port=80"], "--port does not apply to a Space"),
     "a dry run into an existing folder": (["runs/both", "--to_space=me/it", "--dry_run=."], "already exists"),
     "a Space from a Hub id": (["me/it", "--to_space=me/it", "--dry_run=space"], "download it first"),
     "a push without the Hub": (["runs/both", "--to_space=me/it"], "--dry_run FOLDER only writes the folder"),
@@ -337,7 +338,7 @@ def test_without_gradio_one_message_says_what_to_install():
     code = "import runpy, sys; sys.modules['gradio'] = None; runpy.run_path('app.py', run_name='__main__')"
     result = subprocess.run([sys.executable, "-c", code], cwd=REPOSITORY, capture_output=True, text=True)
     assert result.returncode == 2
-    assert re.fullmatch(r"app\.py: .*pip install gradio\n", result.stderr)
+    assert re.fullmatch(r"app\.py: .*pip install 'gradio>=6\.24,<7'\n", result.stderr)
 
 
 # ---- Two models ----
