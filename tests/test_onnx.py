@@ -100,6 +100,7 @@ def test_file_names_its_inputs_outputs_and_labels(mode, exported):
     assert [(put.name, put.shape) for put in session.get_outputs()] == [(name, ["batch", 3]) for name in names]
     assert json.loads(session.get_modelmeta().custom_metadata_map["id2label"]) == {"0": "cat", "1": "dog", "2": "emu"}
     assert not list(file.parent.glob("*.data"))  # the weights are inside
+    assert file.parent.stat().st_mode == file.parent.parent.stat().st_mode  # as open to others as any folder
 
 
 @pytest.mark.parametrize("mode", ["none", "both"])

@@ -258,8 +258,10 @@ def save_onnx(model: DeiTTiForImageClassification, folder: str | os.PathLike) ->
     Raises:
         UserError: if `onnx`, `onnxruntime` or `onnxscript` is not installed.
     """
-    with tempfile.TemporaryDirectory() as unfinished:
-        file = Path(unfinished, ONNX_FILE)
+    with tempfile.TemporaryDirectory() as temporary:
+        unfinished = Path(temporary, "onnx")  # with the usual permissions, which the temporary folder does not have
+        unfinished.mkdir()
+        file = unfinished / ONNX_FILE
         try:
             export_onnx(model, file)
             quantize_onnx(file, file.with_name(QUANTIZED_FILE))

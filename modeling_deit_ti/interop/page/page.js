@@ -38,7 +38,13 @@ async function classifyPicture() {
   const classify = await model;
   if (!classify || number !== latest) return;
   say("Looking …");
-  const labels = await classify(picture, { top_k: 5 });
+  let labels;
+  try {
+    labels = await classify(picture, { top_k: 5 });
+  } catch (error) {
+    if (number === latest) say(`The model could not read the picture (${error.message}).`, true);
+    return;
+  }
   if (number !== latest) return;
   say("The model sees:");
   answers.replaceChildren(...labels.map(({ label, score }) => {
@@ -87,8 +93,11 @@ async function take(source, name) {
 /** Shows one of the three in the frame; the camera is only on while it is shown. */
 function show(element) {
   for (const other of [invitation, picture, video]) other.hidden = other !== element;
-  if (element === video || !video.srcObject) return;
-  for (const track of video.srcObject.getTracks()) track.stop();
+  if (element !== video) stopCamera();
+}
+
+function stopCamera() {
+  for (const track of video.srcObject?.getTracks() ?? []) track.stop();
   video.srcObject = null;
   camera.textContent = "Use the camera";
 }
@@ -128,11 +137,15 @@ dtype.addEventListener("change", () => {
 camera.hidden = !navigator.mediaDevices; // browsers only offer it over HTTPS and on localhost
 camera.addEventListener("click", async () => {
   if (video.srcObject) return take(video, "The camera's picture");
+  camera.disabled = true; // a second click would switch on a second stream, which nothing switches off
   try {
     video.srcObject = await navigator.mediaDevices.getUserMedia({ video: { facingMode: "environment" } });
     await video.play();
   } catch (error) {
+    stopCamera();
     return say(`The camera cannot be used (${error.message}).`, true);
+  } finally {
+    camera.disabled = false;
   }
   latest++;
   answers.replaceChildren();
