@@ -2,7 +2,8 @@
 
 MODEL is any image classifier: the folder of a run, another folder or Hub id that transformers can load, or a timm
 architecture, whose pretrained weights then come from the Hub.
-Exit code 0: success; 1: some images could not be read and were skipped; 2: nothing was done, and stderr says why.
+Exit code 0: success; 1: some images could not be read and were skipped, or the disk is full; 2: nothing was done.
+What went wrong is on stderr.
 """
 
 import argparse
@@ -24,7 +25,7 @@ from transformers import BaseImageProcessor, PreTrainedModel
 from modeling_deit_ti.arguments import check_at_least
 from modeling_deit_ti.data.decoding import decode_image
 from modeling_deit_ti.device import autocast
-from modeling_deit_ti.errors import UserError, exit_code
+from modeling_deit_ti.errors import UserError, exit_code, storing
 from modeling_deit_ti.prediction import (
     add_prediction_flags,
     chosen_precision,
@@ -151,8 +152,21 @@ def write_csv(predictions: list[dict], file: Path) -> None:
         writer.writerows(rows)
 
 
+def write(predictions: list[dict], file: Path) -> None:
+    """Writes them as CSV or JSON, as the file's name says, or leaves no file. Raises a `StorageError`."""
+    try:
+        with storing(file, "Make room, then run the same command again."):
+            if file.suffix.lower() == ".csv":
+                write_csv(predictions, file)
+            else:
+                file.write_text(json.dumps(predictions, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+    except BaseException:
+        file.unlink(missing_ok=True)
+        raise
+
+
 def run(options: argparse.Namespace) -> int:
-    """Predicts, prints or writes the result, and returns the exit code. Raises a `UserError`."""
+    """Predicts, prints or writes the result, and returns the exit code. Raises a `UserError` or a `StorageError`."""
     output = options.output
     check_at_least(options, top_k=1, batch_size=1)
     if output is not None:
@@ -169,10 +183,8 @@ def run(options: argparse.Namespace) -> int:
     if output is None:
         if predictions:
             print_table(predictions)
-    elif output.suffix.lower() == ".csv":
-        write_csv(predictions, output)
     else:
-        output.write_text(json.dumps(predictions, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+        write(predictions, output)
     if skipped := len(files) - len(predictions):
         print(f"predict.py: {skipped} of the images could not be read and were skipped.", file=sys.stderr)
     return 1 if skipped else 0

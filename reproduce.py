@@ -338,6 +338,6 @@ def current_commit() -> str:
 if __name__ == "__main__":
     try:
         main()
-    except (UserError, RunFailed) as error:
+    except (UserError, RunFailed, OSError) as error:  # an `OSError`: the disk is full, for example
         print(f"reproduce.py: error: {error}", file=sys.stderr)
         sys.exit(EXIT_USER_ERROR if isinstance(error, UserError) else 1)

@@ -1,5 +1,9 @@
 """What the command builds from its flags, in sizes small enough for tests."""
 
+import contextlib
+import resource
+from collections.abc import Iterator
+
 import numpy as np
 import torch
 
@@ -49,6 +53,17 @@ NOTHING_RANDOM = {
     "cutmix": 0,
     "repeated_augmentation": 1,
 }
+
+
+@contextlib.contextmanager
+def file_size_limit(size: int) -> Iterator[None]:
+    """Inside, no file can grow beyond this many bytes. It fails like a full disk."""
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, limits[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
 
 
 def arguments(**flags) -> Arguments:

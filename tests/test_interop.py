@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 import timm
 import torch
+from building import file_size_limit
 from huggingface_hub import constants
 from PIL import Image
 from safetensors.torch import load_file, save_file
@@ -478,6 +479,14 @@ def test_command_converts_a_finished_run_and_says_how_to_load_it(to, finished_ru
     assert str(finished_run / to) in capsys.readouterr().out
     student, _ = load_student(finished_run / to, make_config("distill"))
     assert_same(logits_of(student.eval(), make_images()), logits_of(make_model("distill"), make_images()))
+
+
+@pytest.mark.parametrize("to", ["transformers", "timm"])
+def test_command_leaves_no_half_of_an_export_on_a_full_disk(to, finished_run, capsys):
+    with file_size_limit(1000):
+        assert run_command(str(finished_run), "--to", to) == 1
+    assert f"{finished_run / to} cannot be written to" in capsys.readouterr().err
+    assert not (finished_run / to).exists()
 
 
 @pytest.mark.parametrize(

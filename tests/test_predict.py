@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import timm
 import torch
+from building import file_size_limit
 from PIL import Image
 from transformers import DeiTImageProcessor, ResNetConfig, ResNetForImageClassification
 
@@ -257,6 +258,14 @@ def test_mistakes_end_with_code_2_and_one_message(arguments, message, run, image
     output = capsys.readouterr()
     assert message.format(**places) in output.err and "Traceback" not in output.err and output.out == ""
     assert (tmp_path / "old.csv").read_text() == "precious"
+
+
+@pytest.mark.parametrize("name", ["new.csv", "new.json"])
+def test_a_full_disk_leaves_no_part_of_the_output(name, run, images, tmp_path, capsys):
+    with file_size_limit(30):
+        assert main([str(run), str(images / "a.png"), "--output", str(tmp_path / name)]) == 1
+    assert f"{tmp_path / name} cannot be written to" in capsys.readouterr().err
+    assert not (tmp_path / name).exists()
 
 
 def test_runs_as_a_program(run, images):

@@ -3,7 +3,6 @@
 import gc
 import json
 import os
-import resource
 import shutil
 import signal
 import time
@@ -15,7 +14,7 @@ import numpy as np
 import pytest
 import torch
 from accelerate import PartialState
-from building import NOTHING_RANDOM, TINY_CNN, arguments, tiny_student, tiny_teacher
+from building import NOTHING_RANDOM, TINY_CNN, arguments, file_size_limit, tiny_student, tiny_teacher
 from real_command import run
 
 from modeling_deit_ti import teacher_cache as module
@@ -336,19 +335,15 @@ def test_logits_beyond_half_precision_are_used_as_they_are_and_not_stored(epoch,
 
 @pytest.mark.parametrize("rows", [0, 10, 20])
 def test_on_a_full_disk_the_run_continues_and_reports_it(epoch, log, rows):
-    """A limit on the file size fails like a full disk: the file cannot be created, or cannot be filled."""
+    """The file cannot be created, or cannot be filled."""
     cache = epoch.cache()
     if rows:
         epoch.folder.mkdir()
         (epoch.folder / "epoch-0000.bin").write_bytes(bytes(32 * 32))
-    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (rows * 32 + 3, limits[1]))
-    try:
+    with file_size_limit(rows * 32 + 3):
         epoch.read(cache)
         calls = epoch.calls
         epoch.read(cache)  # off, and rounded as before
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
     assert calls == epoch.calls == 4
     (message,) = log.messages
     assert f"cannot store its logits in {epoch.folder}" in message

@@ -2,15 +2,19 @@
 
 import argparse
 import os
+import shutil
 import sys
 from pathlib import Path
 
-from ..errors import UserError, exit_code
+from transformers import BaseImageProcessor
+
+from ..errors import UserError, exit_code, storing
+from ..modeling_deit_ti import DeiTTiForImageClassification
 from . import ONNX_FILE, load_run, save_onnx, save_timm, save_transformers
 
 
 def convert(folder: str, to: str, output: Path | None = None) -> str:
-    """Converts a finished run; returns how to load it. Raises a `UserError`."""
+    """Converts a finished run; returns how to load it. Raises a `UserError` or a `StorageError`."""
     if output is None:
         if not os.path.isdir(folder):
             raise UserError(f"{folder} is not a folder on this machine: set --output.")
@@ -18,6 +22,16 @@ def convert(folder: str, to: str, output: Path | None = None) -> str:
     if output.exists():
         raise UserError(f"{output} already exists: move it, or choose another --output.")
     model, image_processor = load_run(folder, "FOLDER")
+    try:
+        with storing(output, "Make room, then run the same command again."):
+            return save(model, image_processor, to, output)
+    except BaseException:
+        shutil.rmtree(output, ignore_errors=True)  # half an export would block the next attempt
+        raise
+
+
+def save(model: DeiTTiForImageClassification, image_processor: BaseImageProcessor, to: str, output: Path) -> str:
+    """Saves the model in a new folder; returns how to load it."""
     if to == "transformers":
         save_transformers(model, image_processor, output)
         return f'AutoModelForImageClassification.from_pretrained("{output}")'
