@@ -37,7 +37,7 @@ from modeling_deit_ti.errors import (
 )
 from modeling_deit_ti.fitting import prepare_teacher
 from modeling_deit_ti.interruption import Interrupted, interrupt_on_signals
-from modeling_deit_ti.outcome import push, summary
+from modeling_deit_ti.outcome import address_card, push, summary
 from modeling_deit_ti.parsing import parse_stages
 from modeling_deit_ti.progress import quiet_libraries
 from modeling_deit_ti.runs import (
@@ -62,8 +62,12 @@ gc.enable()
 def main() -> None:
     *earlier, last = stages = parse_stages(sys.argv[1:], description=__doc__.splitlines()[0])
     quiet_libraries(all_bars=last.training.disable_tqdm or last.training.process_index > 0)
-    if last.training.process_index == 0 and any(flag.startswith("--hub_token") for flag in last.flags):
-        print("--hub_token: every user of this machine can see it in the process list; HF_TOKEN is safer.")
+    if last.training.process_index == 0:
+        flags = [flag.partition("=")[0].replace("-", "_").lstrip("_") for flag in last.flags if flag.startswith("--")]
+        if "hub_token" in flags:
+            print("--hub_token: every user of this machine can see it in the process list; HF_TOKEN is safer.")
+        if not last.training.mode.has_teacher and any(flag.startswith("teacher_") for flag in flags):
+            print(f"Teacher: none; --distill_mode {last.training.mode.name} does not use the --teacher_* flags")
     if earlier and not preflight.is_finished(last.training, is_last=True):
         # Fail now, not after hours of earlier stages.
         preflight.checkpoint_to_resume(last.training)
@@ -108,6 +112,7 @@ def train(args: Arguments, is_last: bool = True) -> None:
             print(f"Student: {told}" + (f"; {note}" if note else ""), flush=True)
     if is_finished:
         if training.push_to_hub and is_main:
+            address_card(args)
             push(training)
         return
 

@@ -22,6 +22,7 @@ from .card import (
     describe_hardware,
     draw_report,
     folder_name,
+    make_model_card,
     make_report,
     plot_training_curves,
     scale_temperature,
@@ -32,7 +33,7 @@ from .data import ImageData
 from .data.decoding import read_image
 from .data.inputs import EvalImages
 from .device import PRECISION_NAMES
-from .errors import StorageError, first_line
+from .errors import StorageError, UserError, first_line
 from .hub import retrying
 from .interop import QUANTIZED_FILE, save_onnx, save_timm, save_transformers
 from .modeling_deit_ti import DeiTTiForImageClassification
@@ -239,6 +240,28 @@ def summary(trainer: DistillationTrainer, teacher: TeacherRecord | None, metrics
         "",
     ]
     return "\n".join(lines)
+
+
+def address_card(args: Arguments) -> None:
+    """
+    Names the repository and the license in the card of a finished run that was not meant for the Hub, unless the card
+    has been edited since.
+
+    Raises:
+        UserError: if the run lacks what `--export` asks for.
+    """
+    folder = Path(args.training.output_dir)
+    for name, exported in (("timm", "timm"), ("onnx", "transformers/onnx")):
+        if name in args.model.export and not (folder / exported).is_dir():
+            raise UserError(
+                f"--export {name}: this run is finished, without it. To add it: python -m modeling_deit_ti.interop "
+                f"{shlex.quote(str(folder))} --to {name}"
+            )
+    record, card = RunRecord.load(folder), folder / "README.md"
+    if record.hub_model_id is None and card.read_text(encoding="utf-8") == str(make_model_card(record, folder)):
+        record.hub_model_id, record.license = args.training.hub_model_id, args.model.license
+        record.save(folder)
+        write_model_card(record, folder)
 
 
 def push(args: DistillationTrainingArguments) -> None:

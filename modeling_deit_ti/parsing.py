@@ -103,6 +103,8 @@ class _Parser(HfArgumentParser):
         for key in keys:
             if f"--{key}" not in self._option_string_actions or key == "config":
                 raise UserError(f"{option} {file}: unknown key {key!r}{self.closest(f'--{key}')}")
+            if key.replace("-", "_") == "trust_remote_code":  # recipes are passed around
+                raise UserError(f"{option} {file}: {key} can only be set on the command line.")
 
     def flags(self, recipe: dict) -> list[str]:
         """A recipe as flags, so that one parser checks the types of both."""

@@ -492,6 +492,11 @@ MISTAKES = {
     "recipe with a list as a number": (files(a=b"mixup: [1, 2]"), ["--config=a"], ["2"]),
     "recipe with a mapping as a number": (files(a=b"mixup: {a: 1}"), ["--config=a"], ["--mixup"]),
     "recipe with nan": (files(a=b"mixup: .nan"), ["--config=a"], ["--mixup", "nan is not a finite number"]),
+    "recipe that trusts remote code": (
+        files(a=b"trust-remote-code: true"),
+        ["--config=a"],
+        ["--config a: trust-remote-code can only be set on the command line"],
+    ),
     "teacher recipe missing": (
         nothing,
         [HARD, "--teacher_config=nowhere.yaml"],

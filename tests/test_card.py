@@ -15,7 +15,7 @@ import jinja2.meta
 import numpy as np
 import pytest
 import yaml
-from building import NASTY_LABELS, report_of
+from building import NASTY_LABELS, arguments, report_of
 from huggingface_hub import ModelCard
 from huggingface_hub.repocard_data import eval_results_to_model_index, model_index_to_eval_results
 from markdown_it import MarkdownIt
@@ -36,13 +36,16 @@ from modeling_deit_ti.card import (
     curve_series,
     describe_cores,
     describe_hardware,
+    make_model_card,
     plot_training_curves,
     write_model_card,
 )
 from modeling_deit_ti.card.card import TEMPLATE, confidence_interval, loss_equation
 from modeling_deit_ti.card.markdown import text
 from modeling_deit_ti.distillation import MODES, resolve_mode
+from modeling_deit_ti.errors import UserError
 from modeling_deit_ti.interop import save_transformers
+from modeling_deit_ti.outcome import address_card
 
 
 CIFAR10 = ["airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck"]
@@ -396,9 +399,27 @@ def test_accuracy_interval_is_wilsons():
     assert confidence_interval(1.0, 100) == pytest.approx((0.9630, 1.0), abs=1e-4)
 
 
+def test_a_finished_run_names_the_repository_that_it_is_pushed_to_unless_its_card_was_edited(tmp_path):
+    def finish(card: str | None = None, **flags) -> str:
+        record = make_record(hub_model_id=None, license="unknown")
+        record.save(tmp_path)
+        write_model_card(record, tmp_path)
+        if card is not None:
+            (tmp_path / "README.md").write_text(card)
+        address_card(arguments(output_dir=tmp_path, hub_model_id="someone/new", license="mit", **flags))
+        return (tmp_path / "README.md").read_text()
+
+    card = finish()
+    assert 'model="someone/new"' in card and ModelCard(card).data.license == "mit"
+    assert RunRecord.load(tmp_path).hub_model_id == "someone/new"
+    assert finish(card="Edited.") == "Edited."
+    with pytest.raises(UserError, match=f"--export timm: .* python -m modeling_deit_ti.interop {tmp_path} --to timm"):
+        finish(export="timm")
+
+
 def test_every_template_variable_is_passed():
     wanted = jinja2.meta.find_undeclared_variables(jinja2.Environment().parse(TEMPLATE.read_text(encoding="utf-8")))
-    source = inspect.getsource(write_model_card)
+    source = inspect.getsource(make_model_card)
     assert {name for name in wanted if f"        {name}=" not in source} == {"card_data"}
 
 
@@ -467,7 +488,7 @@ def test_record_keeps_neither_credentials_nor_absolute_paths(tmp_path):
         command=[
             *("accelerate", "launch", "/home/me/project/train_hf.py", "--dataset_name", "/home/me/data/cats"),
             *("--output_dir=/home/me/out", "--hub_token", "s3cr3t", "--push_to_hub_token=s3cr3t"),
-            *("--single_token", "--seed", "1"),
+            *("--single_token", "--single-token", "true", "--seed", "1"),
         ],
     )
     assert record.hyperparameters == {
@@ -482,9 +503,8 @@ def test_record_keeps_neither_credentials_nor_absolute_paths(tmp_path):
         "learning_rate": 5e-4,
         "lr_scheduler_type": "cosine",
     }
-    assert " ".join(record.command) == (
-        "accelerate launch train_hf.py --dataset_name cats --output_dir=out --single_token --seed 1"
-    )
+    flags = "--dataset_name cats --output_dir=out --single_token --single-token true --seed 1"
+    assert " ".join(record.command) == f"accelerate launch train_hf.py {flags}"
     record.save(tmp_path)
     for content in (render(record, tmp_path), (tmp_path / "run_record.json").read_text()):
         for secret in (TOKEN, "s3cr3t", "/home", "Users"):

@@ -98,9 +98,11 @@ def test_settings_that_do_not_affect_the_result_may_differ(stopped, tmp_path):
         "--save_total_limit=9",
         "--logging_strategy=steps",
         "--logging_steps=5",
+        "--teacher_num_train_epochs=3",
     ]
     ended = run(*FLAGS, *flags, f"--output_dir={folder}")
     assert ended.returncode == 0, ended.stderr
+    assert "Teacher: none; --distill_mode none does not use the --teacher_* flags\n" in ended.stdout
     assert ended.stdout.count(f"Student: resuming from {folder / 'checkpoint-8'}\n") == 1
     assert json.loads((folder / "all_results.json").read_text())["epoch"] == 2
 

@@ -5,7 +5,7 @@
 `write_model_card` (card.py) renders record and report with their templates; markdown.py formats the values.
 """
 
-from .card import EXAMPLE_FILE, PUBLISHED_BASELINE, example_files, report_section, write_model_card
+from .card import EXAMPLE_FILE, PUBLISHED_BASELINE, example_files, make_model_card, report_section, write_model_card
 from .curves import CURVES_FILE, curve_series, plot_training_curves
 from .record import (
     DatasetRecord,
@@ -52,6 +52,7 @@ __all__ = [
     "example_files",
     "folder_name",
     "library_versions",
+    "make_model_card",
     "make_report",
     "plot_training_curves",
     "processor_facts",

@@ -54,10 +54,15 @@ def example_files(folder: str | os.PathLike) -> list[Path]:
 
 def write_model_card(record: RunRecord, folder: str | os.PathLike) -> None:
     """Writes the card to `README.md` in the run's folder. Call it last: it only covers the files already there."""
+    make_model_card(record, folder).save(Path(folder, "README.md"))
+
+
+def make_model_card(record: RunRecord, folder: str | os.PathLike) -> ModelCard:
+    """The card of the run in this folder, as far as the files there go."""
     folder = Path(folder)
     name = record.hub_model_id.rpartition("/")[2] if record.hub_model_id else folder_name(folder)
     rows = results(record)
-    card = ModelCard.from_template(
+    return ModelCard.from_template(
         card_metadata(record, name, rows),
         template_path=str(TEMPLATE),
         record=record,
@@ -81,7 +86,6 @@ def write_model_card(record: RunRecord, folder: str | os.PathLike) -> None:
         percent=percent,
         duration=duration,
     )
-    card.save(folder / "README.md")
 
 
 def card_metadata(record: RunRecord, name: str, rows: list[ResultRow]) -> ModelCardData:

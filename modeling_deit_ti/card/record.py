@@ -193,7 +193,7 @@ def is_finite(value) -> bool:
 # ---- What may be published ----
 
 _TOKEN = re.compile(r"\b(?:hf|api_org)_[A-Za-z0-9]{16,}")
-_SECRET_FLAG = re.compile(r"(?:(?<!single_)token|secret|password|api_key)$", re.IGNORECASE)
+_SECRET_FLAG = re.compile(r"(?:(?<!single[_-])token|secret|password|api_key)$", re.IGNORECASE)
 # Not inside a word (224/16, and/or), a URL (https://...) or a relative path (../data).
 _ABSOLUTE_PATH = re.compile(r"(?<![\w:/.\\-])(?:~|[A-Za-z]:)?[/\\][^\s'\",;]+")
 
