@@ -10,6 +10,7 @@ import argparse
 import csv
 import gc
 import json
+import os
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -119,7 +120,9 @@ def predict(
             if images:
                 with reporting_image_errors("MODEL"):
                     found = predict_batch(model, image_processor, list(images.values()), top_k, precision)
-                predictions += [{"file": str(file), **row} for file, row in zip(images, found, strict=True)]
+                # A name need not be valid UTF-8, but the output is.
+                names = [os.fsencode(file).decode(errors="backslashreplace") for file in images]
+                predictions += [{"file": name, **row} for name, row in zip(names, found, strict=True)]
             progress.update(len(batch))
     return predictions
 

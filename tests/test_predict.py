@@ -2,6 +2,8 @@
 
 import csv
 import json
+import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -153,6 +155,13 @@ def test_batch_size_does_not_change_the_predictions(run, images, tmp_path):
     two = predict(run, images, "--batch_size", 2, output=tmp_path / "two.json")
     assert [prediction["file"] for prediction in one] == [prediction["file"] for prediction in two]
     assert [prediction["score"] for prediction in one] == pytest.approx([p["score"] for p in two], abs=1e-5)
+
+
+def test_a_file_name_that_is_not_utf_8_is_escaped(run, images, tmp_path):
+    strange = tmp_path / os.fsdecode(b"caf\xe9.png")
+    shutil.copy(images / "a.png", strange)
+    assert predict(run, strange, output=tmp_path / "out.json")[0]["file"] == str(tmp_path / "caf\\xe9.png")
+    assert main([str(run), str(strange), "--output", str(tmp_path / "out.csv")]) == 0
 
 
 def test_table_has_a_line_for_each_image(run, images, capsys):
