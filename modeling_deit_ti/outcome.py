@@ -169,8 +169,8 @@ def describe_run(
     }
     if first:  # the network was initialised in the first stage
         hyperparameters |= {name: value for name, value in first.hyperparameters.items() if name in INITIALIZATION}
-    if training.load_best_model_at_end:
-        hyperparameters["metric_for_best_model"] = training.metric_for_best_model
+    if not trainer.is_deit_ti:  # which takes no notice of it
+        hyperparameters.pop("patch_drop_rate", None)
     if images.streaming:
         hyperparameters |= {"streaming": True, "shuffle_buffer_size": images.shuffle_buffer_size}
     hyperparameters |= {"precision": PRECISION_NAMES[training.mixed_precision], "num_processes": training.world_size}

@@ -370,6 +370,9 @@ def test_epochs_and_time_include_all_stages(tmp_path):
     assert "This model was trained for 28 epochs at 32x32 pixels" in card
     assert "| 1 | 32x32 | 4x4 | 0 % | 20 |" in card
     cnn = render(replace(record, architecture="resnet18", patch_size=None), tmp_path)
+    assert "pip install torch torchvision transformers pillow timm\n" in cnn and "- timm\n" in cnn
+    other = render(replace(record, architecture="resnet", patch_size=None), tmp_path)
+    assert "pip install torch torchvision transformers pillow\n" in other and "- timm\n" not in other
     assert "| stage | input | epochs |" in cnn and "| 1 | 32x32 | 20 |" in cnn
     # plus 754.3 seconds at 1234.5 images per second
     assert "Training took 1 h 24 min for all stages together (385 images per second) on 2 CPU cores" in card

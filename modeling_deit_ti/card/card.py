@@ -9,6 +9,7 @@ from pathlib import Path
 import jinja2
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
+from ..classifiers import is_timm_architecture
 from ..distillation import DistillMode
 from .curves import CURVES_FILE
 from .markdown import clean, code, duration, percent, text
@@ -72,6 +73,7 @@ def make_model_card(record: RunRecord, folder: str | os.PathLike) -> ModelCard:
         has_baseline=any(row.baseline is not None for row in rows),
         equation=loss_equation(record.mode, record.hyperparameters.get("class_weights") is not None),
         labels_in_training=labels_in_training(record.hyperparameters),
+        is_timm=is_timm_architecture(record.architecture),
         has_curves=(folder / CURVES_FILE).is_file(),
         report=report_section(folder) if (folder / REPORT_FILE).is_file() else None,
         has_timm=(folder / "timm" / "config.json").is_file(),
@@ -91,7 +93,8 @@ def make_model_card(record: RunRecord, folder: str | os.PathLike) -> ModelCard:
 def card_metadata(record: RunRecord, name: str, rows: list[ResultRow]) -> ModelCardData:
     """The card's YAML block, which the Hub reads."""
     mode, dataset, teacher = record.mode, record.dataset, record.teacher
-    tags = ["vision", *(["deit", "vit"] if record.architecture == "deit_ti" else ["timm", record.architecture])]
+    own = ["deit", "vit"] if record.architecture == "deit_ti" else [record.architecture]
+    tags = ["vision", *(["timm"] if is_timm_architecture(record.architecture) else []), *own]
     # The Hub links a dataset's type to the dataset with that id, so it must not be the name of a local folder.
     dataset_type = {"hub": dataset.name, "local": "imagefolder", "scikit-learn": "scikit-learn-digits"}[dataset.source]
     evaluations = [
