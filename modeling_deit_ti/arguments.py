@@ -182,7 +182,7 @@ class ModelArguments:
     )
     image_size: int = HfArg(default=224, help="Height and width of the network's input, in pixels.")
     patch_size: int = HfArg(default=16, help="Height and width of a patch, in pixels.")
-    drop_path_rate: float = HfArg(default=0.1, help="Stochastic depth rate of the last block.")
+    drop_path_rate: float = HfArg(default=0.1, help="Stochastic depth rate of the last block (DeiT-Ti only).")
     patch_drop_rate: float = HfArg(
         default=0.0,
         help="Share of an image's patches that each training step drops (PatchDropout; DeiT-Ti only).",

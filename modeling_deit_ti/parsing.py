@@ -46,6 +46,7 @@ FORBIDDEN_IN_TEACHER_CONFIG = {
     *("output_dir", "resume_from_checkpoint", "push_to_hub", "export"),
     *(entry.name for group in (ImageArguments, TeacherArguments) for entry in dataclasses.fields(group)),
 }
+MODE_OPTIONS = ("teacher_targets", "distillation_alpha", "distillation_temperature", "single_token")
 # What the stages of a recipe may not set, since it is the same for all.
 FORBIDDEN_IN_STAGES = {
     *("output_dir", "resume_from_checkpoint", "model_name_or_path", "single_token", "push_to_hub", "export"),
@@ -160,6 +161,9 @@ def parse_stages(argv: list[str], description: str | None = None) -> list[Argume
     stages = recipe.pop("stages", [{}])
     if not (isinstance(stages, list) and stages and all(isinstance(stage, dict) for stage in stages)):
         raise UserError(f"--config {config}: stages must be a list of entries with `flag: value` lines.")
+    mode = recipe.get("distill_mode")
+    if mode is not None and parser.parse_known_args([f"--distill_mode={mode}", *argv])[0].distill_mode != mode:
+        recipe, *stages = map(_without_mode_options, (recipe, *stages))
     for stage in stages:
         parser.check_keys("--config", f"{config}, stages", stage)
         for key in stage.keys() & FORBIDDEN_IN_STAGES:
@@ -185,6 +189,11 @@ def parse_stages(argv: list[str], description: str | None = None) -> list[Argume
         if position < len(folders):
             run.model.export.clear()
     return runs
+
+
+def _without_mode_options(recipe: dict) -> dict:
+    """A recipe without the options of its mode, for another mode, which they may not suit."""
+    return {key: value for key, value in recipe.items() if key.replace("-", "_") not in MODE_OPTIONS}
 
 
 def _parse_run(parser: _Parser, flags: list[str], argv: list[str]) -> Arguments:

@@ -162,7 +162,12 @@ def check_folders(args: Arguments) -> None:
 
 
 def check_training(args: DistillationTrainingArguments, student: PreTrainedModel) -> None:
-    """Raises a `UserError` for flags that the Trainer would only reject after the teacher is fitted."""
+    """Raises a `UserError` for flags that would only fail, or teach nothing, after the teacher is fitted."""
+    if args.mode.teacher_targets == "standardized" and student.config.num_labels == 2:
+        raise UserError(
+            "--teacher_targets standardized: two standardised logits are always 1 and -1, so they teach nothing. Use "
+            "soft or hard targets."
+        )
     number = [torch.nn.Parameter(torch.zeros(1))]
     name = "muon" if args.optim == "muon" else args.optim.value
     flags = f"--optim {name}, with --learning_rate, --weight_decay, --adam_* and --optim_args"

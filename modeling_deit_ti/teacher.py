@@ -106,9 +106,11 @@ def check_better_than_chance(accuracy: float, labels: list[int], name: str) -> N
 
     Chance is the share of the most common label. A teacher must exceed it by five standard errors, and by half of it
     or 5 percentage points, whichever is less, since untrained networks are sometimes better than chance. Halfway from
-    chance to perfect is always enough.
+    chance to perfect is always enough. If all images have the same label, no teacher is refused.
     """
     chance = torch.bincount(torch.tensor(labels)).max().item() / len(labels)
+    if chance == 1:
+        return  # nobody can be better
     margin = max(5 * (chance * (1 - chance) / len(labels)) ** 0.5, min(0.5 * chance, 0.05))
     if accuracy <= chance + min(margin, 0.5 * (1 - chance)):
         raise UserError(

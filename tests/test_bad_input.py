@@ -361,6 +361,11 @@ MISTAKES = {
         [HARD, "--allow_untrained_teacher", "--teacher_num_train_epochs=0"],
         ["--teacher_num_train_epochs 0 forbids", "add --teacher_pretrained"],
     ),
+    "standardized targets for two labels": (
+        parquet(),
+        [DATA, HARD.replace("hard", "soft"), "--teacher_targets=standardized"],
+        ["--teacher_targets standardized", "two standardised logits"],
+    ),
     "teacher cut off": (cut_teacher, [HARD, TEACHER], ["--teacher_model_name_or_path teacher", "SafetensorError"]),
     "teacher pickled": (
         pickled_teacher,

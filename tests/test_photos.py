@@ -3,6 +3,7 @@
 import json
 
 import numpy as np
+import pytest
 import yaml
 from PIL import Image
 from real_command import REPOSITORY, run
@@ -17,6 +18,12 @@ def test_the_recipe_names_models_on_the_hub():
     assert args.model.model_name_or_path == "facebook/deit-tiny-distilled-patch16-224"
     assert args.fitting.model.model_name_or_path == "tf_efficientnet_lite0.in1k" and args.teacher.teacher_pretrained
     assert args.fitting.training.num_train_epochs == 15
+
+
+@pytest.mark.parametrize("mode", ["none", "hard", "both"])
+def test_the_recipes_soft_targets_are_for_its_own_mode(mode):
+    args = parse_arguments(["--config=recipes/photos.yaml", "--dataset_name=photos", f"--distill_mode={mode}"])
+    assert args.training.mode.teacher_targets == {"none": None, "hard": "hard", "both": "soft"}[mode]
 
 
 def test_two_pretrained_networks_learn_photos_of_mixed_sizes_and_formats(tmp_path, efficientnet_lite0):

@@ -472,7 +472,7 @@ def test_a_teacher_no_better_than_chance_is_refused_with_its_accuracy(labels, re
         check_better_than_chance(refused, labels, "bad")
 
 
-@pytest.mark.parametrize("labels", [[0, 1] * 10, [0] * 180 + [1] * 20, [0] * 9600 + [1] * 400])
+@pytest.mark.parametrize("labels", [[3], [0, 1] * 10, [0] * 180 + [1] * 20, [0] * 9600 + [1] * 400])
 def test_a_perfect_teacher_is_never_refused(labels):
     check_better_than_chance(1.0, labels, "perfect")
 
