@@ -1,5 +1,6 @@
 """How a network from scratch starts: the formulas, and that the command applies them only to such a network."""
 
+import dataclasses
 import math
 
 import numpy as np
@@ -148,6 +149,22 @@ def test_only_the_patches_start_differently_and_from_the_training_images(digits,
     images = EvalImages(digits.train, make_image_processor(args.model, args.augmentation))  # few enough to use all
     start_from_whitened_patches(again, images.__getitems__(range(64))["pixel_values"])
     torch.testing.assert_close(patches_weight_of(again), patches_weight_of(whitened))
+
+
+@pytest.mark.parametrize("heights", [(8,), (7, 8)], ids=["one size", "several sizes"])
+def test_images_without_labels_whiten_the_patches_too(digits, tmp_path, heights):
+    def cut(row, index):
+        height = heights[index % len(heights)]
+        return {"height": height, "pixels": row["pixels"][: 3 * row["width"] * height]}
+
+    labelled = digits.train.map(cut, with_indices=True)
+    unlabelled = dataclasses.replace(digits, train=labelled.remove_columns("label"))
+    whitened = network(unlabelled, tmp_path, distill_mode="distill", single_token=True, patch_init="whitening")
+    args = arguments(output_dir=tmp_path, image_size=32, patch_size=8)
+    images = EvalImages(labelled, make_image_processor(args.model, args.augmentation)).__getitems__(range(64))
+    again = DeiTTiForImageClassification(whitened.config)
+    start_from_whitened_patches(again, images["pixel_values"])
+    assert torch.equal(patches_weight_of(again), patches_weight_of(whitened))
 
 
 def test_stream_provides_its_first_images(tmp_path):

@@ -252,9 +252,10 @@ def sample_images(data: ImageData, image_processor, count: int) -> torch.Tensor:
     random ones or, from a stream, the first. Fewer if there are no more.
     """
     if data.is_streamed:
-        return image_processor(data.train.first_images(count), return_tensors="pt")["pixel_values"]
-    rows = random_rows(len(data.train), count)
-    return EvalImages(data.train.select(rows), image_processor).__getitems__(range(len(rows)))["pixel_values"]
+        images = data.train.first_images(count)
+    else:
+        images = [read_image(row) for row in data.train.select(random_rows(len(data.train), count))]
+    return image_processor(images, return_tensors="pt")["pixel_values"]
 
 
 def normalised(images: torch.Tensor, image_processor) -> torch.Tensor:
