@@ -60,9 +60,9 @@ class Teacher(nn.Module):
 
 def match_labels(model_names: list[str], names: list[str], model: str = "the teacher") -> list[int] | None:
     """
-    For each of the dataset's labels, its id in a model, matched by name (ignoring case, `_` and `-`). A model with
-    unnamed labels (`LABEL_0`, ...) is matched by order if it has the same number. It may have more labels than the
-    dataset.
+    For each of the dataset's labels, its id in a model, matched by name (ignoring case, `_` and `-`, unless both have
+    exactly the same names). A model with unnamed labels (`LABEL_0`, ...) is matched by order if it has the same
+    number. It may have more labels than the dataset.
 
     Args:
         model_names, names (`list[str]`): names of the model's labels and the dataset's, by label id.
@@ -74,10 +74,13 @@ def match_labels(model_names: list[str], names: list[str], model: str = "the tea
     Raises:
         UserError: if only some of the names match, or they do not match one to one.
     """
+    ids = {str(name): i for i, name in enumerate(model_names)}
+    if ids.keys() == set(names) and len(model_names) == len(names):  # of which some may differ only in case
+        return [ids[name] for name in names]
     plain = [re.sub(r"[\s_-]+", " ", str(name)).strip().casefold() for name in names]
     model_plain = [re.sub(r"[\s_-]+", " ", str(name)).strip().casefold() for name in model_names]
     unnamed = all(re.fullmatch(r"label \d+", name) for name in model_plain)
-    if model_plain == plain or (len(model_names) == len(names) and unnamed):
+    if len(model_names) == len(names) and unnamed:
         return list(range(len(names)))
     known = set(model_plain)
     missing = [name for name, key in zip(names, plain, strict=True) if key not in known]

@@ -133,11 +133,12 @@ def test_labels_without_a_class_feature_get_names(tmp_path, labels, kind, names,
     assert (data.label_names, data.train["label"][:], data.evaluation["label"][:]) == (names, ids, ids)
 
 
-def test_the_same_labels_in_a_different_order_are_aligned(tmp_path):
-    write_parquet(tmp_path / "data", labels=[0, 1], names=["cat", "dog"], split="train")
-    write_parquet(tmp_path / "data", labels=[0, 1], names=["dog", "cat"], split="test")
+@pytest.mark.parametrize("names", [["cat", "dog"], ["A", "a"]])
+def test_the_same_labels_in_a_different_order_are_aligned(tmp_path, names):
+    write_parquet(tmp_path / "data", labels=[0, 1], names=names, split="train")
+    write_parquet(tmp_path / "data", labels=[0, 1], names=names[::-1], split="test")
     data = load(tmp_path / "data")
-    assert (data.label_names, data.evaluation["label"][:]) == (["cat", "dog"], [1, 0])
+    assert (data.label_names, data.evaluation["label"][:]) == (names, [1, 0])
 
 
 def test_a_subset_is_drawn_from_all_rows_and_is_always_the_same():
@@ -199,6 +200,7 @@ def splits(train: dict, test: dict):
         (broken_image, {}, r"Split `train`, row 1: the image in column 'image' cannot be decoded"),
         (splits({"labels": [0, 1, None]}, {}), {}, "Split `train`, row 2: the label is missing"),
         (splits({}, {"labels": [0, -1]}), {}, "Split `test`, row 1: the label is -1"),
+        (splits({}, {"labels": [0, -1], "names": ["dog", "cat"]}), {}, "Split `test`, row 1: the label is -1"),
         (
             splits({"names": ["cat", "dog"]}, {"names": ["cat", "emu"]}),
             {},

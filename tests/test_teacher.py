@@ -89,6 +89,7 @@ def test_it_answers_in_the_datasets_label_order():
         (["cat", "dog"], ["cat", "dog"], [0, 1]),
         (["dog", "cat"], ["cat", "dog"], [1, 0]),
         (["Great White-Shark", "CAT"], ["cat", "great_white_shark"], [1, 0]),
+        (["A", "a"], ["a", "A"], [1, 0]),
         (["LABEL_0", "LABEL_1"], ["cat", "dog"], [0, 1]),
         (["emu", "dog", "cat", "fox"], ["cat", "dog"], [2, 1]),
         (["tench", "goldfish", "shark"], ["cat", "dog"], None),
@@ -110,6 +111,7 @@ def test_labels_match_by_name(teacher, dataset, order):
             "1 of 2 have the same name; the dataset has 'dog' where the teacher has",
         ),
         (["cat", "Cat", "dog"], ["cat", "dog"], "more than one label is called 'cat'"),
+        (["cat", "Cat"], ["cat", "CAT"], "more than one label is called 'cat', 'CAT'"),
     ],
 )
 def test_labels_that_match_only_partly_or_twice_are_refused(teacher, dataset, message):

@@ -239,19 +239,13 @@ def with_label_ids(
                 f"{list_some(names)}, evaluation {list_some(kinds[1].names)}."
             )
         if names != kinds[1].names:
-            evaluation = evaluation.align_labels_with_mapping({name: i for i, name in enumerate(names)}, column)
+            # (`datasets`' own align_labels_with_mapping takes names that differ only in case for one.)
+            ids = {name: i for i, name in enumerate(names)}
+            evaluation = _number_labels(evaluation, column, {i: ids[name] for i, name in enumerate(kinds[1].names)})
     else:
         names = _distinct_labels(train, evaluation, column, is_held_out)
-        train, evaluation = (
-            split.map(
-                _encode_labels,
-                batched=True,
-                fn_kwargs={"column": column, "names": names},
-                features=Features({**split.features, column: Value("int64")}),
-                desc="Numbering the labels",
-            )
-            for split in (train, evaluation)
-        )
+        ids = {name: i for i, name in enumerate(names)}
+        train, evaluation = (_number_labels(split, column, ids) for split in (train, evaluation))
     if len(names) < 2:
         raise UserError(f"Column {column!r} has only the labels {names}; a classifier needs at least two.")
     return train, evaluation, [str(name) for name in names]
@@ -276,9 +270,19 @@ def _distinct_labels(train: Dataset, evaluation: Dataset, column: str, is_held_o
     return names
 
 
-def _encode_labels(rows: dict, column: str, names: list) -> dict:
-    ids = {name: i for i, name in enumerate(names)}
-    return {column: [None if name is None else ids.get(name, -1) for name in rows[column]]}
+def _number_labels(split: Dataset, column: str, ids: dict) -> Dataset:
+    """Replaces labels by their ids. Others, which are missing or out of range, stay, to be reported with their row."""
+    return split.map(
+        _numbered,
+        batched=True,
+        fn_kwargs={"column": column, "ids": ids},
+        features=Features({**split.features, column: Value("int64")}),
+        desc="Numbering the labels",
+    )
+
+
+def _numbered(rows: dict, column: str, ids: dict) -> dict:
+    return {column: [ids.get(label, label) for label in rows[column]]}
 
 
 # ---- Rows ----
