@@ -81,6 +81,19 @@ def test_labels_in_metadata_files_are_read_if_there_are_no_class_folders(tmp_pat
     assert (len(data.train), len(data.evaluation), data.label_names) == (4, 2, ["cat", "dog"])
 
 
+@pytest.mark.parametrize("streaming", [False, True])
+@pytest.mark.parametrize("splits", [[""], ["train", "test"]], ids=["one split", "two splits"])
+def test_class_folders_may_be_links_and_start_with_underscores(tmp_path, splits, streaming):
+    for split in splits:
+        write(tmp_path / "data" / split, *several("cat"), *several("__dog"))
+        write(tmp_path / "elsewhere" / split, *several("felines"))
+        (tmp_path / "data" / split / "lynx").symlink_to(tmp_path / "elsewhere" / split / "felines")
+    data = load(str(tmp_path / "data"), streaming=streaming)
+    assert data.label_names == ["__dog", "cat", "lynx"] and all_images(data) == 15 * len(splits)
+    if len(splits) == 2:
+        assert data.evaluation["label"][:] == [0] * 5 + [1] * 5 + [2] * 5
+
+
 @pytest.mark.parametrize(
     "files",
     [["cat/a/1.png", "cat/b/1.png"], ["cat/1.png", "dog/1.png", "2.png"], ["train/cat/1.png", "train/2.png"]],

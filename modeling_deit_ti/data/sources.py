@@ -5,7 +5,7 @@ import glob
 import logging
 import os
 from collections import Counter
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Iterable, Iterator
 from pathlib import Path
 
 import numpy as np
@@ -73,7 +73,7 @@ def explaining_dataset_errors(name: str) -> Iterator[None]:
 def _load_folder(folder: str, config_name: str | None) -> DatasetDict:
     class_folders = find_class_folders(folder)
     if class_folders is not None:
-        splits = _load_each("imagefolder", {split: [pattern] for split, (pattern, _) in class_folders.items()})
+        splits = _load_each("imagefolder", {split: patterns for split, (patterns, _) in class_folders.items()})
         for split, (_, expected) in class_folders.items():
             if len(splits[split]) != expected:
                 raise UserError(
@@ -88,10 +88,10 @@ def _load_folder(folder: str, config_name: str | None) -> DatasetDict:
     return _load_each("parquet", {str(split): list(files) for split, files in builder.config.data_files.items()})
 
 
-def find_class_folders(folder: str) -> dict[str, tuple[str, int]] | None:
+def find_class_folders(folder: str) -> dict[str, tuple[list[str], int]] | None:
     """
     The splits of a folder with one subfolder of images per class, optionally under `train/`, `test/`, `validation/`
-    (case-insensitive): the pattern of each split's files, and its number of images. `None` for other folders.
+    (case-insensitive): the patterns of each split's files, and its number of images. `None` for other folders.
 
     (`datasets` would guess the splits from the names of all files and folders, and lose a class `bus stop` beside the
     classes `train station` and `train track`.)
@@ -113,7 +113,7 @@ def find_class_folders(folder: str) -> dict[str, tuple[str, int]] | None:
     if depths in (set(), {0}) or (depths == {1} and has_metadata):
         return None  # no images, or their labels are in a metadata file
     if depths == {1}:
-        return {"train": (f"{glob.escape(folder)}/*/*", counts.total())}
+        return {"train": (_patterns(folder, counts), counts.total())}
     tops = sorted({parts[0] for parts in counts if parts}, key=str.lower, reverse=True)
     splits = {name: str(split) for split, names in SPLIT_KEYWORDS.items() for name in names}
     if depths != {2} or not all(top.lower() in splits for top in tops):
@@ -124,13 +124,13 @@ def find_class_folders(folder: str) -> dict[str, tuple[str, int]] | None:
         )
     if len({splits[top.lower()] for top in tops}) < len(tops):
         raise UserError(f"--dataset_name {folder}: {list_some(sorted(tops))} are two folders for one split.")
-    return {
-        splits[top.lower()]: (
-            f"{glob.escape(os.path.join(folder, top))}/*/*",
-            sum(count for parts, count in counts.items() if parts[0] == top),
-        )
-        for top in tops
-    }
+    of_top = {top: {parts: count for parts, count in counts.items() if parts[0] == top} for top in tops}
+    return {splits[top.lower()]: (_patterns(folder, of_top[top]), sum(of_top[top].values())) for top in tops}
+
+
+def _patterns(folder: str, class_folders: Iterable[tuple[str, ...]]) -> list[str]:
+    """One pattern per class: in `*/*`, `datasets` would skip linked folders, and those called `__...`."""
+    return [f"{glob.escape(path)}*" for path in sorted(os.path.join(folder, *parts, "") for parts in class_folders)]
 
 
 def _load_each(kind: str, files: dict[str, list[str]]) -> DatasetDict:
