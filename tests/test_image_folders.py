@@ -104,6 +104,19 @@ def test_images_at_the_wrong_depth_are_refused(tmp_path, files):
         load(write(tmp_path, *files))
 
 
+@pytest.mark.parametrize(
+    ("folders", "message"),
+    [
+        (["cat"], r"has only the labels \['cat'\]; a classifier needs at least two"),
+        (["train/cat", "test/cat"], r"has only the labels \['cat'\]; a classifier needs at least two"),
+        (["train/cat", "train/dog", "test/dog"], "The splits' labels differ: 'cat' in one split only"),
+    ],
+)
+def test_a_split_with_a_single_class_is_refused(tmp_path, folders, message):
+    with pytest.raises(UserError, match=message):
+        load(write(tmp_path, *(file for folder in folders for file in several(folder))))
+
+
 def test_two_folders_for_one_split_are_refused(tmp_path):
     with pytest.raises(UserError, match="'Train', 'train' are two folders for one split"):
         load(write(tmp_path, *several("Train/cat"), *several("train/dog")))

@@ -73,7 +73,8 @@ def explaining_dataset_errors(name: str) -> Iterator[None]:
 def _load_folder(folder: str, config_name: str | None) -> DatasetDict:
     class_folders = find_class_folders(folder)
     if class_folders is not None:
-        splits = _load_each("imagefolder", {split: patterns for split, (patterns, _) in class_folders.items()})
+        files = {split: patterns for split, (patterns, _) in class_folders.items()}
+        splits = _load_each("imagefolder", files, drop_labels=False)  # by default, it drops those of a single class
         for split, (_, expected) in class_folders.items():
             if len(splits[split]) != expected:
                 raise UserError(
@@ -133,10 +134,13 @@ def _patterns(folder: str, class_folders: Iterable[tuple[str, ...]]) -> list[str
     return [f"{glob.escape(path)}*" for path in sorted(os.path.join(folder, *parts, "") for parts in class_folders)]
 
 
-def _load_each(kind: str, files: dict[str, list[str]]) -> DatasetDict:
+def _load_each(kind: str, files: dict[str, list[str]], **options) -> DatasetDict:
     """Loads splits one by one: together, all would get the features, and so the label names, of the first file."""
     return DatasetDict(
-        {split: load_dataset(kind, data_files={split: names}, split=split) for split, names in files.items()}
+        {
+            split: load_dataset(kind, data_files={split: names}, split=split, **options)
+            for split, names in files.items()
+        }
     )
 
 
