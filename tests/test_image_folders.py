@@ -70,15 +70,18 @@ def test_class_folders_take_precedence_over_a_metadata_file(tmp_path):
     assert data.label_names == ["cat", "dog"] and all_images(data) == 10
 
 
-def test_labels_in_metadata_files_are_read_if_there_are_no_class_folders(tmp_path):
-    folder = write(
-        tmp_path, *(f"train/{index}.png" for index in range(4)), *(f"test/{index}.png" for index in range(2))
-    )
+@pytest.mark.parametrize("streaming", [False, True])
+@pytest.mark.parametrize("images", ["", "images/"], ids=["beside the file", "in a folder beside the file"])
+def test_labels_in_metadata_files_are_read_if_there_are_no_class_folders(tmp_path, images, streaming):
     for split, count in (("train", 4), ("test", 2)):
-        rows = "".join(f"{index}.png,{'cat' if index % 2 else 'dog'}\n" for index in range(count))
+        write(tmp_path / split, *(f"{images}{index}.png" for index in range(count)))
+        rows = "".join(f"{images}{index}.png,{'cat' if index % 2 else 'dog'}\n" for index in range(count))
         (tmp_path / split / "metadata.csv").write_text("file_name,label\n" + rows)
-    data = load(folder)
+    data = load(str(tmp_path), streaming=streaming)
     assert (len(data.train), len(data.evaluation), data.label_names) == (4, 2, ["cat", "dog"])
+    assert data.evaluation["label"][:] == [1, 0]
+    data = load(str(tmp_path / "train"), streaming=streaming)
+    assert all_images(data) == 4 and data.label_names == ["cat", "dog"]
 
 
 @pytest.mark.parametrize("streaming", [False, True])

@@ -100,7 +100,7 @@ def find_class_folders(folder: str) -> dict[str, tuple[list[str], int]] | None:
     Raises:
         UserError: if images are at different depths, too deep, or in two folders for one split.
     """
-    counts, has_metadata = Counter(), False
+    counts, with_metadata = Counter(), set()
     for path, _, files in os.walk(folder, followlinks=True):
         parts = Path(path).relative_to(folder).parts
         if any(part.startswith(".") for part in parts):
@@ -108,11 +108,15 @@ def find_class_folders(folder: str) -> dict[str, tuple[list[str], int]] | None:
         counts[parts] = sum(
             os.path.splitext(file)[1].lower() in ImageFolder.EXTENSIONS for file in files if not file.startswith(".")
         )
-        has_metadata |= len(parts) == 1 and not set(files).isdisjoint(ImageFolder.METADATA_FILENAMES)
+        if not set(files).isdisjoint(ImageFolder.METADATA_FILENAMES):
+            with_metadata.add(parts)
     counts = +counts  # without empty folders
     depths = {len(parts) for parts in counts}
-    if depths in (set(), {0}) or (depths == {1} and has_metadata):
+    if depths in (set(), {0}) or (depths == {1} and any(len(parts) == 1 for parts in with_metadata)):
         return None  # no images, or their labels are in a metadata file
+    parents = Counter(parts[:-1] for parts in counts)
+    if all(number == 1 and parent in with_metadata for parent, number in parents.items()):
+        return None  # the same, with the images in a folder beside it
     if depths == {1}:
         return {"train": (_patterns(folder, counts), counts.total())}
     tops = sorted({parts[0] for parts in counts if parts}, key=str.lower, reverse=True)
