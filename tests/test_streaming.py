@@ -12,6 +12,8 @@ import sys
 from pathlib import Path
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 import torch
 from building import arguments
@@ -281,6 +283,28 @@ def test_string_labels_are_numbered_as_without_streaming(tmp_path):
     data = load(folder)
     assert data.label_names == load_images(ImageArguments(dataset_name=str(folder))).label_names == ["x", "y", "z"]
     batch = epoch(data.train)[0][0]
+    assert batch["labels"].tolist() == [3 * n // NUM_IMAGES for n in batch["pixel_values"][:, 0].tolist()]
+
+
+@pytest.mark.parametrize("are_plain", [False, True], ids=["encoded", "plain bytes and strings"])
+def test_features_that_only_the_dataset_card_declares_are_used_as_without_streaming(tmp_path, are_plain):
+    folder, names = write_dataset(tmp_path), ["c", "a", "b"]
+    for file in folder.glob("*.parquet"):
+        table = pq.read_table(file).replace_schema_metadata()
+        if are_plain:
+            table = pa.table(
+                {
+                    "image": [row["bytes"] for row in table["image"].to_pylist()],
+                    "label": [names[label] for label in table["label"].to_pylist()],
+                }
+            )
+        pq.write_table(table, file, row_group_size=50)
+    features = [{"name": "image", "dtype": "image"}, {"name": "label", "dtype": {"class_label": {"names": names}}}]
+    (folder / "README.md").write_text(f"---\n{json.dumps({'dataset_info': {'features': features}})}\n---\n")
+    stored, streamed = load_images(ImageArguments(dataset_name=str(folder))), load(folder)
+    assert stored.label_names == streamed.label_names == names
+    assert stored.train["label"][:] == streamed.train.label_ids().tolist() == [3 * n // 487 for n in range(487)]
+    batch = epoch(streamed.train)[0][0]
     assert batch["labels"].tolist() == [3 * n // NUM_IMAGES for n in batch["pixel_values"][:, 0].tolist()]
 
 

@@ -86,7 +86,8 @@ def _load_folder(folder: str, config_name: str | None) -> DatasetDict:
     builder = load_dataset_builder(folder, config_name)
     if not isinstance(builder.config, ParquetConfig):
         return load_dataset(folder, config_name)
-    return _load_each("parquet", {str(split): list(files) for split, files in builder.config.data_files.items()})
+    files = {str(split): list(files) for split, files in builder.config.data_files.items()}
+    return _load_each("parquet", files, features=builder.info.features)  # those that the dataset card declares, if any
 
 
 def find_class_folders(folder: str) -> dict[str, tuple[list[str], int]] | None:

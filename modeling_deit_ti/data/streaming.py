@@ -27,6 +27,7 @@ from accelerate.data_loader import prepare_data_loader
 from datasets import ClassLabel, Dataset, DatasetBuilder, Features, Image, load_dataset, load_dataset_builder
 from datasets.packaged_modules.imagefolder.imagefolder import ImageFolderConfig
 from datasets.packaged_modules.parquet.parquet import ParquetConfig
+from datasets.table import table_cast
 from PIL import Image as PILImage
 from torch.utils.data import DataLoader
 
@@ -66,9 +67,12 @@ class UnreadableRow(UserError):
 
 
 class ParquetRows:
-    """The rows of Parquet files, local or on the Hub; each row group is a shard. At first, only footers are read."""
+    """
+    The rows of Parquet files, local or on the Hub; each row group is a shard. At first, only footers are read. The
+    `features` are those that the dataset card declares, if any.
+    """
 
-    def __init__(self, files: list[str]):
+    def __init__(self, files: list[str], features: Features | None):
         self.files = files
         self.shards: list[tuple[int, int, int]] = []  # file, row group, rows before it in the file
         sizes, footers = [], hashlib.sha256()
@@ -87,7 +91,9 @@ class ParquetRows:
             if "://" in file:
                 footers.update(file.encode())  # it contains the commit
             if number == 0:
-                self.features = Features.from_arrow_schema(metadata.schema.to_arrow_schema())
+                own = Features.from_arrow_schema(metadata.schema.to_arrow_schema())
+                self.features = Features({name: (features or own).get(name, own[name]) for name in own})
+                self.schema = self.features.arrow_schema
         self.sizes = np.array(sizes, dtype=np.int64)  # rows in each shard
         self.digest = footers.hexdigest()
 
@@ -95,7 +101,7 @@ class ParquetRows:
         for file in self.files:
             with _open(file) as opened:
                 for batch in pq.ParquetFile(opened).iter_batches(columns=[name], use_threads=False):
-                    yield batch.column(0).to_pylist()
+                    yield self._cast(batch).column(0).to_pylist()
 
     def read(self, shard: int, start: int, stop: int, columns: list[str]) -> Iterator[dict]:
         """Rows `start` to `stop` of a shard. Row groups of any size are read page by page."""
@@ -106,10 +112,15 @@ class ParquetRows:
             for batch in parquet.iter_batches(ROWS_AT_ONCE, row_groups=[group], columns=columns, use_threads=False):
                 first, last = max(0, start - position), min(len(batch), stop - position)
                 if first < last:
-                    yield from batch.slice(first, last - first).to_pylist()
+                    yield from self._cast(batch.slice(first, last - first)).to_pylist()
                 position += len(batch)
                 if position >= stop:
                     return
+
+    def _cast(self, batch: pa.RecordBatch) -> pa.Table:
+        """As `datasets` would load it: the card may declare plain bytes to be images, and strings class labels."""
+        schema = pa.schema([self.schema.field(name) for name in batch.schema.names], self.schema.metadata)
+        return table_cast(pa.Table.from_batches([batch]), schema)
 
     def place(self, shard: int, row: int) -> str:
         number, _, before = self.shards[shard]
@@ -228,8 +239,10 @@ def _open_parquet(args: ImageArguments, builder: DatasetBuilder) -> tuple[Parque
             "--validation_from_train."
         )
     with explaining_dataset_errors(args.dataset_name):
-        rows = ParquetRows(files["train"])
-        evaluation = load_dataset("parquet", data_files={eval_split: files[eval_split]}, split=eval_split)
+        features = builder.info.features
+        rows = ParquetRows(files["train"], features)
+        evaluation_files = {eval_split: files[eval_split]}
+        evaluation = load_dataset("parquet", data_files=evaluation_files, split=eval_split, features=features)
     check_not_empty(args.dataset_name, {"train": rows.sizes.sum(), eval_split: len(evaluation)})
     return rows, evaluation, eval_split, find_image_column(rows.features, args)
 
