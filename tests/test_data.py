@@ -102,6 +102,19 @@ def test_the_same_share_of_each_label_is_held_out():
     assert len(hold_out(["ant"] * 9 + ["bee"], 0.2)[1]) == 2  # a single bee cannot be split
 
 
+@pytest.mark.parametrize("streaming", [False, True])
+def test_a_labels_only_image_may_be_held_out(tmp_path, streaming):
+    labels = ["cat", "dog"] * 10
+    _, (row, _) = hold_out([*labels[1:], "emu"], 0.1)
+    labels[row] = "emu"
+    features = Features({"image": Image(), "label": Value("string")})
+    rows = Dataset.from_dict({"image": [picture(i) for i in range(20)], "label": labels}, features=features)
+    DatasetDict({"train": rows}).save_to_disk(tmp_path / "saved")
+    data = load(tmp_path / "saved", streaming=streaming)
+    assert data.label_names == ["cat", "dog", "emu"] and 2 in data.evaluation["label"][:]
+    assert data.label_counts()[2] == 0
+
+
 def test_a_recipe_can_be_chosen_without_the_test_images():
     test = {row["pixels"] for row in load("digits").evaluation}
     data = load("digits", validation_from_train=True, train_val_split=0.25)
@@ -166,11 +179,20 @@ def test_training_without_labels_accepts_a_split_without_a_label_column(tmp_path
     assert "label" not in data.train.column_names and data.label_names == ["cat", "dog"]
 
 
-def test_training_without_labels_accepts_rows_with_missing_labels(tmp_path):
-    write_parquet(tmp_path / "data", labels=[0, None, -1, 1])
-    write_parquet(tmp_path / "data", split="test")
-    data = load(tmp_path / "data", labels_needed=False)
+@pytest.mark.parametrize("streaming", [False, True])
+@pytest.mark.parametrize(
+    ("labels", "kind"),
+    [([0, None, -1, 1], None), ([5, None, -1, 3], Value("int64")), (["dog", None, "cat", "cat"], Value("string"))],
+)
+def test_training_without_labels_accepts_rows_with_missing_labels(tmp_path, labels, kind, streaming):
+    write_parquet(tmp_path / "data", labels=labels, kind=kind)
+    write_parquet(tmp_path / "data", labels=[labels[0], labels[3]], kind=kind, split="test")
+    data = load(tmp_path / "data", labels_needed=False, streaming=streaming)
     assert len(data.train) == 4 and "label" not in data.train.column_names
+    assert data.evaluation["label"][:] == ([0, 1] if kind is None else [1, 0])
+    if streaming:
+        for number, image in enumerate(data.train.first_images(4)):
+            np.testing.assert_array_equal(image, picture(number))
 
 
 # ---- Mistakes ----

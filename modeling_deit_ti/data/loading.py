@@ -23,6 +23,7 @@ from .sources import EVALUATION_SPLITS, check_not_empty, find_eval_split, load_s
 # Larger splits stay encoded, and are decoded again in each epoch.
 MAX_DECODED_BYTES = 8 * 2**30
 MAX_BATCH_BYTES = 128 * 2**20
+HELD_OUT = "train (held out)"  # the name of an evaluation split that is taken from the training split
 # Bump when images or labels come out differently than before, so that `datasets` does not reuse what it has cached.
 CHECK_VERSION = 1
 # The columns of a checked split, and those added for images that are kept decoded.
@@ -93,7 +94,7 @@ def load_stored_images(args: ImageArguments, labels_needed: bool = True) -> Imag
     train, evaluation, eval_split = train_and_evaluation(splits, args)
     image_column = find_image_column(train.features, args)
     label_column = find_label_column(evaluation.features, args)
-    is_held_out = eval_split not in splits
+    is_held_out = eval_split == HELD_OUT
     train, evaluation, label_names = with_label_ids(train, evaluation, label_column, labels_needed, is_held_out)
     columns = image_column, label_column, len(label_names)
     train = check_split(train, "train", *columns, args.max_train_samples, labels_needed)
@@ -133,8 +134,7 @@ def load_evaluation_images(args: ImageArguments, split: str | None = None) -> Ev
     image_column = find_image_column(images.features, args)
     label_column = find_label_column(images.features, args)
     train = train.select_columns([name for name in train.column_names if name == label_column])
-    is_held_out = split not in splits
-    _, images, label_names = with_label_ids(train, images, label_column, False, is_held_out)
+    _, images, label_names = with_label_ids(train, images, label_column, False, split == HELD_OUT)
     images = check_split(images, split, image_column, label_column, len(label_names), args.max_eval_samples)
     return EvaluationData(images.remove_columns("digest"), label_names, source, split)
 
@@ -154,7 +154,7 @@ def train_and_evaluation(splits: DatasetDict, args: ImageArguments) -> tuple[Dat
         labels = splits["train"][find_label_column(splits["train"].features, args)][:]
         kept, held_out = hold_out(labels, args.train_val_split)
         train, evaluation = splits["train"].select(kept), splits["train"].select(held_out)
-        eval_split = "train (held out)"
+        eval_split = HELD_OUT
     check_not_empty(args.dataset_name, {"train": len(train), eval_split: len(evaluation)})
     return train, evaluation, eval_split
 
@@ -219,7 +219,7 @@ def _kind(feature) -> str:
 
 
 def with_label_ids(
-    train: Dataset, evaluation: Dataset, column: str, labels_needed: bool, is_held_out: bool = False
+    train: Dataset, evaluation: Dataset, column: str, labels_needed: bool, is_held_out: bool
 ) -> tuple[Dataset, Dataset, list[str]]:
     """Both splits with ids in the label column (missing ones stay `None`), and the label names."""
     if column not in train.column_names:

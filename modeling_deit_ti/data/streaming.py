@@ -35,6 +35,7 @@ from ..arguments import DistillationTrainingArguments, Division, ImageArguments
 from ..errors import UserError, first_line
 from ..hub import retrying
 from .loading import (
+    HELD_OUT,
     ImageData,
     check_label,
     check_split,
@@ -194,14 +195,15 @@ def load_streamed_images(args: ImageArguments, labels_needed: bool = True) -> Im
     # What the checks need of a split: its columns, and one row for each label that has no name yet.
     values = list(found) if has_labels and not has_names else []
     columns = {name: values if name == label_column else [None] * len(values) for name in features}
-    train, evaluation, label_names = with_label_ids(
-        Dataset.from_dict(columns, features=features), evaluation, label_column, labels_needed
-    )
+    train = Dataset.from_dict(columns, features=features)
+    is_held_out = eval_split == HELD_OUT
+    train, evaluation, label_names = with_label_ids(train, evaluation, label_column, labels_needed, is_held_out)
     ids = dict(zip(values, train[label_column], strict=True)) if values else None
     content.update("\0".join(label_names).encode())
     columns = image_column, label_column, len(label_names)
     evaluation = check_split(evaluation, eval_split, *columns, args.max_eval_samples).remove_columns("digest")
-    if not has_labels:
+    some_missing = any(label is None or label < 0 for label in (found if has_names else train[label_column]))
+    if not has_labels or (some_missing and not labels_needed):
         label_column = None
     split = StreamedSplit(rows, image_column, label_column, ids, len(label_names))
     return ImageData(args, split, evaluation, label_names, source, eval_split, content.hexdigest())
