@@ -124,11 +124,19 @@ def test_a_recipe_can_be_chosen_without_the_test_images():
     assert not held_out & train and not (held_out | train) & test
 
 
-def test_a_dataset_written_by_save_to_disk_loads(tmp_path):
+@pytest.mark.parametrize("streaming", [False, True])
+def test_a_dataset_written_by_save_to_disk_loads(tmp_path, streaming):
     features = Features({"image": Image(), "label": ClassLabel(names=["a", "b"])})
     split = Dataset.from_dict({"image": [picture(0), picture(1)], "label": [0, 1]}, features=features)
     DatasetDict({"train": split, "validation": split}).save_to_disk(tmp_path / "saved")
-    assert load(tmp_path / "saved").eval_split == "validation"
+    data = load(tmp_path / "saved", streaming=streaming)
+    assert (len(data.train), len(data.evaluation), data.eval_split) == (2, 2, "validation")
+    concatenate_datasets([split] * 5).save_to_disk(tmp_path / "single")
+    before = {path.name: path.read_bytes() for path in (tmp_path / "single").iterdir()}
+    data = load(tmp_path / "single", streaming=streaming)
+    assert (len(data.train), len(data.evaluation), data.eval_split) == (9, 1, "train (held out)")
+    assert data.label_names == ["a", "b"] and sorted(data.label_counts()) == [4, 5]
+    assert {path.name: path.read_bytes() for path in (tmp_path / "single").iterdir()} == before
 
 
 @pytest.mark.parametrize(

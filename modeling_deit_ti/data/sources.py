@@ -42,10 +42,11 @@ def load_splits(name: str, config_name: str | None) -> tuple[DatasetDict, str]:
     if os.path.isfile(folder):  # `datasets` would look for a cached dataset of that name
         raise UserError(f"--dataset_name {name}: this is a file, not a folder.")
     with explaining_dataset_errors(name):
-        if os.path.isfile(os.path.join(folder, "dataset_dict.json")):
+        if is_saved_to_disk(folder):
+            saved = load_from_disk(folder)
+            saved = saved if isinstance(saved, DatasetDict) else {"train": saved}
             # Through the cache: `datasets` writes results beside the rows, which would be in the user's folder.
-            saved = load_from_disk(folder).items()
-            files = {split: [file["filename"] for file in rows.cache_files] for split, rows in saved}
+            files = {split: [file["filename"] for file in rows.cache_files] for split, rows in saved.items()}
             return _load_each("arrow", files), "local"
         if os.path.isdir(folder):
             return _load_folder(folder, config_name), "local"
@@ -68,6 +69,12 @@ def explaining_dataset_errors(name: str) -> Iterator[None]:
             "per class, or use `--dataset_name digits`; with HF_HUB_OFFLINE=1, a dataset that was loaded before is "
             "read from the cache."
         ) from error
+
+
+def is_saved_to_disk(folder: str) -> bool:
+    """Whether `save_to_disk` wrote the folder, of a `DatasetDict` or of a single `Dataset`."""
+    kinds = ["dataset_dict.json"], ["dataset_info.json", "state.json"]
+    return any(all(os.path.isfile(os.path.join(folder, file)) for file in files) for files in kinds)
 
 
 def _load_folder(folder: str, config_name: str | None) -> DatasetDict:

@@ -51,6 +51,7 @@ from .sources import (
     explaining_dataset_errors,
     find_class_folders,
     find_eval_split,
+    is_saved_to_disk,
     load_splits,
 )
 
@@ -213,7 +214,7 @@ def _open_splits(args: ImageArguments) -> tuple[ParquetRows | TableRows, Dataset
     """The training rows, the evaluation split and its name, the image column, and the source."""
     name, folder = args.dataset_name, os.path.expanduser(args.dataset_name)
     is_folder = os.path.isdir(folder)
-    is_table = os.path.isfile(os.path.join(folder, "dataset_dict.json")) or (name == "digits" and not is_folder)
+    is_table = is_saved_to_disk(folder) or (name == "digits" and not is_folder)
     if not is_table and not (is_folder and find_class_folders(folder)):
         with explaining_dataset_errors(name):
             source = folder if is_folder else name
