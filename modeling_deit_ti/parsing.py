@@ -193,7 +193,7 @@ def parse_stages(argv: list[str], description: str | None = None) -> list[Argume
 
 def _without_mode_options(recipe: dict) -> dict:
     """A recipe without the options of its mode, for another mode, which they may not suit."""
-    return {key: value for key, value in recipe.items() if key.replace("-", "_") not in MODE_OPTIONS}
+    return {key: value for key, value in recipe.items() if str(key).replace("-", "_") not in MODE_OPTIONS}
 
 
 def _parse_run(parser: _Parser, flags: list[str], argv: list[str]) -> Arguments:
