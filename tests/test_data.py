@@ -131,12 +131,30 @@ def test_a_dataset_written_by_save_to_disk_loads(tmp_path, streaming):
     DatasetDict({"train": split, "validation": split}).save_to_disk(tmp_path / "saved")
     data = load(tmp_path / "saved", streaming=streaming)
     assert (len(data.train), len(data.evaluation), data.eval_split) == (2, 2, "validation")
-    concatenate_datasets([split] * 5).save_to_disk(tmp_path / "single")
-    before = {path.name: path.read_bytes() for path in (tmp_path / "single").iterdir()}
-    data = load(tmp_path / "single", streaming=streaming)
+    single = tmp_path / "my [photos]" / "single"
+    concatenate_datasets([split] * 5).save_to_disk(single)
+    before = {path.name: path.read_bytes() for path in single.iterdir()}
+    data = load(single, streaming=streaming)
     assert (len(data.train), len(data.evaluation), data.eval_split) == (9, 1, "train (held out)")
     assert data.label_names == ["a", "b"] and sorted(data.label_counts()) == [4, 5]
-    assert {path.name: path.read_bytes() for path in (tmp_path / "single").iterdir()} == before
+    assert {path.name: path.read_bytes() for path in single.iterdir()} == before
+
+
+@pytest.mark.parametrize("streaming", [False, True])
+def test_parquet_files_may_have_brackets_in_their_names(tmp_path, streaming):
+    for split in ("train", "test"):
+        write_parquet(tmp_path, split=split)
+        (tmp_path / f"{split}-00000-of-00001.parquet").rename(tmp_path / f"{split} [1].parquet")
+    data = load(tmp_path, streaming=streaming)
+    assert (len(data.train), len(data.evaluation), data.eval_split) == (4, 4, "test")
+
+
+@pytest.mark.parametrize("streaming", [False, True])
+def test_label_names_in_one_split_and_text_in_the_other_are_refused(tmp_path, streaming):
+    write_parquet(tmp_path, names=("dog", "cat"))
+    write_parquet(tmp_path, labels=("dog", "cat"), kind=Value("string"), split="test")
+    with pytest.raises(UserError, match="holds ClassLabel in one split and string in the other"):
+        load(tmp_path, streaming=streaming)
 
 
 @pytest.mark.parametrize(

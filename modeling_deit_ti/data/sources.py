@@ -46,7 +46,8 @@ def load_splits(name: str, config_name: str | None) -> tuple[DatasetDict, str]:
             saved = load_from_disk(folder)
             saved = saved if isinstance(saved, DatasetDict) else {"train": saved}
             # Through the cache: `datasets` writes results beside the rows, which would be in the user's folder.
-            files = {split: [file["filename"] for file in rows.cache_files] for split, rows in saved.items()}
+            names = {split: [file["filename"] for file in rows.cache_files] for split, rows in saved.items()}
+            files = {split: [*map(pattern_of, files)] for split, files in names.items()}
             return _load_each("arrow", files), "local"
         if os.path.isdir(folder):
             return _load_folder(folder, config_name), "local"
@@ -93,7 +94,7 @@ def _load_folder(folder: str, config_name: str | None) -> DatasetDict:
     builder = load_dataset_builder(folder, config_name)
     if not isinstance(builder.config, ParquetConfig):
         return load_dataset(folder, config_name)
-    files = {str(split): list(files) for split, files in builder.config.data_files.items()}
+    files = {str(split): [*map(pattern_of, files)] for split, files in builder.config.data_files.items()}
     return _load_each("parquet", files, features=builder.info.features)  # those that the dataset card declares, if any
 
 
@@ -144,6 +145,11 @@ def find_class_folders(folder: str) -> dict[str, tuple[list[str], int]] | None:
 def _patterns(folder: str, class_folders: Iterable[tuple[str, ...]]) -> list[str]:
     """One pattern per class: in `*/*`, `datasets` would skip linked folders, and those called `__...`."""
     return [f"{glob.escape(path)}*" for path in sorted(os.path.join(folder, *parts, "") for parts in class_folders)]
+
+
+def pattern_of(file: str) -> str:
+    """A pattern for this file alone: `datasets` takes all names for patterns, and brackets for a choice of letters."""
+    return file if "://" in file else glob.escape(file)
 
 
 def _load_each(kind: str, files: dict[str, list[str]], **options) -> DatasetDict:

@@ -53,6 +53,7 @@ from .sources import (
     find_eval_split,
     is_saved_to_disk,
     load_splits,
+    pattern_of,
 )
 
 
@@ -188,7 +189,7 @@ def load_streamed_images(args: ImageArguments, labels_needed: bool = True) -> Im
     label_column = find_label_column(evaluation.features, args)
     features, content, found = rows.features, hashlib.sha256(rows.digest.encode()), set()
     has_labels = label_column in features
-    has_names = has_labels and isinstance(features[label_column], ClassLabel)
+    has_names = has_labels and all(isinstance(of[label_column], ClassLabel) for of in (features, evaluation.features))
     if has_labels and not (has_names and source == "hub"):  # on the Hub, it would take a request per row group
         for values in rows.column(label_column):
             found.update(values)
@@ -244,7 +245,7 @@ def _open_parquet(args: ImageArguments, builder: DatasetBuilder) -> tuple[Parque
     with explaining_dataset_errors(args.dataset_name):
         features = builder.info.features
         rows = ParquetRows(files["train"], features)
-        evaluation_files = {eval_split: files[eval_split]}
+        evaluation_files = {eval_split: [*map(pattern_of, files[eval_split])]}
         evaluation = load_dataset("parquet", data_files=evaluation_files, split=eval_split, features=features)
     check_not_empty(args.dataset_name, {"train": rows.sizes.sum(), eval_split: len(evaluation)})
     return rows, evaluation, eval_split, find_image_column(rows.features, args)
