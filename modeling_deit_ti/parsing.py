@@ -35,7 +35,8 @@ INHERITED_BY_TEACHER = (
     *("per_device_train_batch_size", "per_device_eval_batch_size", "gradient_accumulation_steps"),
     *("fp16", "bf16", "tf32", "use_cpu", "torch_compile", "torch_compile_backend", "torch_compile_mode"),
     "full_determinism",
-    *("dataloader_num_workers", "disable_tqdm", "log_level", "project", "trackio_space_id", "trackio_bucket_id"),
+    *("dataloader_num_workers", "disable_tqdm", "log_level"),
+    *("project", "trackio_space_id", "trackio_static_space_id", "trackio_bucket_id", "hub_private_repo"),
 )
 MAX_YAML_NODES = 10_000  # in a recipe
 # The tools that --report_to calls by the name of the package that they need.
@@ -183,7 +184,8 @@ def parse_stages(argv: list[str], description: str | None = None) -> list[Argume
         if position > 0:
             own += [f"--model_name_or_path={folders[position - 1]}"]
         if position < len(folders):
-            own += ["--push_to_hub=False", "--temperature_scaling=False"]
+            name = final.training.run_name or Path(final.training.output_dir).name
+            own += [f"--run_name={name}-stage-{position + 1}", "--push_to_hub=False", "--temperature_scaling=False"]
         run = _parse_run(parser, [*shared, *own], argv)
         runs.append(run._replace(earlier_stages=tuple(folders[:position])))
         if position < len(folders):

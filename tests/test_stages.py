@@ -42,6 +42,8 @@ def test_each_stage_starts_from_the_one_before_it(tmp_path):
     assert {stage.training.warmup_steps for stage in stages} == {5}
     assert [stage.model.export for stage in stages] == [[], [], ["timm"]]
     assert [stage.training.temperature_scaling for stage in stages] == [False, False, True]
+    names = [f"{tmp_path.name}-stage-1", f"{tmp_path.name}-stage-2", None]
+    assert [stage.training.run_name for stage in stages] == names
     assert last.earlier_stages == (first.training.output_dir, second.training.output_dir)
     assert parse_arguments([config, f"--output_dir={tmp_path}"]).model.patch_size == 4
 
