@@ -536,10 +536,11 @@ class DistillationTrainer(Trainer):
                 logs["fp16_overflows"], self._overflows = int(self._overflows), 0
             logs["train_seconds"] = round(self.run_callback.seconds, 3)
         if "train_runtime" in logs:
-            seconds, steps = self.run_callback.seconds, self.state.global_step
-            logs["train_runtime"] = round(seconds, 3)
+            seconds, steps = round(self.run_callback.seconds, 3), self.state.global_step
+            logs["train_runtime"] = seconds
             logs["train_steps_per_second"] = round(steps / seconds, 3)
-            logs["train_samples_per_second"] = round(steps * self.args.total_train_batch_size / seconds, 3)
+            # Not rounded: times the seconds, it is the exact number of images.
+            logs["train_samples_per_second"] = steps * self.args.total_train_batch_size / seconds
             total, last_step = 0.0, 0
             for entry in self.state.log_history:
                 if "loss" in entry:  # the mean over the steps since the previous log
