@@ -241,7 +241,8 @@ def check_settings(args: ReproduceArguments) -> None:
 
 def update_results(args: ReproduceArguments, runs: list[Run]) -> None:
     """Writes the results of these runs, and of finished ones with other seeds, which belong to the same table."""
-    found = {int(path.name.rpartition("seed")[2]) for path in args.folder.glob("*-seed*") if path.is_dir()}
+    names = (path.name for path in args.folder.glob("*-seed*") if path.is_dir())
+    found = {int(match[1]) for match in map(re.compile(r".*-seed(\d+)").fullmatch, names) if match}
     others = make_runs(args, sorted(found - set(args.seeds)))
     write_results(args.name, args.settings(), runs + [run for run in others if run.is_finished])
     write_state([f"cifar10-{name}" for name in BUDGETS])

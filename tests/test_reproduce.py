@@ -118,6 +118,7 @@ def test_an_interrupted_run_continues_where_it_stopped(tmp_path, call):
     assert call("--list", "--rows", "none")[1].startswith("none, seed 0  interrupted after ")
 
     length, before = log.stat().st_size, read(runs / "none-seed0" / "reproduce.json")
+    (runs / "none-seed0-copy").mkdir()
     code, printed = call("--rows", "none")
     assert code == 0 and "1 of 1 runs are finished" in printed
     continued = log.read_text()[length:]
