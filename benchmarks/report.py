@@ -195,6 +195,8 @@ def describe_setting(result: dict) -> str:
     if result["benchmark"] == "inference":
         parts += [setting["model"] or "random weights"]
     elif result["benchmark"] == "time_to_accuracy":
+        if setting["peers_patch_size"] != setting["patch_size"]:
+            parts += [f"peers {setting['image_size']}/{setting['peers_patch_size']}"]
         parts += [setting["recipe"], setting["teacher"], setting["dataset_name"].rpartition("/")[2]]
     else:
         precision, automatic = setting["precision"], setting["automatic_precision"]
