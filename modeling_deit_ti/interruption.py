@@ -4,11 +4,10 @@ import os
 import signal
 import threading
 import time
+from collections.abc import Callable
 
 
 SIGNALS = (signal.SIGTERM, signal.SIGINT)
-# How long the data loader's workers stay alive, to serve the step that is being finished.
-WORKER_GRACE_SECONDS = 60
 
 
 class Interrupted(BaseException):
@@ -32,6 +31,17 @@ def interrupt_on_signals() -> None:
 
     for signum in SIGNALS:
         signal.signal(signum, handle)
+
+
+def ignore_signals(worker: int, then: Callable[[int], None] | None = None) -> None:
+    """
+    A loader's `worker_init_fn`: launchers, terminals and schedulers signal the whole process group, but the workers
+    have to serve the step that is being finished. They end when the loader does, or its process.
+    """
+    for signum in SIGNALS:  # torch has just given SIGTERM a handler of its own, which ends the worker
+        signal.signal(signum, signal.SIG_IGN)
+    if then is not None:
+        then(worker)
 
 
 class StopRequest:
@@ -62,9 +72,7 @@ class StopRequest:
             signal.signal(signum, handler or signal.SIG_DFL)  # None: not set from Python
 
     def _handle(self, signum: int, frame) -> None:
-        if os.getpid() != self._process:
-            # A worker of the data loader: the whole process group was signalled.
-            signal.alarm(WORKER_GRACE_SECONDS)
+        if os.getpid() != self._process:  # a worker of the data loader that has not come to `ignore_signals` yet
             return
         if self.signum:
             # Within a second, it is the same signal: launchers repeat what the terminal or scheduler sent to all.

@@ -1,6 +1,7 @@
 """`DistillationTrainer`: transformers' `Trainer` with a teacher in its loss."""
 
 import contextlib
+import functools
 import logging
 import math
 import os
@@ -32,7 +33,7 @@ from .device import HostCopy, teacher_dtype, to_device
 from .distillation import DistillMode, LossParts, distillation_loss, label_loss
 from .errors import first_line
 from .hub import retrying
-from .interruption import Interrupted, StopRequest, name_of
+from .interruption import Interrupted, StopRequest, ignore_signals, name_of
 from .modeling_deit_ti import DeiTTiForImageClassification
 from .muon import make_muon
 from .progress import RunProgress
@@ -338,6 +339,13 @@ class DistillationTrainer(Trainer):
         if self.train_dataset.batches is None:
             return super().get_train_dataloader()
         return self._loader_without_workers(self.train_dataset, self._train_batch_size, self.train_order)
+
+    def _get_dataloader(self, *args, **kwargs) -> DataLoader:
+        """Like `Trainer`'s, for training and evaluation, but its workers ignore signals."""
+        loader = super()._get_dataloader(*args, **kwargs)
+        inner = loader.base_dataloader  # accelerate's only passes on what it yields
+        inner.worker_init_fn = functools.partial(ignore_signals, then=inner.worker_init_fn)
+        return loader
 
     def _loader_without_workers(
         self, images: Dataset, batch_size: int, sampler: TrainSampler | None = None

@@ -173,6 +173,7 @@ def _become_command(
     for target, name, mode in ((0, os.devnull, "r"), (1, f"{output}/stdout", "w"), (2, f"{output}/stderr", "w")):
         with open(name, mode) as file:
             os.dup2(file.fileno(), target)
+    multiprocessing.set_start_method(None, force=True)  # as in a new process; a fork server's starts its own servers
     os.environ.update(env)
     os.chdir(cwd)
     if memory is not None:

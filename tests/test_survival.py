@@ -8,6 +8,7 @@ import signal
 import time
 from pathlib import Path
 
+import psutil
 import pytest
 from real_command import Run, run, start_together
 
@@ -330,16 +331,29 @@ def test_a_run_told_to_stop_while_writing_its_outputs_resumes_and_ends_the_same(
     assert_same_end(reference, tmp_path)
 
 
-def test_a_run_signalled_together_with_its_workers_still_finishes_the_step(reference, tmp_path):
+@pytest.mark.parametrize(
+    ("flags", "num_workers"),
+    [
+        (FLAGS, 0),
+        ([*FLAGS, "--distill_mode=none", "--augment_on=loader"], 2),
+        ([*FLAGS[:1], *FLAGS[2:], "--distill_mode=none", "--streaming=true"], 2),  # without --max_train_samples
+    ],
+    ids=["no workers needed", "loader", "streaming"],
+)
+def test_a_run_signalled_together_with_its_workers_still_finishes_the_step(reference, tmp_path, flags, num_workers):
     """SLURM and terminals signal the whole process group, including the loader's workers."""
     with_teacher(reference, tmp_path)
-    command = Run(*FLAGS, *places(tmp_path), "--dataloader_num_workers=2", "--num_train_epochs=50")
+    workers_stay = ["--dataloader_num_workers=2", "--dataloader_persistent_workers=true"]
+    command = Run(*flags, *places(tmp_path), "--num_train_epochs=50", *workers_stay)
     wait_for(lambda: last_complete(tmp_path / "run"))
+    workers = [child.pid for child in psutil.Process(command.pid).children()]
+    assert len(workers) == num_workers
     command.signal_group(signal.SIGTERM)
     stopped = command.wait()
     assert stopped.returncode == 75 and "Traceback" not in stopped.stderr, stopped.stderr
     step = int(stopped.stderr.split("after step ")[1].split()[0])
     assert last_complete(tmp_path / "run").endswith(f"checkpoint-{step}")
+    wait_for(lambda: not any(psutil.pid_exists(worker) for worker in workers))
 
 
 def wait_for(condition, seconds: float = 120) -> None:

@@ -34,6 +34,7 @@ from torch.utils.data import DataLoader
 from ..arguments import DistillationTrainingArguments, Division, ImageArguments
 from ..errors import UserError, first_line
 from ..hub import retrying
+from ..interruption import ignore_signals
 from .loading import (
     HELD_OUT,
     ImageData,
@@ -412,6 +413,7 @@ class StreamedBatches(torch.utils.data.IterableDataset):
             pin_memory=args.dataloader_pin_memory,
             persistent_workers=args.dataloader_persistent_workers,
             prefetch_factor=args.dataloader_prefetch_factor,
+            worker_init_fn=ignore_signals,
         )
         # Declared as one process: otherwise, accelerate would have each process read all images, or the first for all.
         return prepare_data_loader(
