@@ -13,6 +13,8 @@ from .errors import first_line
 logger = logging.getLogger(__name__)
 
 Answer = TypeVar("Answer")
+# In a run's folder: checkpoints (which --hub_strategy pushes by itself), earlier stages, and what names local folders.
+NOT_PUSHED = ("checkpoint-*", "last-checkpoint/*", "stage-*", "_*")
 WAITS = (1, 4, 16)  # seconds
 MAX_WAIT = 300  # seconds that the Hub may ask us to wait: the window of its rate limits
 # Too many requests, or the Hub's own trouble. A full quota, an expired token or a missing repository will not pass.

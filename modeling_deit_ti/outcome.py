@@ -34,7 +34,7 @@ from .data.decoding import read_image
 from .data.inputs import EvalImages
 from .device import PRECISION_NAMES
 from .errors import StorageError, UserError, first_line
-from .hub import retrying
+from .hub import NOT_PUSHED, retrying
 from .interop import QUANTIZED_FILE, save_onnx, save_timm, save_transformers
 from .modeling_deit_ti import DeiTTiForImageClassification
 from .trainer import DistillationTrainer
@@ -266,26 +266,25 @@ def address_card(args: Arguments) -> None:
 
 def push(args: DistillationTrainingArguments) -> None:
     """
-    Uploads the finished run in the output folder. Checkpoints stay local, unless --hub_strategy has pushed them.
+    Uploads the finished run in the output folder, without checkpoints and earlier stages.
 
     Raises:
         StorageError: if the push fails; the run is complete on disk, and the message says how to push it.
     """
     repo, folder = args.hub_model_id, args.output_dir
-    unwanted = ["checkpoint-*", "last-checkpoint/*", "_*"]  # Trainer's, plus last-checkpoint
     try:
         retrying(
             lambda: HfApi(token=args.hub_token).upload_folder(
                 repo_id=repo,
                 folder_path=folder,
                 commit_message="End of training",
-                ignore_patterns=[*unwanted],  # a copy, since upload_folder adds to it
+                ignore_patterns=[*NOT_PUSHED],  # a copy, since upload_folder adds to it
                 revision=args.hub_revision,
             )
         )
     except Exception as error:  # whatever the network or the Hub did, nothing is lost
         revision = f" --revision {args.hub_revision}" if args.hub_revision else ""
-        excluded = " ".join(f'--exclude "{pattern}"' for pattern in unwanted)
+        excluded = " ".join(f'--exclude "{pattern}"' for pattern in NOT_PUSHED)
         raise StorageError(
             f"the run is finished and saved in {folder}, but the push failed ({first_line(error)}). Run the same "
             "command again to push it, or, logged in with `hf auth login` or HF_TOKEN: "

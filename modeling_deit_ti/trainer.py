@@ -5,15 +5,16 @@ import functools
 import logging
 import math
 import os
+import shutil
 import time
 from collections.abc import Iterator
-from concurrent.futures import Future
 from pathlib import Path
 
 import evaluate
 import numpy as np
 import torch
 from accelerate.utils import DynamoBackend, broadcast_object_list
+from huggingface_hub import HfApi
 from safetensors.torch import load_model, save_model
 from timm.utils import ModelEmaV3
 from torch import distributed
@@ -21,7 +22,8 @@ from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy
 from torch.utils.data import DataLoader, Dataset
 from transformers import EarlyStoppingCallback, PreTrainedModel, PrinterCallback, Trainer, TrainerCallback
 from transformers.trainer import DEFAULT_PROGRESS_CALLBACK
-from transformers.trainer_utils import EvalPrediction
+from transformers.trainer_utils import EvalPrediction, HubStrategy
+from transformers.utils import PushInProgress
 
 from .card import Predictions
 from .checkpoints import delete_older, save_settings, seal
@@ -32,7 +34,7 @@ from .data.streaming import UnreadableRow
 from .device import HostCopy, teacher_dtype, to_device
 from .distillation import DistillMode, LossParts, distillation_loss, label_loss
 from .errors import first_line
-from .hub import retrying
+from .hub import NOT_PUSHED, retrying
 from .interruption import Interrupted, StopRequest, ignore_signals, name_of
 from .modeling_deit_ti import DeiTTiForImageClassification
 from .muon import make_muon
@@ -233,7 +235,7 @@ class DistillationTrainer(Trainer):
         self.predictions: Predictions | None = None  # of the latest evaluation
         self.teacher_predictions: np.ndarray | None = None  # label ids, of the latest measurement
         self.metric = evaluate.load(str(METRIC), keep_in_memory=True)
-        self._watched_pushes: list[Future] = []
+        self._hub = HfApi(token=self.args.hub_token)  # its pushes in the background run one after another
         self.stop_request = StopRequest(announce=self.is_local_process_zero())
         self.run_callback = _RunCallback(self)
         self.add_callback(self.run_callback)
@@ -513,23 +515,39 @@ class DistillationTrainer(Trainer):
         retrying(lambda: super(DistillationTrainer, self).init_hf_repo(*args, **kwargs))
 
     def _push_from_checkpoint(self, checkpoint_folder: str) -> None:
-        """Like `Trainer`'s, but warns if the push in the background fails."""
-        super()._push_from_checkpoint(checkpoint_folder)
-        if not self.is_world_process_zero() or self.push_in_progress is None:
+        """Like `Trainer`'s, but leaves out earlier stages, and warns if the push in the background fails."""
+        args, checkpoint, earlier = self.args, Path(checkpoint_folder), self.push_in_progress
+        if not self.is_world_process_zero() or args.hub_strategy == HubStrategy.END:
             return
-        jobs = [job for job in self.push_in_progress.jobs if job not in self._watched_pushes]
-        self._watched_pushes += jobs
+        if earlier is not None and not earlier.is_done() and not args.hub_always_push:
+            return
+        self.callback_handler.on_push_begin(args, self.state, self.control)
+        for pattern in ("config.json", "model*.safetensors*"):  # large models are saved in parts, with an index
+            for file in checkpoint.glob(pattern):
+                shutil.copy(file, args.output_dir)
+        self.processing_class.save_pretrained(args.output_dir)
+        torch.save(args, os.path.join(args.output_dir, "training_args.bin"))
+        message = f"Training in progress, step {self.state.global_step}"
+        folders = [(args.output_dir, {"commit_message": message, "ignore_patterns": [*NOT_PUSHED]})]
+        if args.hub_strategy in (HubStrategy.CHECKPOINT, HubStrategy.ALL_CHECKPOINTS):
+            path = "last-checkpoint" if args.hub_strategy == HubStrategy.CHECKPOINT else checkpoint.name
+            folders.append((checkpoint, {"commit_message": f"{message}, checkpoint", "path_in_repo": path}))
+        where = {"repo_id": args.hub_model_id, "revision": args.hub_revision}
+        jobs = [
+            self._hub.upload_folder(folder_path=folder, run_as_future=True, **where, **options)
+            for folder, options in folders
+        ]
+        self.push_in_progress = PushInProgress([*(earlier.jobs if earlier is not None else []), *jobs])
 
         def tell(_) -> None:
             errors = [job.exception() for job in jobs if job.exception() is not None]
             if errors:
                 logger.warning(
-                    f"Hub: {Path(checkpoint_folder).name} was not pushed ({first_line(errors[0])}); training "
+                    f"Hub: {checkpoint.name} was not pushed ({first_line(errors[0])}); training "
                     "continues, and the next push will try again"
                 )
 
-        if jobs:
-            jobs[-1].add_done_callback(tell)  # they run one after another, so the others are done too
+        jobs[-1].add_done_callback(tell)  # they run one after another, so the others are done too
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """Adds what was recorded since the last log; the closing figures cover the whole run, even if resumed."""

@@ -1,6 +1,7 @@
 """A Hub that fails briefly or for good: what is retried, what is reported, and what is left behind."""
 
 import re
+import shutil
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -42,7 +43,9 @@ def finished(tmp_path) -> Path:
     """A run's folder, as far as it matters to a push."""
     folder = tmp_path / "run"
     (folder / "checkpoint-4").mkdir(parents=True)
-    (folder / "checkpoint-4" / "model.safetensors").write_bytes(b"not pushed")
+    shutil.copytree(folder / "checkpoint-4", folder / "stage-1" / "checkpoint-4")
+    for place in ("checkpoint-4", "stage-1", "stage-1/checkpoint-4"):
+        (folder / place / "model.safetensors").write_bytes(b"not pushed")
     (folder / "README.md").write_text("---\nlibrary_name: transformers\n---\n# tiny\n")
     (folder / "all_results.json").write_text('{"eval_accuracy": 0.9}')
     (folder / "model.safetensors").write_bytes(bytes(range(256)) * 300)
@@ -71,7 +74,8 @@ def test_a_push_recovers_from_transient_failures(operation, failure, online, fin
     push(arguments(finished, online))
     stored = online.files(REPO)
     stored.pop(".gitattributes")
-    assert stored == {path: content for path, content in before.items() if not path.startswith("checkpoint-")}
+    local = "checkpoint-", "stage-"
+    assert stored == {path: content for path, content in before.items() if not path.startswith(local)}
     assert contents(finished) == before
     assert [request.status for request in online.requests if request.operation == "lfs-upload"][-1] == 200
     told = [record.getMessage() for record in caplog.records if record.name == hub_calls.__name__]

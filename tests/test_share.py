@@ -480,6 +480,10 @@ def interrupted(hub, tmp_path_factory) -> Interrupted:
     """
     root = tmp_path_factory.mktemp("interrupted")
     folders = root / "first machine", root / "second machine"
+    for folder in folders:  # the last stage of a recipe trains beside those before it
+        (folder / "stage-1" / "checkpoint-8").mkdir(parents=True)
+        for place in ("", "checkpoint-8"):
+            (folder / "stage-1" / place / SETTINGS_FILE).write_text("{}")
     flags = [*INTERRUPTED_FLAGS, f"--hub_model_id={RESUMED.partition('/')[2]}"]
     hub.fail_next("commit", status=403, after=2, times=1000)  # the model and the checkpoint of the first epoch
     first = train(*flags, f"--output_dir={folders[0]}", env=hub.env(TOKEN))
@@ -508,7 +512,7 @@ def test_a_failed_push_leaves_a_complete_run_and_the_command_to_push_it_later(hu
     assert result.returncode == 0, result.stderr
     stored = hub.files(RESUMED)
     stored.pop(".gitattributes")
-    assert without(stored, "last-checkpoint/") == without(contents(folder), "checkpoint-", SETTINGS_FILE)
+    assert without(stored, "last-checkpoint/") == without(contents(folder), "checkpoint-", "stage-", SETTINGS_FILE)
 
 
 def test_a_failed_checkpoint_push_is_reported_in_one_line_and_training_continues(interrupted):
