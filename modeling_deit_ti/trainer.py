@@ -515,14 +515,17 @@ class DistillationTrainer(Trainer):
         retrying(lambda: super(DistillationTrainer, self).init_hf_repo(*args, **kwargs))
 
     def _push_from_checkpoint(self, checkpoint_folder: str) -> None:
-        """Like `Trainer`'s, but leaves out earlier stages, and warns if the push in the background fails."""
+        """
+        Like `Trainer`'s, but with the model's code, without which nobody could load it, and without earlier stages;
+        warns if the push in the background fails.
+        """
         args, checkpoint, earlier = self.args, Path(checkpoint_folder), self.push_in_progress
         if not self.is_world_process_zero() or args.hub_strategy == HubStrategy.END:
             return
         if earlier is not None and not earlier.is_done() and not args.hub_always_push:
             return
         self.callback_handler.on_push_begin(args, self.state, self.control)
-        for pattern in ("config.json", "model*.safetensors*"):  # large models are saved in parts, with an index
+        for pattern in ("config.json", "*.py", "model*.safetensors*"):  # large models are saved in parts
             for file in checkpoint.glob(pattern):
                 shutil.copy(file, args.output_dir)
         self.processing_class.save_pretrained(args.output_dir)

@@ -553,6 +553,24 @@ def test_resuming_elsewhere_from_the_hubs_last_checkpoint_gives_the_same_weights
     assert all(torch.equal(uninterrupted[name], resumed[name]) for name in resumed)
 
 
+def classify(folder: str, image: str) -> None:
+    from transformers import pipeline
+
+    print(pipeline("image-classification", folder, trust_remote_code=True)(image, top_k=10))
+
+
+def test_what_was_pushed_during_training_can_be_loaded(hub, interrupted, tmp_path):
+    pushed = without(interrupted.resumed_from, "last-checkpoint/")
+    assert pushed.keys() == {
+        *(".gitattributes", "config.json", "configuration_deit_ti.py", "model.safetensors", "modeling_deit_ti.py"),
+        *("preprocessor_config.json", "training_args.bin"),
+    }
+    for path, content in pushed.items():
+        (tmp_path / path).write_bytes(content)
+    image = str(interrupted.first / "example.png")
+    assert run_alone(classify, str(tmp_path), image, env=hub.env(), cwd=tmp_path).count("'label'") == 10
+
+
 def test_a_private_repository_is_only_visible_to_its_owner(hub, interrupted):
     def info(**headers: str) -> dict:
         request = urllib.request.Request(f"{hub.endpoint}/api/models/{RESUMED}", headers=headers)
