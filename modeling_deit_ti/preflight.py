@@ -53,8 +53,9 @@ def checkpoint_to_resume(args: DistillationTrainingArguments) -> str | None:
 
 def is_finished(args: DistillationTrainingArguments, is_last: bool) -> bool:
     """Whether there is nothing to train: an earlier stage is finished, or a finished run only has to be pushed."""
-    is_finished = (Path(args.output_dir) / "all_results.json").is_file() and (args.push_to_hub or not is_last)
-    return broadcast_object_list([is_finished and args.resume_from_checkpoint == "auto"])[0]
+    is_skipped = not is_last and args.resume_from_checkpoint == "auto"
+    is_finished = (Path(args.output_dir) / "all_results.json").is_file()
+    return broadcast_object_list([is_finished and (args.push_to_hub or is_skipped)])[0]
 
 
 def check_same_run(checkpoint: str, settings: dict) -> None:

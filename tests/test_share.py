@@ -528,6 +528,7 @@ def test_a_run_stopped_during_its_push_is_pushed_by_the_same_command(hub, interr
     shutil.copytree(interrupted.second, tmp_path / "run")
     before = contents(tmp_path / "run")
     flags = [*QUICK, *INTERRUPTED_FLAGS, f"--hub_model_id={repo}", f"--output_dir={tmp_path / 'run'}"]
+    flags.append("--resume_from_checkpoint=last-checkpoint")
     fault = json.dumps({"function": "huggingface_hub.HfApi.upload_folder", "signum": signal.SIGTERM})
     command = [sys.executable, "tests/real_command.py", fault, *flags]
     stopped = subprocess.run(command, cwd=REPOSITORY, env=hub.env(TOKEN), capture_output=True, text=True)

@@ -22,7 +22,7 @@ from modeling_deit_ti.data import load_images
 from modeling_deit_ti.data.inputs import EvalImages
 from modeling_deit_ti.errors import UserError
 from modeling_deit_ti.parsing import parse_arguments
-from modeling_deit_ti.preflight import checkpoint_to_resume
+from modeling_deit_ti.preflight import checkpoint_to_resume, is_finished
 
 
 REPOSITORY = Path(train_hf.__file__).parent
@@ -359,3 +359,19 @@ def test_a_finished_run_is_not_overwritten(finished, teachers, monkeypatch):
     with pytest.raises(UserError, match="already holds a finished run"):
         in_process(monkeypatch, *QUICK, teachers, f"--output_dir={folder}")
     assert {path: path.stat().st_mtime_ns for path in folder.rglob("*")} == before
+
+
+@pytest.mark.parametrize(
+    ("resume", "push", "is_last", "is_skipped"),
+    [
+        *((resume, True, True, True) for resume in ("auto", "false", "last-checkpoint", "a/folder")),
+        *((resume, False, True, False) for resume in ("auto", "false")),
+        ("auto", False, False, True),
+        ("false", False, False, False),
+    ],
+)
+def test_a_finished_run_is_only_pushed_however_it_was_resumed(tmp_path, resume, push, is_last, is_skipped):
+    args = arguments(output_dir=tmp_path, resume_from_checkpoint=resume, push_to_hub=push).training
+    assert not is_finished(args, is_last)
+    (tmp_path / "all_results.json").touch()
+    assert is_finished(args, is_last) == is_skipped
