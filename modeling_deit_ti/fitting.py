@@ -10,11 +10,12 @@ import os
 import shutil
 from collections.abc import Iterator
 from dataclasses import replace
+from itertools import count
 from pathlib import Path
 
 import torch
 from accelerate.utils import broadcast_object_list
-from filelock import FileLock
+from filelock import FileLock, Timeout
 from transformers import PreTrainedModel, set_seed
 
 from .arguments import Arguments, TeacherArguments
@@ -149,7 +150,7 @@ def _fit(args: Arguments, pretrained: PreTrainedModel | None, source: str, data:
     folder = Path(args.teacher.teacher_output_dir) / teacher_folder_name(name, data.name, recipe)
     run.training.output_dir = str(folder)
     folder.mkdir(parents=True, exist_ok=True)
-    with _locked(folder) if is_main else contextlib.nullcontext():
+    with _locked(folder, is_main):
         # One process decides for all: another machine may see a different folder.
         (is_fitted,) = broadcast_object_list([_is_fitted(folder, recipe)])
         if is_fitted:
@@ -188,11 +189,25 @@ def _fit(args: Arguments, pretrained: PreTrainedModel | None, source: str, data:
 
 
 @contextlib.contextmanager
-def _locked(folder: Path) -> Iterator[None]:
-    """One process at a time, until it ends or is killed."""
-    with FileLock(f"{folder}.lock"):
+def _locked(folder: Path, is_main: bool) -> Iterator[None]:
+    """One run at a time, until it ends or is killed. Its main process takes the lock."""
+    lock = FileLock(f"{folder}.lock")
+    for attempt in count():
+        if is_main:
+            with contextlib.suppress(Timeout):
+                lock.acquire(timeout=1)
+        # In the loop, since the other processes would only wait for --ddp_timeout seconds.
+        (is_locked,) = broadcast_object_list([lock.is_locked])
+        if is_locked:
+            break
+        if attempt == 0:
+            logger.info(f"Teacher: waiting for another run that is fitting it, into {folder}")
+    try:
         yield
-    Path(f"{folder}.lock").unlink(missing_ok=True)  # processes that waited find the teacher fitted
+    finally:
+        lock.release()
+    if is_main:
+        Path(lock.lock_file).unlink(missing_ok=True)  # processes that waited find the teacher fitted
 
 
 def _is_fitted(folder: Path, recipe: dict) -> bool:

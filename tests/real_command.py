@@ -82,13 +82,14 @@ class Run:
         if self._process.exitcode is None:
             self.signal_group(signal.SIGKILL)
             self._process.join()
-        stdout, stderr = (Path(self._output.name, name) for name in ("stdout", "stderr"))
         return subprocess.CompletedProcess(
-            ["train_hf.py", *self.flags],
-            self._process.exitcode,
-            stdout.read_text() if stdout.exists() else "",
-            stderr.read_text() if stderr.exists() else "",
+            ["train_hf.py", *self.flags], self._process.exitcode, self.said("stdout"), self.said("stderr")
         )
+
+    def said(self, stream: str = "stdout") -> str:
+        """What it has written so far."""
+        file = Path(self._output.name, stream)
+        return file.read_text() if file.exists() else ""
 
 
 def run(*flags, **options) -> subprocess.CompletedProcess:

@@ -2,12 +2,14 @@
 
 import json
 import re
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
 from building import DIGITS, TINY_CNN, arguments, image_processor
+from filelock import FileLock
 from PIL import Image as PILImage
 from torch.nn import functional as F
 from transformers import (
@@ -247,6 +249,23 @@ def test_a_teacher_killed_while_saving_resumes_and_ends_the_same(digits, tmp_pat
     weights = resumed.model.state_dict()
     assert all(torch.equal(value, weights[name]) for name, value in whole.model.state_dict().items())
     assert not list(Path(path).glob("checkpoint-*"))
+
+
+def test_a_run_says_that_it_waits_for_another_that_fits_the_same_teacher(digits, tmp_path, caplog):
+    caplog.set_level("INFO", "modeling_deit_ti")
+    quick = {"teacher_num_train_epochs": 0.1}
+    *_, path = prepare(digits, tmp_path, **quick)
+    caplog.clear()
+    with ThreadPoolExecutor() as other:
+        with FileLock(f"{path}.lock"):
+            run = other.submit(prepare, digits, tmp_path, **quick)
+            with pytest.raises(TimeoutError):
+                run.result(timeout=4)
+        assert run.result()[2] == path
+    assert [record.getMessage() for record in caplog.records if record.name == "modeling_deit_ti.fitting"] == [
+        f"Teacher: waiting for another run that is fitting it, into {path}",
+        f"Teacher: {TINY_CNN}, fitted by an earlier run, from {path}",
+    ]
 
 
 def test_a_teacher_that_knows_the_labels_is_used_as_it_is(digits, tmp_path):

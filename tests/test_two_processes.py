@@ -13,6 +13,7 @@ from typing import NamedTuple
 import psutil
 import pytest
 import torch
+from filelock import FileLock
 from real_command import REPOSITORY, free_port, run, start_together
 from safetensors.torch import load_file
 
@@ -181,6 +182,23 @@ def test_the_teacher_is_fitted_once_by_two_processes_then_one_then_two_and_a_sig
     assert others == pytest.approx(epochs, rel=0.1)
     accuracies = [json.loads((teacher / "all_results.json").read_text())["eval_accuracy"] for teacher in teachers]
     assert accuracies[1] == pytest.approx(accuracies[0], abs=5 / 51)
+
+
+def test_both_processes_wait_for_another_run_that_fits_their_teacher(two, tmp_path):
+    (teacher,) = (two[0] / "teachers").glob("test_resnet-*")
+    flags = [*FLAGS, f"--output_dir={tmp_path / 'run'}", f"--teacher_output_dir={teacher.parent}"]
+    with FileLock(f"{teacher}.lock"):
+        main, other = started = start_together(2, *flags, "--per_device_train_batch_size=8")
+        try:
+            for _ in range(600):
+                if "Teacher: waiting for another run that is fitting it" in main.said():
+                    break
+                time.sleep(0.1)
+            os.kill(other.pid, signal.SIGTERM)  # which a process that is stuck in one wait would not notice
+            assert other.wait(30).returncode == 75
+        finally:
+            for process in started:
+                process.kill()
 
 
 class Machine(NamedTuple):
