@@ -20,7 +20,7 @@ from transformers import PreTrainedModel, set_seed
 
 from .arguments import Arguments, TeacherArguments
 from .card import TeacherRecord
-from .checkpoints import checkpoints_of, last_complete, save_settings
+from .checkpoints import checkpoints_of, last_complete, save_settings, settings_of
 from .classifiers import (
     input_format,
     is_timm_architecture,
@@ -142,7 +142,8 @@ def _fit(args: Arguments, pretrained: PreTrainedModel | None, source: str, data:
     run = run._replace(model=model)
     image_processor = make_image_processor(run.model, run.augmentation, mean, std)
     # Everything that determines a fitted teacher.
-    recipe = run_settings(run, data) | {"teacher": name, "pretrained": pretrained is not None}
+    settings = run_settings(run, data)
+    recipe = settings | {"teacher": name, "pretrained": pretrained is not None}
     recipe = {key: value for key, value in recipe.items() if key not in ("processes", "sharded_by")}
     recipe["version"] = FITTING_VERSION
     if run.training.has_automatic_precision:
@@ -167,7 +168,15 @@ def _fit(args: Arguments, pretrained: PreTrainedModel | None, source: str, data:
                 # For `runs.resume_steps_without_checkpoint`.
                 save_settings(args.training.output_dir, run_settings(args, data))
                 (folder / "all_results.json").unlink(missing_ok=True)  # from another recipe, or none
-            (checkpoint,) = broadcast_object_list([last_complete(folder)])
+            checkpoint = last_complete(folder)
+            before = settings_of(checkpoint).get("sharded_by") if checkpoint is not None else None
+            checkpoint, before = broadcast_object_list([checkpoint, before])
+            now = settings.get("sharded_by")
+            if checkpoint is not None and before != now:
+                raise UserError(
+                    f"{checkpoint} belongs to an unfinished fitting with sharded_by {before}, not {now}. Resume it as "
+                    f"it was started, or delete {folder} to fit the teacher anew."
+                )
             if checkpoint is not None:
                 logger.info(f"Teacher: an earlier run was interrupted while fitting it; resuming from {checkpoint}")
             resume_precision(run.training, checkpoint)

@@ -25,7 +25,7 @@ from transformers import (
 
 from modeling_deit_ti import DeiTTiConfig, DeiTTiForImageClassification
 from modeling_deit_ti.arguments import ImageArguments
-from modeling_deit_ti.checkpoints import seal
+from modeling_deit_ti.checkpoints import save_settings, seal, settings_of
 from modeling_deit_ti.classifiers import input_format, label_maps, label_names, load_classifier, new_timm_classifier
 from modeling_deit_ti.data import load_images
 from modeling_deit_ti.data.inputs import EvalImages, make_image_processor
@@ -243,6 +243,14 @@ def test_a_teacher_killed_while_saving_resumes_and_ends_the_same(digits, tmp_pat
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
         patch.setattr("modeling_deit_ti.trainer.seal", seal_the_first_alone)
         prepare(few, tmp_path, **quick)
+    (checkpoint,) = (tmp_path / "teachers").glob("*/checkpoint-2")
+    own = settings_of(checkpoint)
+    for sharded_by in ("FSDP", None):
+        save_settings(checkpoint, own | {"sharded_by": sharded_by})
+        seal(checkpoint)
+        if sharded_by is not None:
+            with pytest.raises(UserError, match=f"^{checkpoint} belongs to .* sharded_by FSDP, not None. .* delete "):
+                prepare(few, tmp_path, **quick)
     caplog.set_level("INFO", "modeling_deit_ti")
     resumed, _, path = prepare(few, tmp_path, **quick)
     assert f"resuming from {path}/checkpoint-2" in caplog.text
