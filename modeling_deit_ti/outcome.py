@@ -222,11 +222,12 @@ def summary(trainer: DistillationTrainer, teacher: TeacherRecord | None, metrics
     cached = f", {share:.0%} of the teacher's logits read from its cache{in_last}" if share else ""
     remote_code = ", trust_remote_code=True" if trainer.is_deit_ti else ""
     if metrics.get("stopped_early"):
-        args = trainer.args
+        args, best = trainer.args, metrics["best_epoch"]
         lines += [
             "",
             f"Stopped early, after {metrics['epoch']:g} epochs: {args.metric_for_best_model} had not improved in "
-            f"{args.early_stopping_patience} evaluations. The model is from epoch {metrics['best_epoch']:g}.",
+            f"{args.early_stopping_patience} evaluations."
+            + (f" The model is from epoch {best:g}." if best is not None else ""),
         ]
     lines += [
         "",

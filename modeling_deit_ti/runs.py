@@ -333,9 +333,8 @@ def train_and_save(
     state = trainer.state
     if trainer.early_stopping is not None:
         metrics["stopped_early"] = state.global_step < state.max_steps
-        metrics["best_epoch"] = next(
-            entry["epoch"] for entry in state.log_history if entry["step"] == state.best_global_step
-        )
+        epochs = [entry["epoch"] for entry in state.log_history if entry["step"] == state.best_global_step]
+        metrics["best_epoch"] = epochs[0] if epochs else None  # its checkpoint is lost
     if trainer.teacher_cache is not None:
         metrics["teacher_cached"] = trainer.teacher_cache.share_read
 

@@ -78,6 +78,15 @@ class _RunCallback(TrainerCallback):
         self.seconds_before = seconds[-1] if seconds else 0.0
         self.started = time.monotonic()
         self.save_at_epoch_end = self.stopped_within_epoch = False
+        if args.load_best_model_at_end and state.best_global_step is not None:
+            # One process decides for all, which have to choose alike: another machine may have another folder.
+            (is_lost,) = broadcast_object_list([state.best_model_checkpoint is None])
+            if is_lost:
+                logger.info(
+                    f"The best model so far, of step {state.best_global_step}, is lost with its checkpoint: choosing "
+                    "anew from here"
+                )
+                state.best_metric = state.best_global_step = None
         if self.trainer.train_dataset.is_streamed and not args.ignore_data_skip:
             # accelerate discards the batches that the epoch has already seen, so they need not be built.
             steps_per_epoch = -(-len(self.trainer.train_order) // args.gradient_accumulation_steps)

@@ -420,6 +420,15 @@ def test_a_finished_run_names_the_repository_that_it_is_pushed_to_unless_its_car
         finish(export="timm")
 
 
+@pytest.mark.parametrize(("best", "said"), [(3.0, "; the model is from epoch 3."), (None, ".")])
+def test_card_says_when_the_run_stopped_early_and_which_epochs_model_it_has_if_known(best, said, tmp_path):
+    record = make_record()
+    record.metrics |= {"stopped_early": True, "epoch": 5.0, "best_epoch": best}
+    record.hyperparameters |= {"metric_for_best_model": "accuracy", "early_stopping_patience": 2}
+    expected = f"It stopped early, after 5 epochs, when `accuracy` had not improved in 2 evaluations{said}\n"
+    assert expected in render(record, tmp_path)
+
+
 def test_every_template_variable_is_passed():
     wanted = jinja2.meta.find_undeclared_variables(jinja2.Environment().parse(TEMPLATE.read_text(encoding="utf-8")))
     source = inspect.getsource(make_model_card)

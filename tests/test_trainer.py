@@ -4,6 +4,7 @@ import dataclasses
 import json
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -601,8 +602,8 @@ def test_a_resumed_run_ends_at_max_steps(digits, tmp_path, step):
 
 # ---- Early stopping ----
 
-# Of seven evaluations; the best within the patience of two is the third.
-ACCURACIES = (0.3, 0.4, 0.6, 0.6, 0.5, 0.7, 0.8)
+# Of eight evaluations; the best within the patience of two is the third.
+ACCURACIES = (0.3, 0.4, 0.6, 0.6, 0.5, 0.7, 0.8, 0.75)
 
 
 def make_stopping_trainer(data, folder) -> DistillationTrainer:
@@ -628,6 +629,18 @@ def test_a_resumed_run_has_the_remaining_patience(digits, tmp_path, step):
     resumed.train(resume_from_checkpoint=str(tmp_path / f"checkpoint-{step}"))
     assert resumed.state.global_step == 5
     assert_same(load_file(tmp_path / "checkpoint-3" / "model.safetensors"), weights(resumed))
+
+
+def test_a_run_resumed_without_its_best_checkpoint_chooses_among_later_models(digits, tmp_path, caplog):
+    make_stopping_trainer(digits, tmp_path).train()
+    shutil.rmtree(tmp_path / "checkpoint-3")  # the best
+    caplog.set_level("INFO", "modeling_deit_ti")
+    resumed = make_stopping_trainer(digits, tmp_path)
+    resumed.train(resume_from_checkpoint=str(tmp_path / "checkpoint-4"))
+    state = resumed.state
+    assert (state.global_step, state.best_global_step, state.best_metric) == (8, 7, ACCURACIES[6])
+    assert_same(load_file(tmp_path / "checkpoint-7" / "model.safetensors"), weights(resumed))
+    assert "The best model so far, of step 3, is lost with its checkpoint: choosing anew from here" in caplog.text
 
 
 @pytest.mark.parametrize("limit", [1, 2])
