@@ -315,12 +315,21 @@ class DistillationTrainer(Trainer):
             self.unwrapped_model.load_state_dict(latest)
 
     def _finalize_training(self, *args, **kwargs):
-        """Like `Trainer`'s, but a stopped run, which will resume, keeps its latest weights and their checkpoint."""
-        best = self.state.best_model_checkpoint
-        if self.run_callback.stopped_by:
+        """
+        Like `Trainer`'s, but a stopped run, which will resume, keeps its latest weights and their checkpoint, and all
+        other processes take the best model from the first.
+        """
+        best, is_stopped = self.state.best_model_checkpoint, self.run_callback.stopped_by > 0
+        if is_stopped:
             self.state.best_model_checkpoint = None
         output = super()._finalize_training(*args, **kwargs)
         self.state.best_model_checkpoint = best
+        is_whole = self.args.world_size > 1 and self.args.sharded_by is None
+        if self.args.load_best_model_at_end and is_whole and not is_stopped:
+            # Without shared storage, the other machines do not have its checkpoint.
+            for model in filter(None, (self.unwrapped_model, self.average and self.average.module)):
+                for tensor in model.state_dict().values():
+                    distributed.broadcast(tensor, src=0)
         return output
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model=None) -> None:
@@ -329,11 +338,12 @@ class DistillationTrainer(Trainer):
 
     def _load_best_model(self) -> None:
         super()._load_best_model()
-        self._load_average(self.state.best_model_checkpoint)
+        if os.path.isfile(os.path.join(self.state.best_model_checkpoint, AVERAGE_FILE)):  # not on other machines
+            self._load_average(self.state.best_model_checkpoint)
 
     def _load_average(self, checkpoint: str) -> None:
         if self.average is not None:
-            load_model(self.average.module, os.path.join(checkpoint, AVERAGE_FILE), device=str(self.args.device))
+            load_model(self.average.module, os.path.join(checkpoint, AVERAGE_FILE))
 
     @property
     def has_stopped_early(self) -> bool:

@@ -14,7 +14,7 @@ import psutil
 import pytest
 import torch
 from filelock import FileLock
-from real_command import REPOSITORY, free_port, run, start_together
+from real_command import REPOSITORY, Run, environments, free_port, run, start_together
 from safetensors.torch import load_file
 
 from modeling_deit_ti.checkpoints import why_unusable
@@ -182,6 +182,23 @@ def test_the_teacher_is_fitted_once_by_two_processes_then_one_then_two_and_a_sig
     assert others == pytest.approx(epochs, rel=0.1)
     accuracies = [json.loads((teacher / "all_results.json").read_text())["eval_accuracy"] for teacher in teachers]
     assert accuracies[1] == pytest.approx(accuracies[0], abs=5 / 51)
+
+
+@pytest.mark.parametrize(
+    "network",
+    [["--ema_decay=0.9"], ["--model_name_or_path=test_resnet", "--learning_rate=2e-2"]],
+    ids=["averaged weights", "CNN"],
+)
+def test_all_machines_end_with_the_best_model_even_without_shared_storage(tmp_path, network):
+    # Here the highest loss is the best, which is not that of the last epoch.
+    best = ["--load_best_model_at_end", "--metric_for_best_model=loss", "--greater_is_better=true"]
+    flags = [*FLAGS, "--distill_mode=none", "--num_train_epochs=3", "--per_device_train_batch_size=8", *best, *network]
+    machines = [Run(*flags, f"--output_dir={tmp_path / env['RANK']}", env=env) for env in environments(2)]
+    for ended in [machine.wait() for machine in machines]:
+        assert ended.returncode == 0, ended.stderr
+    *epochs, final = [entry["eval_loss"] for entry in log_of(tmp_path / "0") if "eval_loss" in entry]
+    assert len(epochs) == 3 and max(epochs) > 1.01 * epochs[-1]
+    assert final == pytest.approx(max(epochs), rel=1e-6)
 
 
 def test_both_processes_wait_for_another_run_that_fits_their_teacher(two, tmp_path):
