@@ -201,8 +201,9 @@ def test_all_machines_end_with_the_best_model_even_without_shared_storage(tmp_pa
     assert final == pytest.approx(max(epochs), rel=1e-6)
 
 
-def test_both_processes_wait_for_another_run_that_fits_their_teacher(two, tmp_path):
-    (teacher,) = (two[0] / "teachers").glob("test_resnet-*")
+def test_both_processes_wait_for_another_run_that_fits_their_teacher(one, two, tmp_path):
+    (fitted,) = (one / "teachers").glob("test_resnet-*")
+    teacher = two[0] / "teachers" / fitted.name  # others may have been left beside it by other tests
     flags = [*FLAGS, f"--output_dir={tmp_path / 'run'}", f"--teacher_output_dir={teacher.parent}"]
     with FileLock(f"{teacher}.lock"):
         main, other = started = start_together(2, *flags, "--per_device_train_batch_size=8")
