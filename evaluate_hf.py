@@ -16,7 +16,6 @@ import re
 import sys
 from pathlib import Path
 
-import datasets
 import numpy as np
 import torch
 from torch.utils.data import DataLoader
@@ -198,9 +197,7 @@ def run(options: argparse.Namespace) -> None:
 
     fields = {field.name for field in dataclasses.fields(ImageArguments)}
     images = ImageArguments(**{name: value for name, value in vars(options).items() if name in fields})
-    cache = datasets.config.HF_DATASETS_CACHE
-    with storing(cache, "Make room, or set HF_DATASETS_CACHE to a folder on another disk.", UserError):
-        data = load_evaluation_images(images, options.split)
+    data = load_evaluation_images(images, options.split)
     answers = [predict(name, flag, data, options) for flag, name in names.items()]
     reports = [
         make_report(

@@ -18,7 +18,6 @@ import time
 
 gc.disable()  # imports create no garbage, and looking for it takes a fifth of their seven seconds
 
-import datasets
 from accelerate import PartialState
 
 from modeling_deit_ti import preflight
@@ -155,11 +154,7 @@ def train(args: Arguments, is_last: bool = True) -> None:
 
 def load_data(args: Arguments) -> ImageData:
     """The images, checked by the first process of each machine while the others wait."""
-    cache = datasets.config.HF_DATASETS_CACHE
-    with (
-        storing(cache, "Make room, or set HF_DATASETS_CACHE to a folder on another disk.", UserError),
-        args.training.main_process_first(desc="loading the images"),
-    ):
+    with args.training.main_process_first(desc="loading the images"):
         return load_images(args.images, labels_needed=args.training.mode.needs_labels)
 
 

@@ -413,9 +413,8 @@ class DistillationTrainingArguments(TrainingArguments):
                 "learns from the teacher alone."
             )
         if self.early_stopping_patience is not None:
-            is_saved = self.save_strategy in (self.eval_strategy, "best")
-            if self.save_strategy == "steps" and self.save_steps != (self.eval_steps or self.logging_steps):
-                is_saved = False
+            is_together = self.save_strategy != "steps" or self.save_steps == (self.eval_steps or self.logging_steps)
+            is_saved = self.save_strategy in (self.eval_strategy, "best") and is_together
             if self.eval_strategy == "no" or not is_saved:
                 raise UserError(
                     "--early_stopping_patience needs evaluations during training and a checkpoint with each: use "

@@ -333,8 +333,8 @@ def train_and_save(
     state = trainer.state
     if trainer.early_stopping is not None:
         metrics["stopped_early"] = state.global_step < state.max_steps
-        epochs = [entry["epoch"] for entry in state.log_history if entry["step"] == state.best_global_step]
-        metrics["best_epoch"] = epochs[0] if epochs else None  # its checkpoint is lost
+        best = (entry["epoch"] for entry in state.log_history if entry["step"] == state.best_global_step)
+        metrics["best_epoch"] = next(best, None)  # None: lost with its checkpoint
     if trainer.teacher_cache is not None:
         metrics["teacher_cached"] = trainer.teacher_cache.share_read
 

@@ -6,9 +6,11 @@ inputs.py turns into the model's inputs.
 
 from ..arguments import ImageArguments
 from .loading import EvaluationData, ImageData, load_evaluation_images, load_stored_images
+from .sources import storing_in_cache
 from .streaming import load_streamed_images
 
 
+@storing_in_cache()
 def load_images(args: ImageArguments, labels_needed: bool = True) -> ImageData:
     """
     Loads and checks the images. Unless `labels_needed`, the training split may lack labels.

@@ -17,7 +17,7 @@ from ..device import cpu_count
 from ..errors import UserError, first_line, list_some
 from .decoding import decode_image, open_image
 from .sampling import SUBSET_SEED, random_rows
-from .sources import EVALUATION_SPLITS, check_not_empty, find_eval_split, load_splits
+from .sources import EVALUATION_SPLITS, check_not_empty, find_eval_split, load_splits, storing_in_cache
 
 
 # Larger splits stay encoded, and are decoded again in each epoch.
@@ -114,6 +114,7 @@ class EvaluationData(NamedTuple):
     split: str
 
 
+@storing_in_cache()
 def load_evaluation_images(args: ImageArguments, split: str | None = None) -> EvaluationData:
     """
     The images to evaluate a finished model on. By default, those that a run with these arguments evaluates on; if the

@@ -8,6 +8,7 @@ from collections import Counter
 from collections.abc import Collection, Iterable, Iterator
 from pathlib import Path
 
+import datasets
 import numpy as np
 from datasets import (
     ClassLabel,
@@ -25,7 +26,7 @@ from datasets.packaged_modules.parquet.parquet import ParquetConfig
 from PIL import Image as PILImage
 from sklearn.datasets import load_digits
 
-from ..errors import UserError, first_line, list_some
+from ..errors import UserError, first_line, list_some, storing
 from ..hub import retrying
 
 
@@ -52,6 +53,14 @@ def load_splits(name: str, config_name: str | None) -> tuple[DatasetDict, str]:
         if os.path.isdir(folder):
             return _load_folder(folder, config_name), "local"
         return retrying(lambda: load_dataset(name, config_name)), "hub"
+
+
+@contextlib.contextmanager
+def storing_in_cache() -> Iterator[None]:
+    """Raises a `UserError` if the disk with `datasets`' cache, which holds what it has read and checked, is full."""
+    advice = "Make room, or set HF_DATASETS_CACHE to a folder on another disk."
+    with storing(datasets.config.HF_DATASETS_CACHE, advice, UserError):
+        yield
 
 
 @contextlib.contextmanager
